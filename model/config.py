@@ -1,0 +1,142 @@
+"""The `[model]` section: the shape of a decoder and how it is initialised. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .presets import FAMILIES, PRESETS
+
+FIXED = {"on_resume": "fixed"}
+FREE = {"on_resume": "free"}
+
+
+class ModelConfig(BaseModel):
+    """A decoder-only Transformer in GPT-2 or Llama style.
+
+    `preset` names a published size, `family` a style; a field given in the file wins over both.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str | None = Field(
+        None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE
+    )
+    family: Literal["gpt2", "llama"] = Field("llama", description="the style", json_schema_extra=FIXED)
+    num_layers: int = Field(gt=0, description="Transformer layers", json_schema_extra=FIXED)
+    hidden_size: int = Field(gt=0, description="width of the residual stream", json_schema_extra=FIXED)
+    num_attention_heads: int = Field(gt=0, description="query heads", json_schema_extra=FIXED)
+    num_query_groups: int = Field(
+        gt=0, description="key/value heads (grouped-query attention)", json_schema_extra=FIXED
+    )
+    head_dim: int = Field(gt=0, description="width of one head", json_schema_extra=FIXED)
+    ffn_hidden_size: int = Field(gt=0, description="width inside the MLP", json_schema_extra=FIXED)
+    max_sequence_length: int = Field(
+        gt=0, description="longest sequence the model is made for", json_schema_extra=FIXED
+    )
+    vocab_size: int | None = Field(
+        None,
+        gt=0,
+        description="true vocabulary; by default the tokenizer's",
+        json_schema_extra=FIXED,
+    )
+    vocab_multiple: int = Field(
+        128,
+        gt=0,
+        description="the embedding's rows are padded to a multiple of this, whatever the layout",
+        json_schema_extra=FIXED,
+    )
+    normalization: Literal["rmsnorm", "layernorm"] = Field(description="norm", json_schema_extra=FIXED)
+    activation: Literal["swiglu", "gelu"] = Field(
+        description="MLP activation; gelu is the tanh form of GPT-2", json_schema_extra=FIXED
+    )
+    position: Literal["rope", "learned"] = Field(description="position encoding", json_schema_extra=FIXED)
+    bias: bool = Field(description="biases in the linear layers", json_schema_extra=FIXED)
+    tied: bool = Field(description="the head shares the embedding's weight", json_schema_extra=FIXED)
+    rope_base: float = Field(10000.0, gt=0, description="RoPE base frequency", json_schema_extra=FIXED)
+    norm_epsilon: float = Field(1e-5, gt=0, description="epsilon of the norms", json_schema_extra=FIXED)
+    dropout: float = Field(0.0, ge=0, lt=1, description="hidden and attention dropout", json_schema_extra=FIXED)
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description="std of initial weights; projections into the residual stream get std / sqrt(2 layers)",
+        json_schema_extra=FIXED,
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of the squared log-partition (PaLM: 1e-4)", json_schema_extra=FIXED
+    )
+    backend: Literal["torch", "te"] = Field(
+        "torch",
+        description="torch: runs anywhere; te: Transformer Engine, where installed",
+        json_schema_extra=FREE,
+    )
+    compile: bool = Field(
+        False, description="torch.compile each layer (the first step takes longer)", json_schema_extra=FREE
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset: no preset is called {preset!r}; there are {', '.join(sorted(PRESETS))}")
+        merged = {**PRESETS.get(preset, {}), **values}
+        merged = {**FAMILIES.get(merged.get("family", "llama"), {}), **merged}
+        return _fill_derived(merged)
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_query_groups must divide num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.num_query_groups}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to `vocab_multiple`, the same in every layout."""
+        assert self.vocab_size is not None, "the vocabulary is known only after RunConfig.resolve"
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def layout_problems(self, tensor_parallel: int) -> list[str]:
+        """Say everything that forbids `tensor_parallel` ranks for this shape; an empty list when it is legal."""
+        tp, problems = tensor_parallel, []
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            value = getattr(self, name)
+            if value % tp:
+                legal = [t for t in range(1, min(value, 64) + 1) if value % t == 0]
+                problems.append(
+                    f"parallel.tensor = {tp} does not divide model.{name} = {value}; legal values: {legal}"
+                )
+        if self.vocab_size is not None and self.padded_vocab_size % tp:
+            problems.append(
+                f"parallel.tensor = {tp} does not divide the padded vocabulary {self.padded_vocab_size}; "
+                f"set model.vocab_multiple to a multiple of {tp}"
+            )
+        return problems
+
+
+def _fill_derived(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill what follows from the other sizes: groups from heads, head_dim from the width, the usual MLP width."""
+    filled = dict(values)
+    hidden, heads = filled.get("hidden_size"), filled.get("num_attention_heads")
+    if isinstance(heads, int):
+        filled.setdefault("num_query_groups", heads)
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        if "head_dim" not in filled and hidden % heads:
+            raise ValueError(
+                f"num_attention_heads = {heads} does not divide hidden_size = {hidden}; "
+                "choose heads that divide it or give head_dim"
+            )
+        filled.setdefault("head_dim", hidden // heads)
+    if isinstance(hidden, int) and "ffn_hidden_size" not in filled:
+        gated = filled.get("activation") == "swiglu"
+        # Llama keeps the parameter count of a 4h MLP over three matrices: 8h/3, rounded up to 64.
+        filled["ffn_hidden_size"] = -(-8 * hidden // 3 // 64) * 64 if gated else 4 * hidden
+    return filled

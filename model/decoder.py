@@ -1,0 +1,277 @@
+"""The decoder: Megatron-core layers between our embedding and our head, for any stage of a pipeline.
+
+Shapes: s sequence, b batch, h hidden, v vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from .backend import backend_for
+from .config import ModelConfig
+from .initial import initial_piece
+from .layout import decoder_layout
+from .loss import vocab_parallel_cross_entropy
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def megatron_config(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    on_cpu: bool,
+    deterministic: bool = False,
+) -> TransformerConfig:
+    """Translate a model section into Megatron-core's configuration of one layer.
+
+    Its pipeline size is always 1: layers here carry their global number, and Megatron would add a stage's offset.
+    """
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    gated = config.activation == "swiglu"
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_dim,
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization="RMSNorm" if config.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=gated,
+        activation_func=F.silu if gated else _gelu_tanh,
+        add_bias_linear=config.bias,
+        hidden_dropout=config.dropout,
+        attention_dropout=config.dropout,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel and tp > 1,
+        deterministic_mode=deterministic,
+        # Every fusion below needs Apex or Transformer Engine.
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # The interleaved schedule at two stages mixes up batched messages without an error.
+        batch_p2p_comm=False,
+    )
+
+
+def layer_spec(backend: BackendSpecProvider, rms_norm: bool) -> ModuleSpec:
+    """Describe one pre-norm decoder layer over a backend."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.layer_norm(rms_norm=rms_norm),
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm(rms_norm=rms_norm),
+            mlp=get_mlp_module_spec_for_backend(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for every position, held whole by every rank."""
+
+    def __init__(self, length: int, config: TransformerConfig) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else "cuda"
+        self.weight = nn.Parameter(
+            torch.empty(length, config.hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, first: int, length: int) -> Tensor:
+        """Give positions [first, first + length) as [length, 1, h]."""
+        return self.weight[first : first + length].unsqueeze(1)
+
+
+class Embedding(nn.Module):
+    """Token ids [b, s] -> [s, b, h], or this rank's slice of s under sequence parallel."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word = VocabParallelEmbedding(
+            model.padded_vocab_size,
+            model.hidden_size,
+            init_method=config.init_method,
+            config=config,
+            reduce_scatter_embeddings=config.sequence_parallel,
+        )
+        self.position = (
+            LearnedPositions(model.max_sequence_length, config) if model.position == "learned" else None
+        )
+
+    def forward(self, tokens_bs: Tensor) -> Tensor:
+        """Look up words, add positions, drop out."""
+        x = self.word(tokens_bs)
+        if not self.config.sequence_parallel:
+            x = x.transpose(0, 1).contiguous()
+        if self.position is not None:
+            rank = parallel_state.get_tensor_model_parallel_rank() if self.config.sequence_parallel else 0
+            x = x + self.position(rank * x.shape[0], x.shape[0])
+        if self.config.hidden_dropout and self.training:
+            if self.config.sequence_parallel:
+                with tensor_parallel.get_cuda_rng_tracker().fork():
+                    return F.dropout(x, self.config.hidden_dropout)
+            return F.dropout(x, self.config.hidden_dropout)
+        return x
+
+
+class Decoder(MegatronModule):
+    """One pipeline stage of a decoder: the given layers, the embedding on the first, norm and head on the last.
+
+    Parameter names are the global names of `model/layout.py`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        *,
+        layers: Sequence[int],
+        first: bool = True,
+        last: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.model, self.first, self.last, self.recompute = model, first, last, recompute
+        self.received: Tensor | None = None
+        backend = backend_for(model.backend)
+        rms_norm = model.normalization == "rmsnorm"
+        spec = layer_spec(backend, rms_norm)
+        if first:
+            self.embed = Embedding(model, config)
+        self.rotary = (
+            RotaryEmbedding(
+                model.head_dim,
+                rotary_percent=1.0,
+                rotary_base=model.rope_base,  # type: ignore[arg-type]
+                use_cpu_initialization=True,
+            )
+            if model.position == "rope"
+            else None
+        )
+        self.layers = nn.ModuleDict(
+            {str(layer): build_module(spec, config=config, layer_number=layer + 1) for layer in layers}
+        )
+        if last:
+            self.norm = backend.layer_norm(rms_norm=rms_norm)(
+                config=config, hidden_size=model.hidden_size, eps=model.norm_epsilon
+            )
+            self.head = ColumnParallelLinear(
+                model.hidden_size,
+                model.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=model.tied,
+            )
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
+        """Take what the previous stage sent; Megatron's schedules call this."""
+        self.received = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, tokens_bs: Tensor, labels_bs: Tensor | None = None) -> Tensor:
+        """Run the stage.
+
+        Returns [s, b, h] for the next stage; on the last stage the loss of every position in nats, fp32 [b, s],
+        or without labels the logits [b, s, v] of this rank's part of the padded vocabulary.
+        """
+        if self.first:
+            x_sbh = self.embed(tokens_bs)
+        else:
+            assert self.received is not None, "the schedule hands a later stage its input"
+            x_sbh = self.received
+        rope = self.rotary(tokens_bs.shape[1]) if self.rotary is not None else None
+        for layer in self.layers.values():
+            if self.recompute and self.training:
+                x_sbh, _ = torch.utils.checkpoint.checkpoint(
+                    layer, x_sbh, attention_mask=None, rotary_pos_emb=rope, use_reentrant=False
+                )
+            else:
+                x_sbh, _ = layer(x_sbh, attention_mask=None, rotary_pos_emb=rope)
+        if not self.last:
+            return x_sbh
+        weight = self.embed.word.weight if self.model.tied else None
+        logits_sbv, _ = self.head(self.norm(x_sbh), weight=weight)
+        if labels_bs is None:
+            return logits_sbv.transpose(0, 1)
+        rank, vocab = parallel_state.get_tensor_model_parallel_rank(), self.model.vocab_size
+        assert vocab is not None
+        losses_sb = vocab_parallel_cross_entropy(
+            logits_sbv,
+            labels_bs.transpose(0, 1),
+            first_row=rank * logits_sbv.shape[-1],
+            vocab_size=vocab,
+            z_loss=self.model.z_loss if self.training else 0.0,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return losses_sb.transpose(0, 1)
+
+
+def prepare_parameters(decoder: nn.Module, model: ModelConfig, seed: int | None) -> None:
+    """Mark every parameter with its place in the layout and, with a seed, fill it with its initial values.
+
+    The marks are those that Megatron-core and DeepSpeed read: `tensor_model_parallel`, `partition_dim`,
+    `partition_stride`. Works on parameters that ZeRO-3 has already partitioned only when `seed` is None.
+    """
+    table = decoder_layout(model)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in decoder.named_parameters():
+        row = table[name]
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if row.axis is not None and tp_size > 1:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = row.axis  # type: ignore[attr-defined]
+            parameter.partition_stride = row.parts  # type: ignore[attr-defined]
+        if seed is not None:
+            piece = initial_piece(row, seed, tp_rank, tp_size)
+            assert piece.shape == parameter.shape, f"{name}: {tuple(piece.shape)} != {tuple(parameter.shape)}"
+            parameter.data.copy_(piece)

@@ -1,0 +1,68 @@
+"""One batch: its names, dtypes and axes, and how it gets from the reader to the ranks of a model replica.
+
+field     dtype   axes
+tokens    int64   [micro-batch, sequence]
+labels    int64   [micro-batch, sequence]   the next token
+weights   fp32    [micro-batch, sequence]   1 where the prediction counts
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .runtime import Runtime
+
+
+class MicroBatch(NamedTuple):
+    """What one forward takes."""
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+def share(
+    tokens: np.ndarray | None,
+    weights: np.ndarray | None,
+    num_samples: int,
+    sequence_length: int,
+    runtime: Runtime,
+) -> tuple[Tensor, Tensor]:
+    """Give every rank of a model replica what its reader has read.
+
+    Args:
+        tokens: int32 [num_samples, sequence_length + 1] on the reader, None elsewhere.
+        weights: uint8 [num_samples, sequence_length] on the reader, None elsewhere.
+
+    Returns:
+        The same two as int32 tensors on the device of training.
+    """
+    width = 2 * sequence_length + 1
+    buffer = torch.empty(num_samples, width, dtype=torch.int32)
+    if runtime.reads_data:
+        assert tokens is not None and weights is not None
+        buffer[:, : sequence_length + 1] = torch.from_numpy(tokens)
+        buffer[:, sequence_length + 1 :] = torch.from_numpy(weights)
+    buffer = buffer.to(runtime.device, non_blocking=True)
+    if dist.get_world_size(runtime.model_group) > 1:
+        source = dist.get_process_group_ranks(runtime.model_group)[0]
+        dist.broadcast(buffer, src=source, group=runtime.model_group)
+    return buffer[:, : sequence_length + 1], buffer[:, sequence_length + 1 :]
+
+
+def cut(tokens: Tensor, weights: Tensor, micro_batch: int) -> list[MicroBatch]:
+    """Cut a rank's samples into micro-batches; the last one is filled up with samples that do not count."""
+    missing = -len(tokens) % micro_batch
+    if missing:
+        tokens = torch.cat((tokens, tokens.new_zeros(missing, tokens.shape[1])))
+        weights = torch.cat((weights, weights.new_zeros(missing, weights.shape[1])))
+    tokens = tokens.long()
+    return [
+        MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), weight.float())
+        for part, weight in zip(tokens.split(micro_batch), weights.split(micro_batch), strict=True)
+    ]

@@ -1,0 +1,263 @@
+"""The run file as typed, frozen sections, and the one place that derives numbers from it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..data.config import DataConfig
+from ..model.config import ModelConfig
+from .errors import ConfigError
+
+FIXED = {"on_resume": "fixed"}
+FREE = {"on_resume": "free"}
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """`[run]`: identity and processes."""
+
+    seed: int = Field(
+        1234, ge=0, description="seed of weights, data order and dropout", json_schema_extra=FIXED
+    )
+    processes: int | None = Field(
+        None, gt=0, description="local workers; by default one per GPU, else 1", json_schema_extra=FREE
+    )
+    deterministic: bool = Field(
+        False, description="bit-reproducible kernels on a GPU, at some speed", json_schema_extra=FREE
+    )
+
+
+class ParallelSection(Section):
+    """`[parallel]`: the layout. All of it may change at a resume."""
+
+    tensor: int = Field(1, gt=0, description="tensor-parallel ranks", json_schema_extra=FREE)
+    pipeline: int = Field(1, gt=0, description="pipeline stages", json_schema_extra=FREE)
+    sequence: bool = Field(
+        False, description="Megatron sequence parallel: norms and dropout on slices", json_schema_extra=FREE
+    )
+    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage", json_schema_extra=FREE)
+    ds_config: str | None = Field(
+        None, description="DeepSpeed JSON in place of ds_configs/zero<stage>.json", json_schema_extra=FREE
+    )
+
+
+class TrainSection(Section):
+    """`[train]`: how long, in what batches, in what precision."""
+
+    steps: int | None = Field(None, gt=0, description="optimizer steps", json_schema_extra=FREE)
+    tokens: int | None = Field(None, gt=0, description="or tokens, rounded up to steps", json_schema_extra=FREE)
+    global_batch: int = Field(
+        gt=0, description="sequences in one step, over all ranks", json_schema_extra=FIXED
+    )
+    micro_batch: int = Field(1, gt=0, description="sequences in one forward of a rank", json_schema_extra=FREE)
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="working precision; masters are fp32", json_schema_extra=FIXED
+    )
+    clip: float = Field(1.0, ge=0, description="global gradient norm limit; 0 is off", json_schema_extra=FIXED)
+    recompute: bool = Field(
+        False, description="activation checkpointing: keep a layer's input only", json_schema_extra=FREE
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens, not both and not neither")
+        return self
+
+
+class OptimizerSection(Section):
+    """`[optimizer]`: AdamW (Loshchilov & Hutter 2019)."""
+
+    lr: float = Field(gt=0, description="peak learning rate", json_schema_extra=FREE)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="moment decays", json_schema_extra=FREE)
+    eps: float = Field(1e-8, gt=0, description="denominator epsilon", json_schema_extra=FREE)
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay", json_schema_extra=FREE)
+    decay_all: bool = Field(
+        False, description="decay norms, biases and embeddings, too", json_schema_extra=FIXED
+    )
+
+
+class ScheduleSection(Section):
+    """`[schedule]`: the learning rate over steps."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="shape after the warm-up", json_schema_extra=FREE
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0", json_schema_extra=FREE)
+    final_ratio: float = Field(
+        0.1, ge=0, le=1, description="last learning rate over the peak", json_schema_extra=FREE
+    )
+    decay_steps: int | None = Field(
+        None,
+        gt=0,
+        description="wsd: length of the decay; by default a fifth of the run",
+        json_schema_extra=FREE,
+    )
+
+
+class EvaluateSection(Section):
+    """`[evaluate]`: held-out loss while training."""
+
+    every_steps: int = Field(0, ge=0, description="0: only at the end", json_schema_extra=FREE)
+    max_tokens: int = Field(65536, gt=0, description="tokens of each held-out set", json_schema_extra=FREE)
+
+
+class CheckpointSection(Section):
+    """`[checkpoint]`: when to save and what to keep."""
+
+    every_steps: int = Field(0, ge=0, description="0: only at the end and when stopped", json_schema_extra=FREE)
+    keep_last: int = Field(3, gt=0, description="newest checkpoints to keep", json_schema_extra=FREE)
+
+
+class MeterSection(Section):
+    """`[meter]`: logging, throughput and energy."""
+
+    log_every_steps: int = Field(1, gt=0, description="steps between metric lines", json_schema_extra=FREE)
+    watts: float | None = Field(
+        None, gt=0, description="power of one host, where no counter can be read", json_schema_extra=FREE
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="dense peak of one device, for MFU, where the table has none",
+        json_schema_extra=FREE,
+    )
+    attention_flops: Literal["causal", "full"] = Field(
+        "causal", description="how attention is counted in FLOPs", json_schema_extra=FREE
+    )
+    g_co2e_per_kwh: float | None = Field(None, ge=0, description="grid intensity", json_schema_extra=FREE)
+    tensorboard: bool = Field(True, description="write TensorBoard events", json_schema_extra=FREE)
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    run: RunSection = Field(default_factory=RunSection)
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    train: TrainSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    meter: MeterSection = Field(default_factory=MeterSection)
+
+    def resolve(self, world_size: int, vocab_size: int) -> ResolvedRun:
+        """Derive everything that follows from the world size and the tokenizer's vocabulary.
+
+        Raises:
+            ConfigError: with every violated rule in one message.
+        """
+        problems: list[str] = []
+        parallel, train = self.parallel, self.train
+        model = self.model
+        if model.vocab_size is None:
+            model = ModelConfig(**{**model.model_dump(), "vocab_size": vocab_size})
+        elif model.vocab_size < vocab_size:
+            problems.append(
+                f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {vocab_size}; "
+                "leave it out to take the tokenizer's"
+            )
+        problems += model.layout_problems(parallel.tensor)
+        problems += self._problems()
+        ranks = parallel.tensor * parallel.pipeline
+        if world_size % ranks:
+            problems.append(
+                f"{world_size} processes cannot be cut into groups of parallel.tensor x parallel.pipeline = "
+                f"{parallel.tensor} x {parallel.pipeline}; start a multiple of {ranks}"
+            )
+        dp = max(1, world_size // ranks)
+        if dp > train.global_batch:
+            problems.append(
+                f"train.global_batch = {train.global_batch} is smaller than the {dp} data-parallel ranks; "
+                "raise it or start fewer processes"
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+        steps = train.steps or -(-(train.tokens or 0) // (train.global_batch * self.data.sequence_length))
+        return ResolvedRun(
+            run=self.model_copy(update={"model": model}),
+            world_size=world_size,
+            data_parallel=dp,
+            steps=steps,
+            tokens_per_step=train.global_batch * self.data.sequence_length,
+        )
+
+    def _problems(self) -> list[str]:
+        """Check the rules that join two sections and need no world size."""
+        parallel, problems = self.parallel, []
+        if self.data.sequence_length > self.model.max_sequence_length:
+            problems.append(
+                f"data.sequence_length = {self.data.sequence_length} exceeds model.max_sequence_length = "
+                f"{self.model.max_sequence_length}; lower the first or raise the second"
+            )
+        if parallel.pipeline > 1:
+            problems.append(
+                f"parallel.pipeline = {parallel.pipeline}: pipeline stages are not in this release; set it to 1"
+            )
+        if parallel.sequence and parallel.tensor == 1:
+            problems.append("parallel.sequence = true needs parallel.tensor > 1; set it to false")
+        if parallel.sequence and self.data.sequence_length % parallel.tensor:
+            problems.append(
+                f"parallel.sequence = true needs data.sequence_length = {self.data.sequence_length} to be a "
+                f"multiple of parallel.tensor = {parallel.tensor}"
+            )
+        if parallel.zero == 0 and self.train.dtype != "fp32":
+            problems.append(
+                f"parallel.zero = 0 accumulates {self.train.dtype} gradients without fp32 masters; "
+                "set parallel.zero = 1 (it costs nothing more on one data-parallel rank) or train.dtype = 'fp32'"
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run with everything derived: `run.model.vocab_size` is set, the layout factors, the steps are known."""
+
+    run: RunConfig
+    world_size: int
+    data_parallel: int
+    steps: int
+    tokens_per_step: int
+
+    def num_micro_batches(self, samples_per_reader: int) -> int:
+        """Forwards of a rank in one step; the last one is filled up with samples of weight zero."""
+        return -(-samples_per_reader // self.run.train.micro_batch)
+
+
+def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the paths of a parsed run file absolute: they are relative to the file they stand in."""
+
+    def absolute(path: Any) -> Any:
+        if not isinstance(path, str) or path.startswith("builtin:"):
+            return path
+        return str((base / Path(path).expanduser()).resolve())
+
+    resolved = {
+        name: dict(section) if isinstance(section, dict) else section for name, section in values.items()
+    }
+    data, parallel = resolved.get("data"), resolved.get("parallel")
+    if isinstance(data, dict):
+        train = data.get("train")
+        data["train"] = (
+            [absolute(path) for path in train] if isinstance(train, (list, tuple)) else absolute(train)
+        )
+        if train is None:
+            del data["train"]
+        if isinstance(data.get("heldout"), dict):
+            data["heldout"] = {name: absolute(path) for name, path in data["heldout"].items()}
+        if "tokenizer" in data:
+            data["tokenizer"] = absolute(data["tokenizer"])
+    if isinstance(parallel, dict) and parallel.get("ds_config"):
+        parallel["ds_config"] = absolute(parallel["ds_config"])
+    return resolved

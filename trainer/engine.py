@@ -1,0 +1,312 @@
+"""DeepSpeed: the only module that imports it.
+
+An ordinary DeepSpeedEngine reduces, clips and steps; Megatron-core's schedule drives forward and backward. With one
+pipeline stage there are two reduction paths, chosen once:
+
+* ZeRO 1-3: every forward goes through the engine, whose accumulation boundary is false until the last micro-batch.
+  ZeRO-2 and 3 reduce each micro-batch into their partition; ZeRO-3 needs the call for its prefetch trace.
+* ZeRO 0 in fp32: forward and backward go around the engine, gradients are averaged once, and norm and clipping are
+  ours, as DeepSpeed reports no norm there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from ..model.decoder import Decoder, megatron_config, prepare_parameters
+from ..model.initial import initial_piece
+from ..model.layout import decoder_layout, has_weight_decay
+from .batch import MicroBatch
+from .config import ResolvedRun
+from .engine_state import MASTER, EngineState
+from .errors import ConfigError
+from .runtime import Mpu, Runtime, run_schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What the run file decides: in a DeepSpeed file they would be a second source of truth.
+DERIVED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "data_types",
+    "optimizer",
+    "scheduler",
+    "steps_per_print",
+    "zero_allow_untested_optimizer",
+)
+
+
+def deepspeed_config(resolved: ResolvedRun) -> dict[str, Any]:
+    """Join a DeepSpeed file (ours for the ZeRO stage, or the user's) with the keys that the run file decides.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds keys that the run file decides: all of them at once.
+    """
+    parallel, train = resolved.run.parallel, resolved.run.train
+    if parallel.ds_config is None:
+        name = f"zero{parallel.zero}.json"
+        base = json.loads(resources.files("basestone.ds_configs").joinpath(name).read_text())
+    else:
+        name = parallel.ds_config
+        try:
+            base = json.loads(Path(name).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"parallel.ds_config: {name} cannot be read as JSON: {error}") from error
+    if conflicts := [key for key in DERIVED_KEYS if key in base]:
+        raise ConfigError(f"{name}: take out {', '.join(conflicts)}: the run file decides them")
+    stage = base.get("zero_optimization", {}).get("stage", 0)
+    if stage != parallel.zero:
+        raise ConfigError(
+            f"{name}: its zero_optimization.stage is {stage}, but parallel.zero = {parallel.zero}"
+        )
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # the schedule counts micro-batches; DeepSpeed sees one a step
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0 if parallel.zero == 0 else train.clip,
+        "steps_per_print": 1 << 60,
+        "zero_allow_untested_optimizer": True,
+    }
+    if train.dtype != "fp32":
+        derived[train.dtype] = {"enabled": True}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    if train.dtype == "bf16":
+        derived["bf16"]["immediate_grad_update"] = True
+    return {**base, **derived}
+
+
+class Engine:
+    """A model under DeepSpeed: run a step, evaluate, and expose its state by global names."""
+
+    def __init__(self, resolved: ResolvedRun, runtime: Runtime) -> None:
+        """Build the model in this rank's pieces, with its initial weights."""
+        run = resolved.run
+        self.runtime, self.model = runtime, run.model
+        self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
+        self._sequence_length, self._micro_batch = run.data.sequence_length, run.train.micro_batch
+        if runtime.on_cpu:
+            # Its build guards itself with a lock file: a process killed meanwhile hangs every later run for ever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_logger.setLevel(logging.ERROR)
+        config = deepspeed_config(resolved)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(verbose=False)
+        self.module = self._build(resolved, config)
+        if run.model.compile:
+            for layer in self.module.layers.values():
+                layer.compile()
+        self._hooks = self._finish_sequence_parallel() if run.parallel.sequence and self._zero else []
+        optimizer = self._optimizer(resolved)
+        with _quiet():
+            self._engine, self._deepspeed_optimizer, _, _ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=config, mpu=Mpu()
+            )
+        self.state = EngineState(self.module, self._deepspeed_optimizer, runtime.dp_group)
+        if self._zero == 3:
+            self._initialise_stage3(run.run.seed)
+        self._chunk = _EngineChunk(self._engine, self.module) if self._zero else self.module
+        self.module.config.grad_scale_func = self._engine.scale if run.train.dtype == "fp16" else None
+
+    def _build(self, resolved: ResolvedRun, config: dict[str, Any]) -> Decoder:
+        run, runtime = resolved.run, self.runtime
+        dtype = DTYPES[run.train.dtype]
+        layer_config = megatron_config(
+            run.model,
+            dtype=dtype,
+            sequence_parallel=run.parallel.sequence,
+            on_cpu=runtime.on_cpu,
+            deterministic=run.run.deterministic,
+        )
+        partition: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._zero == 3:
+            # With mpu= it would partition over all ranks and mix up tensor-parallel pieces without a word.
+            partition = deepspeed.zero.Init(
+                data_parallel_group=runtime.dp_group, config_dict_or_path=config, dtype=dtype
+            )
+        with partition:
+            module = Decoder(
+                run.model, layer_config, layers=range(run.model.num_layers), recompute=run.train.recompute
+            )
+        prepare_parameters(module, run.model, None if self._zero == 3 else run.run.seed)
+        for parameter in module.parameters():
+            # DeepSpeed's norm counts what is not tensor-parallel where this says so, in every stage alike.
+            if not parameter.tensor_model_parallel:  # type: ignore[attr-defined]
+                parameter.model_parallel = runtime.tp_rank == 0  # type: ignore[attr-defined]
+        return module
+
+    def _optimizer(self, resolved: ResolvedRun) -> torch.optim.Optimizer:
+        section, table = resolved.run.optimizer, decoder_layout(self.model)
+        decayed, plain = [], []
+        for name, parameter in self.module.named_parameters():
+            decay = section.decay_all or has_weight_decay(table[name])
+            (decayed if decay else plain).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": section.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            fused=True,
+        )
+
+    def _initialise_stage3(self, seed: int) -> None:
+        """Fill each rank's partitions, one parameter at a time, with what every other layout starts from."""
+        table, runtime = decoder_layout(self.model), self.runtime
+        for fragment in self.state.fragments():
+            piece = initial_piece(table[fragment.name], seed, runtime.tp_rank, runtime.tp_size).view(-1)
+            values = piece.narrow(0, fragment.start, fragment.numel)
+            fragment.tensors[MASTER].copy_(values.to(DTYPES[self._dtype]))
+        self.state.refresh()
+
+    def _finish_sequence_parallel(self) -> list[Any]:
+        """Sum, over tensor-parallel ranks, gradients that each rank has for its slice of the tokens only.
+
+        DeepSpeed does not know of them. A hook on the gradient comes before any reduction of a micro-batch.
+        """
+        group = self.runtime.tp_group
+
+        def add_up(gradient: Tensor) -> Tensor:
+            total = gradient.contiguous().clone()
+            dist.all_reduce(total, group=group)
+            return total
+
+        return [parameter.register_hook(add_up) for parameter in self._sequence_parallel_parameters()]
+
+    def _sequence_parallel_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if getattr(p, "sequence_parallel", False)]
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], num_tokens: float) -> Tensor:
+        """Run forward and backward over this rank's micro-batches.
+
+        Args:
+            micro_batches: this rank's part of the global batch.
+            num_tokens: predictions that count, in the whole global batch.
+
+        Returns:
+            The sum of this rank's losses in nats, fp32, not yet divided by `num_tokens`.
+        """
+        self.module.train()
+        # The schedule divides by the micro-batches and ZeRO averages over data-parallel ranks: take both back.
+        scale = len(micro_batches) * self.runtime.dp_size / num_tokens
+        if isinstance(self._chunk, _EngineChunk):
+            self._chunk.begin_step(len(micro_batches))
+        reports = run_schedule(
+            self._forward_step(scale),
+            self._chunk,
+            micro_batches,
+            sequence_length=self._sequence_length,
+            micro_batch=self._micro_batch,
+        )
+        return torch.stack([report["loss_sum"] for report in reports]).sum()
+
+    def _forward_step(self, scale: float) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
+        def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> Any:
+            batch = next(batches)
+            losses_bs = chunk(batch.tokens, batch.labels)
+
+            def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                total = (output * batch.weights).sum()
+                return total * scale, {"loss_sum": total.detach().clone()}
+
+            return losses_bs, loss
+
+        return forward_step
+
+    def update(self, lr: float) -> float:
+        """Clip, step and give the global gradient norm before clipping."""
+        for group in self._deepspeed_optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._reduce_plain() if self._zero == 0 else None
+        self._engine.step()
+        reported = norm if norm is not None else self._engine.get_global_grad_norm()
+        return float(reported)
+
+    def _reduce_plain(self) -> float:
+        """ZeRO-0: finish the gradients, compute their norm over all ranks, clip."""
+        runtime = self.runtime
+        if self.module.config.sequence_parallel:
+            for parameter in self._sequence_parallel_parameters():
+                dist.all_reduce(parameter.grad, group=runtime.tp_group)
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+        square = torch.zeros((), dtype=torch.float64)
+        for parameter in self.module.parameters():
+            counts = parameter.tensor_model_parallel or runtime.tp_rank == 0  # type: ignore[attr-defined]
+            if counts and parameter.grad is not None:
+                square += parameter.grad.double().square().sum().cpu()
+        dist.all_reduce(square, group=runtime.model_group if runtime.on_cpu else runtime.control)
+        norm = float(square.sqrt())
+        if self._clip and norm > self._clip:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._clip / (norm + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Give the summed loss in nats of this rank's micro-batches, without dropout and z-loss."""
+        self.module.eval()
+        reports = run_schedule(
+            self._forward_step(1.0),
+            self._chunk,
+            micro_batches,
+            sequence_length=self._sequence_length,
+            micro_batch=self._micro_batch,
+            forward_only=True,
+        )
+        return torch.stack([report["loss_sum"] for report in reports]).sum()
+
+
+class _EngineChunk(nn.Module):
+    """What the schedule calls in place of the model, so that each forward passes through DeepSpeed's engine."""
+
+    def __init__(self, engine: Any, module: Decoder) -> None:
+        super().__init__()
+        object.__setattr__(self, "engine", engine)  # not a sub-module: the engine owns the parameters
+        object.__setattr__(self, "stage", module)  # "decoder" would mean something to the schedule
+        self.config, self.model_type = module.config, module.model_type
+        self._remaining = 0
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """Say how many forwards come before the optimizer's step."""
+        self._remaining = num_micro_batches
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Pass on what the schedule hands over."""
+        self.stage.set_input_tensor(tensor)
+
+    def forward(self, tokens_bs: Tensor, labels_bs: Tensor) -> Tensor:
+        """Run one micro-batch; the last one of a step is the accumulation boundary."""
+        if self.stage.training:
+            self._remaining -= 1
+            self.engine.set_gradient_accumulation_boundary(self._remaining == 0)
+        return self.engine(tokens_bs, labels_bs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DeepSpeed's start-up chatter off the console."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,150 @@
+"""One view of DeepSpeed's optimizer classes: the fragments of fp32 masters and optimizer states that a rank owns.
+
+The differences between the classes, and the private names of theirs that we rest on, end here. The checkpoint and
+the weight initialisation know nothing else of DeepSpeed.
+
+    class                      chosen for                       masters
+    DeepSpeedZeroOptimizer     ZeRO-1 fp32, ZeRO-2              flat partitions of each group
+    BF16_Optimizer             ZeRO-1 bf16, fp32 accumulation   flat partitions of each group
+    DeepSpeedZeroOptimizer_Stage3  ZeRO-3                       flat partitions of each sub-group
+    torch.optim.AdamW          ZeRO-0 fp32                      the parameters themselves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's
+MASTER = "master"
+
+
+class Fragment(NamedTuple):
+    """A flat range of a parameter's tensor-parallel piece, owned by this rank.
+
+    `tensors` maps "master" and each optimizer state to a 1-D fp32 view of `numel` elements; writing to a view
+    writes to the optimizer.
+    """
+
+    name: str
+    start: int
+    numel: int
+    tensors: dict[str, Tensor]
+
+
+class EngineState:
+    """Iterate over, and write through to, what DeepSpeed's optimizer holds on this rank."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, dp_group: dist.ProcessGroup) -> None:
+        self._parameters = dict(module.named_parameters())
+        self._optimizer = optimizer
+        self._dp_group = dp_group
+        self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._create_states()
+
+    @property
+    def is_replicated(self) -> bool:
+        """Tell whether every data-parallel rank holds the same fragments (ZeRO-0)."""
+        return self._optimizer is self._inner
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Give every fragment that this rank owns, in the order of the parameters' names."""
+        for name in sorted(self._parameters):
+            parameter = self._parameters[name]
+            place = self._place(parameter)
+            if place is None:
+                continue
+            flat, offset, start, numel = place
+            if not numel:
+                continue
+            tensors = {MASTER: flat.detach().view(-1).narrow(0, offset, numel)}
+            for key in STATE_KEYS:
+                tensors[key] = self._inner.state[flat][key].view(-1).narrow(0, offset, numel)
+            yield Fragment(name, start, numel, tensors)
+
+    @property
+    def steps(self) -> int:
+        """Updates that the optimizer has made: AdamW's bias correction counts them."""
+        return max((int(state["step"]) for state in self._inner.state.values()), default=0)
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for state in self._inner.state.values():
+            state["step"].fill_(float(value))
+
+    def refresh(self) -> None:
+        """Renew the working parameters after the masters were written to."""
+        optimizer = self._optimizer
+        if self.is_replicated:
+            return
+        if hasattr(optimizer, "fp16_partitioned_groups_flat"):
+            self._refresh_stage3()
+        else:
+            optimizer.update_lp_params()
+
+    def _refresh_stage3(self) -> None:
+        optimizer = self._optimizer
+        for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            working = optimizer.fp16_partitioned_groups_flat[index]
+            working.data.copy_(master.data)
+            pieces = optimizer.unflatten(working, optimizer.fp16_partitioned_groups[index])
+            for partition, piece in zip(optimizer.fp16_partitioned_groups[index], pieces, strict=True):
+                partition.data = piece.data
+        if persistent := optimizer.persistent_parameters:  # small parameters that stay gathered
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """Give (flat master, offset in it, start in the parameter's piece, elements), None where it is not ours."""
+        optimizer = self._optimizer
+        if self.is_replicated:
+            return parameter, 0, 0, parameter.numel()
+        if hasattr(optimizer, "grad_position"):  # stage 3
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            size = parameter.ds_tensor.ds_numel
+            start = dist.get_rank(self._dp_group) * size
+            return (
+                optimizer.fp32_partitioned_groups_flat[group],
+                offset,
+                start,
+                self._unpadded(parameter, start),
+            )
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flats = (
+            getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+        )
+        address, source = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flats[mapping.param_group_index], address.start, source.start, source.numel
+
+    @staticmethod
+    def _unpadded(parameter: Any, start: int) -> int:
+        """Count the elements of this rank's stage-3 partition that are not padding."""
+        return max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+
+    def _flat_masters(self) -> list[Tensor]:
+        optimizer = self._optimizer
+        for name in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
+            if flats := getattr(optimizer, name, None):
+                return list(flats)
+        return [parameter for group in self._inner.param_groups for parameter in group["params"]]
+
+    def _create_states(self) -> None:
+        """Make AdamW's states at zero: torch makes them at the first step, after a checkpoint would be loaded."""
+        fused = bool(self._inner.defaults.get("fused"))
+        for flat in self._flat_masters():
+            if "step" not in self._inner.state[flat]:
+                device = flat.device if fused else torch.device("cpu")
+                self._inner.state[flat] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    **{key: torch.zeros_like(flat, requires_grad=False) for key in STATE_KEYS},
+                }

@@ -1,0 +1,142 @@
+"""From a TOML file and `--set a.b=value` to a RunConfig, with every error in one message. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .config import RunConfig, resolve_paths
+from .errors import ConfigError
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file.
+
+    Args:
+        path: the TOML file; paths in it are relative to it.
+        overrides: `section.key=value` strings; the value is a TOML value, or a plain word. They win over the file,
+            and paths in them are relative to the working directory.
+
+    Raises:
+        ConfigError: the file cannot be read, or keys or values are wrong: all of them at once.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such run file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+    values = resolve_paths(values, path.resolve().parent)
+    given = resolve_paths(parse_overrides(overrides), Path.cwd())
+    for section, fields in given.items():
+        if isinstance(fields, dict) and isinstance(values.get(section, {}), dict):
+            values[section] = {**values.get(section, {}), **fields}
+            if (
+                section == "train" and len({"steps", "tokens"} & set(fields)) == 1
+            ):  # the new length replaces the old
+                values[section].pop(({"steps", "tokens"} - set(fields)).pop(), None)
+        else:
+            values[section] = fields
+    return validate_run(values, str(path))
+
+
+def validate_run(values: dict[str, Any], origin: str) -> RunConfig:
+    """Check parsed values; `origin` stands in front of the error message."""
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _describe(error))
+        raise ConfigError(f"{origin}: {error.error_count()} error(s)\n{lines}") from error
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `a.b=value` strings into nested dictionaries."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        parts = name.strip().split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise ConfigError(f"--set {override}: expected section.key=value, e.g. --set train.steps=100")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()  # a plain word
+        node = values
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = value
+    return values
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    for item in error.errors(include_url=False):
+        location = [str(part) for part in item["loc"]]
+        dotted = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            known = list(_fields_at(location[:-1]))
+            near = difflib.get_close_matches(location[-1], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            yield f"{dotted}: unknown key; {hint}"
+        elif item["type"] == "missing":
+            yield f"{dotted}: is missing"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = item.get("input")
+            shown = "" if isinstance(got, (dict, BaseModel)) else f" (got {got!r})"
+            yield f"{dotted}: {message}{shown}" if dotted else message
+
+
+def _fields_at(location: Sequence[str]) -> Iterator[str]:
+    model: Any = RunConfig
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return
+        model = field.annotation
+    yield from getattr(model, "model_fields", {})
+
+
+def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Compare two dumped run configs; list each field marked fixed on resume whose value differs."""
+    differences = []
+    for section_name, section in RunConfig.model_fields.items():
+        before, after = old.get(section_name, {}), new.get(section_name, {})
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            extra = field.json_schema_extra
+            fixed = isinstance(extra, dict) and extra.get("on_resume") == "fixed"
+            if fixed and _plain(before.get(name)) != _plain(after.get(name)):
+                differences.append(
+                    f"{section_name}.{name}: {before.get(name)!r} in the checkpoint, {after.get(name)!r} now"
+                )
+    return differences
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def run_to_toml(values: dict[str, Any], comments: Sequence[str] = ()) -> str:
+    """Write dumped sections as a TOML text that `load_run` reads back; fields that are None are left out."""
+    lines = [f"# {comment}" for comment in comments]
+    for section, fields in values.items():
+        plain = {
+            name: value for name, value in fields.items() if value is not None and not isinstance(value, dict)
+        }
+        lines += ["", f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in plain.items())]
+        for name, table in fields.items():
+            if isinstance(table, dict) and table:
+                lines += ["", f"[{section}.{name}]"]
+                lines += [f"{json.dumps(key)} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

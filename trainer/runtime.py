@@ -1,0 +1,275 @@
+"""Processes and groups: what a worker is, whom it talks to, and Megatron-core's schedules.
+
+The only module outside model/ that speaks to Megatron-core, and the only one in trainer/ that reads the environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from ..model import cpu
+
+TIMEOUT = timedelta(minutes=30)  # of every group: subgroups do not inherit it
+RENDEZVOUS = "BASESTONE_RENDEZVOUS"  # a file that local workers meet at: no port, hence no race for one
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this worker is and the groups it belongs to.
+
+    `control` is a CPU group over all ranks for small objects; `readers` joins the first rank of every model replica.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def reads_data(self) -> bool:
+        """Tell whether this rank reads for its model replica; the others get a broadcast."""
+        return dist.get_rank(self.model_group) == 0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Tell whether training runs on the CPU."""
+        return self.device.type == "cpu"
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Collect one small object per rank on rank 0, in rank order; None elsewhere."""
+        out: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, out, dst=0, group=self.control)
+        return out
+
+    def gather_all(self, value: Any) -> list[Any]:
+        """Collect one small object per rank on every rank."""
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def broadcast(self, value: Any) -> Any:
+        """Give every rank the object of rank 0."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+
+class Mpu:
+    """What DeepSpeed asks of a model-parallel unit, answered by Megatron-core.
+
+    Megatron's module itself lacks half of these names.
+    """
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        """Ranks that hold the same piece of the model."""
+        return parallel_state.get_data_parallel_group()
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """This rank's place among them."""
+        return parallel_state.get_data_parallel_rank()
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """How many they are."""
+        return parallel_state.get_data_parallel_world_size()
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Their global ranks."""
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_group() -> dist.ProcessGroup:
+        """Ranks that hold one replica of the model together: tensor x pipeline."""
+        return parallel_state.get_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """This rank's place in its replica."""
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """Ranks of one replica."""
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_tensor_model_parallel_group() -> dist.ProcessGroup:
+        """Ranks that cut the same layers."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @staticmethod
+    def get_tensor_model_parallel_rank() -> int:
+        """This rank's place among them."""
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def get_tensor_model_parallel_world_size() -> int:
+        """How many they are."""
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    get_slice_parallel_world_size = get_tensor_model_parallel_world_size
+
+    @staticmethod
+    def get_pipeline_model_parallel_group() -> dist.ProcessGroup:
+        """Ranks of one pipeline."""
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @staticmethod
+    def get_pipeline_model_parallel_rank() -> int:
+        """This rank's stage."""
+        return parallel_state.get_pipeline_model_parallel_rank()
+
+    @staticmethod
+    def get_pipeline_model_parallel_world_size() -> int:
+        """Stages."""
+        return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def start(*, tensor: int = 1, pipeline: int = 1, deterministic: bool = False) -> Runtime:
+    """Join the processes that a launcher started (or be the only one) and make Megatron's groups.
+
+    A launcher is seen by RANK and WORLD_SIZE in the environment: our own, torchrun, deepspeed and srun set them.
+    """
+    on_cpu = not torch.cuda.is_available()
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+    if on_cpu:
+        cpu.install_shims()
+    else:
+        torch.cuda.set_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not dist.is_initialized():
+        _join("gloo" if on_cpu else "cpu:gloo,cuda:nccl", device)
+    join_groups(tensor=tensor, pipeline=pipeline)
+    return _runtime(device)
+
+
+def _join(backend: str, device: torch.device) -> None:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device_id = None if device.type == "cpu" else device
+    store: dist.Store | None = None
+    if path := os.environ.get(RENDEZVOUS):
+        store = dist.FileStore(path, world_size)
+    elif "RANK" not in os.environ:
+        store = dist.HashStore()
+    if store is None:
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    else:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device_id
+        )
+
+
+def join_groups(*, tensor: int, pipeline: int = 1) -> None:
+    """Make Megatron's groups for a layout, replacing those of an earlier one."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+    )
+
+
+def _runtime(device: torch.device) -> Runtime:
+    return Runtime(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+        control=dist.new_group(backend="gloo", timeout=TIMEOUT),
+    )
+
+
+def stop() -> None:
+    """Leave all groups; call it at an orderly end only, never after an exception."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, runtime: Runtime) -> None:
+    """Seed every generator for one step: dropout depends on (seed, step, place in the layout) and on no history.
+
+    So nothing random has to be saved, and a resumed run draws what an uninterrupted one would.
+    """
+    shared = _hash(seed, step, runtime.dp_rank)  # the same on the ranks that cut one replica's layers
+    random.seed(shared)
+    torch.manual_seed(shared)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.reset()
+    names = tensor_parallel.random
+    if not runtime.on_cpu:
+        torch.cuda.manual_seed(shared)
+    tracker.add(names._DATA_PARALLEL_RNG_TRACKER_NAME, shared)
+    tracker.add(names._MODEL_PARALLEL_RNG_TRACKER_NAME, _hash(seed, step, runtime.dp_rank, runtime.tp_rank, 1))
+
+
+def _hash(*values: int) -> int:
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def run_schedule(
+    forward_step: Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict]]]],
+    chunk: nn.Module,
+    micro_batches: Sequence[Any],
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Run Megatron-core's schedule over the micro-batches; give what the loss function reported for each."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=chunk,
+        num_microbatches=len(micro_batches),
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+    )
+
+
+def cache_dir() -> Path:
+    """Give the directory for what can be made again: $XDG_CACHE_HOME/basestone, else ~/.cache/basestone."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "basestone"
+
+
+def visible_gpus() -> list[str]:
+    """Give the GPU of this worker as NVML knows it; empty on a CPU."""
+    if not torch.cuda.is_available():
+        return []
+    return [f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
