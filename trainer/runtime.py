@@ -273,3 +273,8 @@ def visible_gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
+
+
+def world_size() -> int:
+    """Give how many workers the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

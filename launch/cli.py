@@ -1,0 +1,277 @@
+"""The `basestone` command. Imports nothing heavy: what needs torch is started as a worker."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from . import environ, local
+from .data_commands import data_app, prepare, tokenizer_app
+
+EXIT_USER = 64
+
+app = typer.Typer(
+    name="basestone",
+    help="Pre-train Transformers: Megatron-core blocks under DeepSpeed ZeRO, fed by WebDataset streams.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: basestone quickstart",
+)
+app.add_typer(tokenizer_app)
+app.add_typer(data_app)
+app.command(epilog="Example: basestone prepare docs/ notes.jsonl.gz --out shards/notes")(prepare)
+checkpoint_app = typer.Typer(name="checkpoint", help="List and verify checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app)
+
+RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", show_default=False)]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(help="A step directory, or a run directory for its newest good one.", show_default=False),
+]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key of the file; repeatable.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+TokenizerPath = Annotated[
+    Path | None, typer.Option("--tokenizer", help="The tokenizer, where it is not in the run directory.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(version("basestone"))
+        except PackageNotFoundError:
+            print("0+checkout")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: basestone train recipes/quickstart.toml --set train.steps=50 --dry-run")
+def train(
+    run: RunFile,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where the run lives; by default runs/<file stem>.")
+    ] = None,
+    overrides: Override = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on from this step directory and no other.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved run and leave; starts no process group.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train, going on from the run directory's newest good checkpoint.
+
+    Outside a launcher it starts `run.processes` local workers; under torchrun, deepspeed or srun it is one.
+    """
+    directory = (run_dir or Path("runs") / run.stem).resolve()
+    arguments = ["train", str(run), "--run-dir", str(directory)]
+    for override in overrides or []:
+        arguments += ["--set", override]
+    arguments += ["--resume", str(resume)] if resume else []
+    arguments += ["--debug"] if debug else []
+    environ.adopt_srun()
+    if environ.inside_launcher() and not dry_run:
+        local.become_worker(arguments)
+
+    from ..trainer.load import load_run
+    from ..trainer.places import locate, vocab_size
+    from ..trainer.plan import describe
+
+    config = load_run(run, overrides or [])
+    num_workers = config.run.processes or max(1, environ.num_gpus())
+    places = locate(config.data, environ.cache_dir(), _say)
+    resolved = config.resolve(num_workers, vocab_size(places))
+    lines = describe(resolved, directory)
+    if dry_run:
+        for label, text in lines:
+            print(f"{label:>15}  {text}")
+        return
+    for label, text in lines:
+        if label in ("model", "parameters", "layout", "batch", "length"):
+            _say(f"{label}: {text}")
+    raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
+
+
+@app.command(epilog="Example: basestone evaluate runs/quickstart")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Held-out shards; by default the run's own. Repeatable.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each set.", min=1)] = 65536,
+    tokenizer: TokenizerPath = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte on held-out text."""
+    arguments = ["evaluate", str(checkpoint), "--max-tokens", str(max_tokens)]
+    for place in data or []:
+        arguments += ["--data", str(place)]
+    arguments += ["--json"] if as_json else []
+    _one_worker(arguments, tokenizer, debug)
+
+
+@app.command(epilog='Example: basestone generate runs/quickstart --prompt "def main(" --temperature 0.7')
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 from all.", min=0)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
+    tokenizer: TokenizerPath = None,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt with the trainer's own model."""
+    arguments = ["generate", str(checkpoint), f"--prompt={prompt}", "--max-new-tokens", str(max_new_tokens)]
+    arguments += ["--temperature", str(temperature), "--top-k", str(top_k), "--seed", str(seed)]
+    _one_worker(arguments, tokenizer, debug)
+
+
+@app.command(epilog="Example: basestone export runs/quickstart my-model --licence apache-2.0")
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The directory to write; must not exist.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare logits; the model card says so.")
+    ] = False,
+    licence: Annotated[str, typer.Option(help="For the model card, e.g. apache-2.0.")] = "",
+    name: Annotated[str, typer.Option(help="For the model card; by default the directory's.")] = "",
+    tokenizer: TokenizerPath = None,
+    debug: Debug = False,
+) -> None:
+    """Write a Hugging Face directory, and compare it with the trainer's logits before it is called done."""
+    arguments = [
+        "export",
+        str(checkpoint),
+        str(out),
+        "--dtype",
+        dtype,
+        f"--licence={licence}",
+        f"--name={name}",
+    ]
+    arguments += ["--no-verify"] if no_verify else []
+    _one_worker(arguments, tokenizer, debug)
+
+
+def _one_worker(arguments: list[str], tokenizer: Path | None, debug: bool) -> None:
+    arguments = [
+        *arguments,
+        *(["--tokenizer", str(tokenizer)] if tokenizer else []),
+        *(["--debug"] if debug else []),
+    ]
+    raise typer.Exit(local.run_workers(arguments, 1))
+
+
+@app.command(epilog="Example: basestone report runs/quickstart")
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="By default report.html in the run directory.")] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from ..trainer.errors import ConfigError
+    from ..trainer.report import write_report
+
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(f"{run_dir}: is no run directory (no metrics.jsonl)")
+    print(write_report(run_dir, out))
+
+
+@app.command(epilog="Example: basestone quickstart --out /tmp/quickstart")
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("runs/quickstart"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--keep", help="Start over, or go on with what is there.")
+    ] = True,
+) -> None:
+    """Train, kill, resume, export and sample a small model on this machine, in a few minutes."""
+    from .quickstart import run_quickstart
+
+    raise typer.Exit(run_quickstart(out.resolve(), fresh))
+
+
+@checkpoint_app.command("ls", epilog="Example: basestone checkpoint ls runs/quickstart")
+def checkpoint_ls(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """List the checkpoints of a run, newest first, with what their structure says."""
+    from ..trainer.errors import CheckpointError
+    from ..trainer.storage import Reader, steps_in
+
+    rows = []
+    for step, path in steps_in(run_dir / "checkpoints"):
+        try:
+            size = sum(Reader(path).manifest["files"].values())
+            rows.append({"step": step, "path": str(path), "bytes": size, "problem": None})
+        except CheckpointError as error:
+            rows.append({"step": step, "path": str(path), "bytes": None, "problem": str(error)})
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:10.1f} MB" if row["bytes"] else "damaged: " + str(row["problem"])
+        print(f"{row['path']}  {size}")
+
+
+@checkpoint_app.command("verify", epilog="Example: basestone checkpoint verify runs/quickstart")
+def checkpoint_verify(checkpoint: Checkpoint) -> None:
+    """Read every byte of a checkpoint against its checksums."""
+    from ..trainer.errors import CheckpointError
+    from ..trainer.storage import Reader, steps_in
+
+    path = checkpoint
+    if (checkpoint / "checkpoints").is_dir():
+        steps = steps_in(checkpoint / "checkpoints")
+        if not steps:
+            raise CheckpointError(f"{checkpoint}: holds no checkpoint")
+        path = steps[0][1]
+    if problems := Reader(path).verify():
+        raise CheckpointError("\n".join(problems))
+    print(f"{path}: every byte matches its checksum")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command line; errors with an exit code of their own become one line."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, click.ClickException) or hasattr(error, "format_message"):
+            _say(f"error: {error.format_message()}\ntry: basestone --help")
+            code = EXIT_USER
+        elif isinstance(error, (click.exceptions.Abort, KeyboardInterrupt)):
+            code = 130
+        elif hasattr(error, "exit_code"):
+            _say(f"error: {error}")
+            code = error.exit_code
+        else:
+            raise
+    sys.exit(code or 0)

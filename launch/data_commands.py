@@ -1,0 +1,206 @@
+"""`basestone prepare`, `tokenizer ...` and `data ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+tokenizer_app = typer.Typer(
+    name="tokenizer", help="Train, look at and export tokenizers.", no_args_is_help=True
+)
+data_app = typer.Typer(name="data", help="Index, look at and verify shards.", no_args_is_help=True)
+
+Shards = Annotated[Path, typer.Argument(help="A shard directory (with manifest.json).", show_default=False)]
+Model = Annotated[Path, typer.Argument(help="A SentencePiece model.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+
+
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text or .jsonl files, folders, globs (also .gz, .zst), or builtin:python.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The directory to write.", show_default=False)],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Write token blocks made with this model, not text.")
+    ] = None,
+    heldout_fraction: Annotated[
+        float, typer.Option(help="Share of documents to hold out.", min=0.0, max=0.9)
+    ] = 0.01,
+    min_chars: Annotated[int | None, typer.Option(help="Drop shorter documents.", min=0)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one per core.", min=0)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Clean and exact-deduplicate text, hold some out, write indexed WebDataset shards."""
+    from ..data.builtin import prepare_builtin
+    from ..data.prepare import PrepareProgress
+    from ..data.prepare import prepare as run_prepare
+
+    if sources == ["builtin:python"]:
+        corpus = prepare_builtin("builtin:python", out, _say)
+        _print(
+            corpus.report,
+            as_json,
+            f"shards: {corpus.train} and {corpus.heldout}; tokenizer: {corpus.tokenizer}",
+        )
+        return
+
+    def show(progress: PrepareProgress) -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\r{progress.documents_read:,} documents read, {progress.documents_kept:,} kept, "
+                f"{progress.bytes_kept / 1e6:,.1f} MB",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    settings: dict[str, Any] = {} if min_chars is None else {"min_chars": min_chars}
+    report = run_prepare(
+        sources,
+        out,
+        heldout_fraction=heldout_fraction,
+        tokenizer=tokenizer,
+        workers=(os.cpu_count() or 1) if workers is None else workers,
+        progress=show,
+        **settings,
+    )
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.dropped.items())) or "none"
+    _print(
+        report.to_json(),
+        as_json,
+        f"{out}: {report.train_documents:,} documents to train on ({report.train_bytes / 1e6:,.1f} MB), "
+        f"{report.heldout_documents:,} held out ({report.heldout_bytes / 1e6:,.1f} MB); dropped: {dropped}",
+    )
+
+
+@tokenizer_app.command(
+    "train", epilog="Example: basestone tokenizer train shards/notes/train --out notes.model"
+)
+def tokenizer_train(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Shard directories of text, or text files, folders and globs.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The model file to write.", show_default=False)],
+    vocab_size: Annotated[int, typer.Option(help="Pieces.", min=300)] = 32000,
+    as_json: AsJson = False,
+) -> None:
+    """Train a SentencePiece BPE whose ids are the same in Hugging Face."""
+    from dataclasses import asdict
+
+    from ..data.tokenizer import train_tokenizer
+
+    report = train_tokenizer(_texts(sources), out, vocab_size=vocab_size)
+    _print(
+        {name: str(value) if isinstance(value, Path) else value for name, value in asdict(report).items()},
+        as_json,
+        f"{out}: {report.vocab_size:,} pieces from {report.sample_bytes / 1e6:,.1f} MB of "
+        f"{report.num_documents:,} documents, sha256 {report.sha256[:12]}",
+    )
+
+
+@tokenizer_app.command(
+    "inspect", epilog="Example: basestone tokenizer inspect notes.model shards/notes/heldout"
+)
+def tokenizer_inspect(
+    model: Model,
+    sources: Annotated[list[str], typer.Argument(help="Text to measure on.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show a tokenizer's size, specials, bytes a token, and what does not survive a round trip."""
+    from ..data.tokenizer import inspect_tokenizer
+
+    result = inspect_tokenizer(model, _texts(sources))
+    _print(result, as_json, "\n".join(f"{name}: {value}" for name, value in result.items()))
+
+
+@tokenizer_app.command("export", epilog="Example: basestone tokenizer export notes.model notes-hf")
+def tokenizer_export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The directory to write.", show_default=False)],
+    model_max_length: Annotated[int, typer.Option(help="Longest input, in tokens.", min=1)] = 2048,
+) -> None:
+    """Write a Hugging Face tokenizer with the same ids."""
+    from ..data.hf_tokenizer import write_hf_tokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_hf_tokenizer(model, out, model_max_length=model_max_length)
+    print(out)
+
+
+@data_app.command("index", epilog="Example: basestone data index third-party/")
+def data_index(
+    path: Annotated[Path, typer.Argument(help="A directory of .tar files.", show_default=False)],
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Whose ids token blocks hold.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index tar files made elsewhere: offsets, checksums, manifest."""
+    from ..data.inspect import index_directory
+
+    result = index_directory(path, tokenizer=tokenizer)
+    _print(result, as_json, "\n".join(f"{name}: {value}" for name, value in result.items()))
+
+
+@data_app.command("inspect", epilog="Example: basestone data inspect shards/notes/train")
+def data_inspect(
+    path: Shards,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Count tokens with it.")] = None,
+    documents: Annotated[int, typer.Option(help="Documents to show.", min=0)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a shard directory holds, and the beginning of some documents."""
+    from ..data.inspect import inspect_directory
+
+    result = inspect_directory(path, tokenizer, documents)
+    lines = [f"{name}: {value}" for name, value in result.items() if name != "examples"]
+    for example in result["examples"]:
+        lines += ["", f"--- {example['tokens']} tokens, {example['bytes']} bytes", str(example["text"])]
+    _print(result, as_json, "\n".join(lines))
+
+
+@data_app.command("verify", epilog="Example: basestone data verify shards/notes/train")
+def data_verify(path: Shards, as_json: AsJson = False) -> None:
+    """Read every chunk against its checksum."""
+    from ..data.inspect import verify_directory
+
+    bad = verify_directory(path)
+    text = "\n".join(item["problem"] for item in bad) or f"{path}: every chunk matches its checksum"
+    _print(bad, as_json, text)
+    if bad:
+        raise typer.Exit(76)
+
+
+def _texts(sources: list[str]) -> Iterator[str]:
+    """Give the documents of shard directories and text files."""
+    from ..data.shards import open_shard_set
+    from ..data.sources import find_source_files, read_documents
+
+    for source in sources:
+        if (Path(source) / "manifest.json").is_file():
+            shards = open_shard_set(Path(source))
+            for chunk in range(shards.num_chunks):
+                yield from (text for text in shards.read_documents(chunk) if isinstance(text, str))
+        else:
+            for file in find_source_files([source]):
+                for document in read_documents(file):
+                    raw = document.content
+                    yield raw if isinstance(raw, str) else raw.decode("utf-8", errors="replace")
+
+
+def _print(value: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=1, default=str) if as_json else text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

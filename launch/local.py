@@ -1,0 +1,141 @@
+"""Local workers: start them, watch them, stop them together. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .environ import worker_environment
+
+GRACE_S = 10.0  # between the first failure and a SIGTERM to the others, then again before a SIGKILL
+EXIT_STOPPED = 75
+PR_SET_PDEATHSIG = 1
+
+
+def worker_command(arguments: Sequence[str]) -> list[str]:
+    """Give the command line of a process that needs torch."""
+    return [sys.executable, "-m", "basestone.trainer.worker", *arguments]
+
+
+def become_worker(arguments: Sequence[str]) -> None:
+    """Turn this process into a worker: a launcher has started it as one."""
+    command = worker_command(arguments)
+    os.execv(command[0], command)
+
+
+def run_workers(arguments: Sequence[str], num_workers: int, log_dir: Path | None = None) -> int:
+    """Run a worker command as `num_workers` local processes and wait for all.
+
+    Rank 0 has this terminal; the others write to log_dir/rank_00001.log and so on. SIGTERM and Ctrl-C are passed on
+    as SIGTERM. When one fails the others are stopped. A killed parent takes its workers with it.
+
+    Returns:
+        0, or the exit code of the rank that failed first; 75 when they stopped on request.
+    """
+    meeting = Path(tempfile.mkdtemp(prefix="basestone-"))
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        with _signals_to(workers):
+            for rank in range(num_workers):
+                workers.append(_start(arguments, rank, num_workers, meeting / "rendezvous", log_dir))
+            return _wait(workers, log_dir)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+        shutil.rmtree(meeting, ignore_errors=True)
+
+
+def _start(
+    arguments: Sequence[str], rank: int, num_workers: int, rendezvous: Path, log_dir: Path | None
+) -> subprocess.Popen[bytes]:
+    environment = worker_environment(rank, num_workers, rendezvous)
+    output = None
+    if rank and log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        output = open(log_dir / f"rank_{rank:05d}.log", "ab")  # noqa: SIM115  (closed below; the child has its own)
+    try:
+        return subprocess.Popen(
+            worker_command(arguments),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output is not None else None,
+            preexec_fn=_die_with_parent,
+            process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
+        )
+    finally:
+        if output is not None:
+            output.close()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def pass_on(*_: object) -> None:
+        _send(workers, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(workers: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None) -> int:
+    first: int | None = None
+    failed_s, sent = 0.0, 0
+    while any(worker.poll() is None for worker in workers):
+        time.sleep(0.05)
+        if first is None:
+            first = _first_failure(workers)
+            failed_s = time.monotonic()
+        elif time.monotonic() - failed_s > GRACE_S * (sent + 1) and sent < 2:
+            _send(workers, (signal.SIGTERM, signal.SIGKILL)[sent])
+            sent += 1
+    first = _first_failure(workers) if first is None else first
+    if first is None:
+        return 0
+    code = workers[first].returncode
+    if code != EXIT_STOPPED:
+        _explain(first, code, log_dir)
+    return code if code > 0 else 1
+
+
+def _first_failure(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
+    # Seen in one look: one that was killed is the cause, and those that lost contact with it the effect.
+    return min(failed, key=lambda rank: (workers[rank].returncode > 0, rank), default=None)
+
+
+def _explain(rank: int, code: int, log_dir: Path | None) -> None:
+    if code < 0:
+        print(
+            f"error: rank {rank} was killed by {signal.Signals(-code).name}"
+            + (" (out of memory?)" if code == -signal.SIGKILL else ""),
+            file=sys.stderr,
+        )
+    elif rank and log_dir is not None:  # rank 0 has said it here already
+        log = log_dir / f"rank_{rank:05d}.log"
+        lines = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
+        print(f"error: rank {rank} failed first; the end of {log}:", *lines, sep="\n  ", file=sys.stderr)

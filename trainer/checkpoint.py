@@ -1,0 +1,208 @@
+"""Save and resume: which ranks write what, in which order, and which checkpoint a run goes on from.
+
+The format is in storage.py, the mapping between layouts in weights.py. Every rank meets in `runtime.control` only;
+an exception on one rank is gathered as a value, so that nobody waits for a rank that has left.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..model.layout import Parameter
+from .engine_state import MASTER, STATE_KEYS, EngineState
+from .errors import CheckpointError
+from .runtime import Runtime
+from .storage import RankWriter, Reader, commit, remove, steps_in, write_file
+from .weights import FP32_BYTES, CheckpointTensors, index_of
+
+log = logging.getLogger(__name__)
+TENSORS = [MASTER, *STATE_KEYS]
+
+
+def step_name(step: int) -> str:
+    """Name the directory of a step."""
+    return f"step_{step:08d}"
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run directory."""
+
+    def __init__(self, run_dir: Path, table: dict[str, Parameter], runtime: Runtime, *, keep_last: int) -> None:
+        self.directory = run_dir / "checkpoints"
+        self._run_dir, self._table, self._runtime, self._keep_last = run_dir, table, runtime, keep_last
+        self._numbers = {name: number for number, name in enumerate(table)}
+
+    def save(self, step: int, engine_state: EngineState, state: dict[str, Any]) -> Path:
+        """Write a step directory; every rank calls this with the same step.
+
+        Args:
+            state: everything that is not a tensor, JSON-able; rank 0's counts.
+
+        Raises:
+            CheckpointError: on every rank, naming the rank that failed and why. Nothing under a final name changes.
+        """
+        runtime, final = self._runtime, self.directory / step_name(step)
+        temporary = runtime.broadcast(self.directory / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")
+        if runtime.rank == 0:
+            temporary.mkdir(parents=True, exist_ok=True)
+        runtime.gather_all(None)  # nobody writes before the directory is there
+        try:
+            report: dict[str, Any] | str = self._write_rank(temporary, engine_state)
+        except OSError as error:
+            report = f"rank {runtime.rank}: {error}"
+        reports = runtime.gather(report)
+        problem = None
+        if runtime.rank == 0:
+            problem = self._commit(temporary, final, reports or [], state)
+        problem = runtime.broadcast(problem)
+        if problem:
+            raise CheckpointError(f"the checkpoint of step {step} was not written: {problem}")
+        return final
+
+    def _write_rank(self, temporary: Path, engine_state: EngineState) -> dict[str, Any]:
+        runtime = self._runtime
+        # A piece that several ranks hold is written by the first of them.
+        writes_replicas = runtime.tp_rank == 0
+        idle = engine_state.is_replicated and runtime.dp_rank != 0
+        fragments: list[list[int]] = []
+        with RankWriter(temporary / f"rank_{runtime.rank:05d}.bin") as writer:
+            for fragment in engine_state.fragments() if not idle else ():
+                if self._table[fragment.name].axis is None and not writes_replicas:
+                    continue
+                number = self._numbers[fragment.name]
+                fragments.append([number, fragment.start, fragment.numel, writer.written])
+                for key in TENSORS:
+                    data = fragment.tensors[key].cpu().contiguous()
+                    writer.write(memoryview(data.numpy()).cast("B"))
+        return {
+            "file": writer.path.name,
+            "bytes": writer.written,
+            "tp_rank": runtime.tp_rank,
+            "tp_size": runtime.tp_size,
+            "fragments": fragments,
+            "blocks": writer.blocks,
+        }
+
+    def _commit(self, temporary: Path, final: Path, reports: list[Any], state: dict[str, Any]) -> str | None:
+        """Rank 0: commit and prune; give what went wrong, or None."""
+        failed = [report for report in reports if isinstance(report, str)]
+        try:
+            if failed:
+                raise CheckpointError("; ".join(failed))
+            if final.exists():  # left by an attempt that was rolled back behind it
+                remove([final])
+            commit(temporary, final, index_of(self._table, TENSORS, reports), state)
+            write_file(self._run_dir / "latest", f"{final.name}\n".encode())
+            remove(path for _, path in steps_in(self.directory)[self._keep_last :])
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return str(error)
+        return None
+
+    def clean(self) -> None:
+        """Remove what killed attempts left; only the holder of the run's lock may call this, on rank 0."""
+        if self.directory.is_dir():
+            for path in self.directory.glob(".t*-step_*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def restore(
+        self, engine_state: EngineState, accept: Callable[[dict[str, Any]], None], explicit: Path | None = None
+    ) -> dict[str, Any] | None:
+        """Load the newest good checkpoint and give its `state`; None for a fresh start.
+
+        Args:
+            accept: raises ConfigError where a checkpoint belongs to another run than this one.
+            explicit: this step directory and no other.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is good. A run never starts over silently.
+        """
+        candidates = self._runtime.broadcast(
+            [explicit] if explicit else [p for _, p in steps_in(self.directory)]
+        )
+        problems = []
+        for path in candidates:
+            outcome = self._try(path, engine_state, accept)
+            if isinstance(outcome, dict):
+                return outcome
+            problems.append(outcome)
+            if self._runtime.rank == 0:
+                log.warning("skipping a checkpoint that is not good: %s", outcome)
+        if problems:
+            raise CheckpointError(
+                "no checkpoint is good, and a run with checkpoints does not start over by itself:\n  "
+                + "\n  ".join(problems)
+                + f"\nmove {self.directory} away to start over"
+            )
+        return None
+
+    def _try(
+        self, path: Path, engine_state: EngineState, accept: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any] | str:
+        """Load one checkpoint on all ranks: its state, or what is wrong with it, the same on every rank."""
+        problem, state = None, {}
+        try:
+            reader = Reader(path)
+            state = reader.state()
+        except (OSError, CheckpointError) as error:
+            problem = str(error)
+        if found := next(filter(None, self._runtime.gather_all(problem)), None):
+            return found
+        accept(state)
+        try:
+            self._read_rank(CheckpointTensors(reader, self._table), engine_state)
+        except (OSError, CheckpointError) as error:
+            problem = f"rank {self._runtime.rank}: {error}"
+        if found := next(filter(None, self._runtime.gather_all(problem)), None):
+            return found
+        engine_state.steps = state["optimizer_steps"]
+        engine_state.refresh()
+        return state
+
+    def _read_rank(self, tensors: CheckpointTensors, engine_state: EngineState) -> None:
+        runtime = self._runtime
+        for fragment in engine_state.fragments():
+            for key, target in fragment.tensors.items():
+                host = target if target.device.type == "cpu" else target.cpu()
+                tensors.fill(key, fragment.name, host, runtime.tp_rank, runtime.tp_size, fragment.start)
+                if host is not target:
+                    target.copy_(host)
+
+
+def checkpoint_bytes(num_parameters: int) -> int:
+    """Size of one checkpoint on disk: fp32 master and two moments."""
+    return num_parameters * FP32_BYTES * len(TENSORS)
+
+
+def newest_good(run_dir: Path, attempts: int = 5) -> Reader:
+    """Open the newest checkpoint of a run directory whose structure is good, for reading only.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    problems = []
+    for _ in range(attempts):  # a training run may prune the one that we are about to open
+        problems = []
+        for _, path in steps_in(run_dir / "checkpoints"):
+            try:
+                return Reader(path)
+            except (OSError, CheckpointError) as error:
+                problems.append(str(error))
+        if not problems:
+            break
+        time.sleep(0.2)
+    reason = "\n  ".join(problems) or "it holds none"
+    raise CheckpointError(f"{run_dir}: no good checkpoint: {reason}")
+
+
+def open_checkpoint(path: Path) -> Reader:
+    """Open a step directory, or the newest good one of a run directory."""
+    if (path / "checkpoints").is_dir():
+        return newest_good(path)
+    return Reader(path)

@@ -1,0 +1,81 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.heldout import load_heldout
+from .batch import cut, share
+from .engine import Engine
+from .runtime import Runtime
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Loss in nats per token; bits per byte over the UTF-8 bytes of the same documents."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+    def record(self) -> dict[str, float]:
+        """Give the fields by name."""
+        return asdict(self)
+
+
+class HeldOut:
+    """One held-out set, this rank's share of it in memory."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        tokenizer: Path,
+        runtime: Runtime,
+        *,
+        sequence_length: int,
+        max_tokens: int,
+    ) -> None:
+        """Read the set on every reader and share it with the ranks of its replica."""
+        self.name, self._runtime = name, runtime
+        tokens = weights = None
+        size = (0, 0, 0)
+        if runtime.reads_data:
+            data = load_heldout(directory, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens)
+            mine = slice(runtime.dp_rank, None, runtime.dp_size)
+            tokens, weights = data.tokens[mine], data.weights[mine]
+            size = (len(data.tokens), int(data.weights.sum()), data.num_bytes)
+        total, self.num_tokens, self.num_bytes = runtime.broadcast(size)
+        own = len(range(runtime.dp_rank, total, runtime.dp_size))
+        self._tokens, self._weights = share(tokens, weights, own, sequence_length, runtime)
+        # Every rank runs as many forwards as the busiest: the schedule's collectives have to match.
+        missing = -(-total // runtime.dp_size) - own
+        self._tokens = torch.cat((self._tokens, self._tokens.new_zeros(missing, self._tokens.shape[1])))
+        self._weights = torch.cat((self._weights, self._weights.new_zeros(missing, self._weights.shape[1])))
+
+    def measure(self, engine: Engine, micro_batch: int) -> HeldOutLoss:
+        """Run the model over the set; the same result on every rank."""
+        total = engine.evaluate(cut(self._tokens, self._weights, micro_batch)).double()
+        total = sum_over_replicas(total, self._runtime)
+        nats = float(total)
+        loss = nats / max(1, self.num_tokens)
+        return HeldOutLoss(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            bits_per_byte=nats / math.log(2) / max(1, self.num_bytes),
+            tokens=self.num_tokens,
+        )
+
+
+def sum_over_replicas(values: Tensor, runtime: Runtime) -> Tensor:
+    """Add up over data-parallel ranks what each model replica has; the ranks of a replica hold the same."""
+    values = values.clone()
+    dist.all_reduce(values, group=runtime.dp_group)
+    return values

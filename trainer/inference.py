@@ -1,0 +1,183 @@
+"""What is done with a finished checkpoint in one process: evaluate, generate, export."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.heldout import load_heldout
+from ..data.tokenizer import Tokenizer
+from ..model.config import ModelConfig
+from ..model.layout import decoder_layout
+from . import runtime as processes
+from .card import CardFacts
+from .checkpoint import open_checkpoint
+from .config import RunConfig
+from .errors import ConfigError
+from .export import DTYPES, export_checkpoint
+from .load import validate_run
+from .places import locate
+from .reference import generate, load_decoder, logits_of
+from .run_records import RunRecords, number, read_records
+from .weights import CheckpointTensors
+
+VERIFY_SEQUENCES = 2
+CURVE_POINTS = 20
+
+
+class OpenCheckpoint:
+    """A step directory, or the newest good one of a run directory, with the run that wrote it."""
+
+    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+        """Open the checkpoint; no weights are read yet.
+
+        Raises:
+            CheckpointError: it is damaged or not there.
+            ConfigError: its tokenizer cannot be found, or is another one.
+        """
+        reader = open_checkpoint(path)
+        self.path, self.state = reader.path, reader.state()
+        self.run: RunConfig = validate_run(self.state["run"], str(reader.path))
+        self.model: ModelConfig = self.run.model
+        self.tensors = CheckpointTensors(reader, decoder_layout(self.model))
+        self.run_dir = reader.path.parent.parent
+        self.tokenizer = self._find_tokenizer(tokenizer)
+
+    def _find_tokenizer(self, given: Path | None) -> Path:
+        wanted = self.state["tokenizer_sha256"]
+        found = given or self.run_dir / "tokenizer.model"
+        if not found.is_file():
+            raise ConfigError(f"{found}: the checkpoint's tokenizer is not there; name it with --tokenizer")
+        if Tokenizer(found).sha256 != wanted:
+            raise ConfigError(
+                f"{found}: is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
+            )
+        return found
+
+    def _logits(self, dtype: torch.dtype) -> Any:
+        runtime = processes.start()
+        return logits_of(load_decoder(self.model, self.tensors, runtime, rounded_to=dtype), runtime)
+
+    def _working_dtype(self) -> torch.dtype:
+        return DTYPES[self.run.train.dtype]
+
+    def evaluate(self, directories: list[Path], max_tokens: int) -> dict[str, dict[str, float]]:
+        """Measure on shard directories; without any, on the run's own held-out sets."""
+        places = {path.name: path for path in directories} or self._own_heldout()
+        if not places:
+            raise ConfigError("nothing to evaluate on: the run has no data.heldout; name shards with --data")
+        logits = self._logits(self._working_dtype())
+        results = {}
+        for name, path in places.items():
+            length = self.run.data.sequence_length
+            data = load_heldout(path, self.tokenizer, sequence_length=length, max_tokens=max_tokens)
+            nats = 0.0
+            for tokens, weights in zip(data.tokens, data.weights, strict=True):
+                ids = torch.from_numpy(tokens).long()
+                scores = logits(ids[None, :-1])[0].log_softmax(-1)
+                picked = scores.gather(1, ids[1:, None]).squeeze(1)
+                nats -= float((picked * torch.from_numpy(weights)).sum())
+            count = int(data.weights.sum())
+            results[name] = {
+                "loss": nats / count,
+                "perplexity": math.exp(min(nats / count, 700.0)),
+                "bits_per_byte": nats / math.log(2) / data.num_bytes,
+                "tokens": count,
+            }
+        return results
+
+    def _own_heldout(self) -> dict[str, Path]:
+        return locate(self.run.data, processes.cache_dir()).heldout
+
+    def generate(self, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
+        """Continue a prompt, as the beginning of a document."""
+        tokenizer = Tokenizer(self.tokenizer)
+        ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt).tolist()]])
+        out = generate(
+            self._logits(self._working_dtype()),
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            eos=tokenizer.eos,
+            max_sequence_length=self.model.max_sequence_length,
+            seed=seed,
+        )
+        return tokenizer.decode(out[0].tolist())
+
+    def export(self, out: Path, *, dtype: str, verify: bool, licence: str, name: str) -> str:
+        """Write a Hugging Face directory; give a line that says what was checked."""
+        if dtype not in DTYPES:
+            raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+        report = export_checkpoint(
+            self.tensors,
+            self.model,
+            self.tokenizer,
+            out,
+            dtype=dtype,  # type: ignore[arg-type]
+            facts=self._facts(name or out.name, licence),
+            sequence_length=self.model.max_sequence_length,
+            reference=self._logits(DTYPES[dtype]) if verify else None,
+            samples=self._samples() if verify else None,
+        )
+        checked = "not verified"
+        if report.verification is not None:
+            checked = f"logits equal the trainer's within {report.verification.relative_error:.1e} (relative)"
+        return f"{out}: {self.path.name}, {dtype}, {checked}"
+
+    def _samples(self) -> torch.Tensor | None:
+        """Give some real held-out text as ids, where the run has any that is still there."""
+        try:
+            places = self._own_heldout()
+        except ValueError:
+            return None
+        for path in places.values():
+            length = self.run.data.sequence_length
+            data = load_heldout(path, self.tokenizer, sequence_length=length, max_tokens=4 * length)
+            return torch.from_numpy(data.tokens[:VERIFY_SEQUENCES, :-1]).long()
+        return None
+
+    def _facts(self, name: str, licence: str) -> CardFacts:
+        step, records = self.state["step"], read_records(self.run_dir)
+        heldout = {
+            label: lines[-1]
+            for label, lines in ((key, _until(values, step)) for key, values in records.evals.items())
+            if lines
+        }
+        joules, grams = number(records.ledger, "joules"), self.run.meter.g_co2e_per_kwh
+        known = joules is not None and grams is not None
+        return CardFacts(
+            name=name,
+            step=step,
+            tokens=self.state["tokens"],
+            heldout=heldout,
+            hardware=_hardware(),
+            joules=joules,
+            joules_source=str(records.ledger.get("joules_source", "none")),
+            g_co2e=joules / 3.6e6 * grams if known else None,  # type: ignore[operator]
+            licence=licence,
+            data=", ".join(Path(place).name if "/" in place else place for place in self.run.data.train),
+            loss_curve=_curve(records, step),
+            versions=self.state["versions"],
+        )
+
+
+def _until(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    return [line for line in lines if line["step"] <= step]
+
+
+def _curve(records: RunRecords, step: int) -> list[tuple[int, float]]:
+    points = [(int(at), value) for at, value in records.curve("loss") if at <= step]
+    stride = max(1, len(points) // CURVE_POINTS)
+    return points[::stride] + (points[-1:] if points and (len(points) - 1) % stride else [])
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU ({platform.machine()}, {json.dumps(platform.processor() or 'unknown')})"

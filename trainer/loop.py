@@ -1,0 +1,317 @@
+"""The training loop: one readable step, and what happens between steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..data.stream import TokenStream, merge_states, samples_per_reader
+from ..data.tokenizer import Tokenizer
+from ..model.layout import decoder_layout
+from .batch import cut, share
+from .checkpoint import Checkpointer
+from .config import ResolvedRun
+from .console import RunConsole
+from .engine import Engine
+from .errors import EXIT_STOPPED, ConfigError, NumericsError, Stopped
+from .evaluate import HeldOut
+from .load import fixed_differences
+from .meters import Meters
+from .places import DataPlaces
+from .record import Recorder
+from .rundir import RunDirectory
+from .runtime import Runtime, seed_step
+from .schedule import learning_rate
+
+
+class Trainer:
+    """One run, on one rank. Build it, then `fit()`."""
+
+    def __init__(
+        self,
+        resolved: ResolvedRun,
+        runtime: Runtime,
+        places: DataPlaces,
+        run_dir: Path,
+        *,
+        resume: Path | None = None,
+        versions: dict[str, str],
+    ) -> None:
+        """Take the lock, build the model, go on from the newest good checkpoint, open the data."""
+        self._resolved, self._runtime, self._places = resolved, runtime, places
+        self._versions, self._stop_signals = versions, 0
+        self._tokenizer_sha256 = Tokenizer(places.tokenizer).sha256
+        self._directory = self._open_directory(run_dir)
+        self._engine = Engine(resolved, runtime)
+        table = decoder_layout(resolved.run.model)
+        keep = resolved.run.checkpoint.keep_last
+        self._checkpointer = Checkpointer(run_dir, table, runtime, keep_last=keep)
+        if runtime.rank == 0:
+            self._checkpointer.clean()
+        state = self._checkpointer.restore(self._engine.state, self._check_same_run, resume)
+        self.step: int = state["step"] if state else 0
+        self._tokens: int = state["tokens"] if state else 0
+        self._stream = self._open_stream(state)
+        self._held_out = self._open_held_out()
+        self._meters = Meters(resolved, runtime)
+        self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
+        self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
+        if self._directory is not None:
+            self._directory.ledger.resume_from(state["ledger"] if state else {})
+            self._begin_records(state)
+
+    # ---- beginning ------------------------------------------------------------------------------------------
+
+    def _open_directory(self, run_dir: Path) -> RunDirectory | None:
+        """Open the run directory on rank 0; every rank learns of a failure."""
+        directory, problem = None, None
+        if self._runtime.rank == 0:
+            try:
+                directory = RunDirectory(run_dir)
+            except ConfigError as error:
+                problem = str(error)
+        problem = self._runtime.broadcast(problem)
+        if problem:
+            raise ConfigError(problem)
+        return directory
+
+    def _begin_records(self, state: dict[str, Any] | None) -> None:
+        assert self._directory is not None
+        directory = self._directory
+        copy = directory.path / "tokenizer.model"
+        if not copy.exists():
+            shutil.copyfile(self._places.tokenizer, copy)
+        self._recorder.write_config(self._resolved, self._versions)
+        directory.mark(None)
+        event = "resume" if state else "start"
+        where = f"at step {self.step}" if state else f"{self._resolved.steps} steps"
+        directory.event(self.step, event, f"{where} on {self._resolved.world_size} process(es)")
+        directory.save_ledger()
+        if state:
+            self._console.say(f"resuming {where} (attempt {directory.attempt})")
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, tokenizer or dataset, every difference in one message."""
+        differences = fixed_differences(state["run"], self._resolved.run.model_dump(mode="json"))
+        # Paths may move; the tokenizer and the data are known by their content.
+        differences = [line for line in differences if not line.startswith(("data.tokenizer:", "data.train:"))]
+        if state["tokenizer_sha256"] != self._tokenizer_sha256:
+            differences.append(
+                "data.tokenizer: its content differs from the one the checkpoint was trained with"
+            )
+        if differences:
+            raise ConfigError(
+                "the checkpoint belongs to another run:\n  "
+                + "\n  ".join(differences)
+                + "\nput these back, or choose another --run-dir"
+            )
+
+    def _open_stream(self, state: dict[str, Any] | None) -> TokenStream | None:
+        runtime, run = self._runtime, self._resolved.run
+        if not runtime.reads_data:
+            return None
+        return TokenStream(
+            self._places.train,
+            self._places.tokenizer,
+            sequence_length=run.data.sequence_length,
+            global_batch=run.train.global_batch,
+            seed=run.run.seed,
+            reader=runtime.dp_rank,
+            num_readers=runtime.dp_size,
+            workers=run.data.workers,
+            mask_document_start=run.data.mask_document_start,
+            state=state["data"] if state else None,
+        )
+
+    def _open_held_out(self) -> list[HeldOut]:
+        run = self._resolved.run
+        return [
+            HeldOut(
+                name,
+                path,
+                self._places.tokenizer,
+                self._runtime,
+                sequence_length=run.data.sequence_length,
+                max_tokens=run.evaluate.max_tokens,
+            )
+            for name, path in sorted(self._places.heldout.items())
+        ]
+
+    # ---- the loop -------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last step, or until a signal asks to stop.
+
+        Raises:
+            Stopped: after saving, on SIGTERM or SIGINT.
+            NumericsError: a loss or gradient is not finite.
+        """
+        run, last = self._resolved.run, self._resolved.steps
+        evaluated = -1
+        self._meters.restart()
+        with self._signals():
+            while self.step < last:
+                figures, stop = self._train_step()
+                self.step += 1
+                done = self.step == last
+                if self.step % run.meter.log_every_steps == 0 or done or stop:
+                    self._log(figures)
+                if _is_due(self.step, run.evaluate.every_steps):
+                    self._evaluate()
+                    evaluated = self.step
+                if _is_due(self.step, run.checkpoint.every_steps) or done or stop:
+                    self._save("stop" if stop else "save")
+                if stop:
+                    raise Stopped(f"stopped after step {self.step}, saved; the same command goes on")
+            if evaluated != self.step:
+                self._evaluate()
+        self._finish()
+
+    def _train_step(self) -> tuple[dict[str, float], bool]:
+        """Do one optimizer step: read, forward and backward, check, update."""
+        run, runtime = self._resolved.run, self._runtime
+        started_s = time.perf_counter()
+        tokens, weights = self._read()
+        # Tokens that count, and who was asked to stop: one small reduction over all ranks.
+        counted = float(weights.sum()) if runtime.reads_data else 0.0
+        num_tokens, stop = self._sum_over_ranks(counted, float(self._stop_signals > 0))
+        read_s = time.perf_counter()
+        seed_step(run.run.seed, self.step, runtime)
+        loss_sum = self._engine.forward_backward(
+            cut(tokens, weights, run.train.micro_batch), max(1.0, num_tokens)
+        )
+        own = float(loss_sum)
+        (total,) = self._sum_over_ranks(own if runtime.tp_rank == 0 else 0.0)
+        loss = total / max(1.0, num_tokens)
+        if not math.isfinite(loss):
+            self._refuse("loss", own)
+        forward_s = time.perf_counter()
+        lr = learning_rate(self.step, self._resolved.steps, run.optimizer.lr, run.schedule)
+        norm = self._engine.update(lr)
+        if not math.isfinite(norm) and run.train.dtype != "fp16":  # fp16 skips the step and lowers its scale
+            self._refuse("gradient norm", norm)
+        updated_s = time.perf_counter()
+        self._meters.phase("data", read_s - started_s)
+        self._meters.phase("forward_backward", forward_s - read_s)
+        self._meters.phase("optimizer", updated_s - forward_s)
+        self._meters.step(int(num_tokens))
+        self._tokens += int(num_tokens)
+        return {"loss": loss, "grad_norm": norm, "lr": lr}, stop > 0
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        run, runtime = self._resolved.run, self._runtime
+        batch = self._stream.next_batch() if self._stream is not None else None
+        return share(
+            batch.tokens if batch else None,
+            batch.weights if batch else None,
+            samples_per_reader(run.train.global_batch, runtime.dp_size),
+            run.data.sequence_length,
+            runtime,
+        )
+
+    def _sum_over_ranks(self, *values: float) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self._runtime.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def _refuse(self, what: str, own: float) -> None:
+        """Stop a run whose numbers are not finite; every rank sees it, so a last exchange is safe."""
+        values = self._runtime.gather_all(own)
+        ranks = [rank for rank, value in enumerate(values) if not math.isfinite(value)] or "all"
+        steps = sorted(self._checkpointer.directory.glob("step_*"))
+        good = steps[-1].name if steps else "none yet"
+        raise NumericsError(
+            f"step {self.step + 1}: the {what} is not finite on rank(s) {ranks}; last good checkpoint: {good}; "
+            "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step"
+        )
+
+    # ---- between steps --------------------------------------------------------------------------------------
+
+    def _log(self, figures: dict[str, float]) -> None:
+        ledger = self._directory.ledger if self._directory is not None else None
+        line = self._meters.line(ledger)
+        record = {"kind": "step", "step": self.step, **figures, "tokens": self._tokens, **line}
+        self._recorder.step(record)
+
+    def _evaluate(self) -> None:
+        started_s = time.perf_counter()
+        for held_out in self._held_out:
+            result = held_out.measure(self._engine, self._resolved.run.train.micro_batch)
+            self._recorder.evaluation(
+                {"kind": "eval", "step": self.step, "name": held_out.name, **result.record()}
+            )
+        self._meters.phase("evaluate", time.perf_counter() - started_s)
+
+    def _save(self, event: str) -> None:
+        started_s = time.perf_counter()
+        cursors = self._runtime.gather_all(self._stream.state() if self._stream is not None else None)
+        state = {
+            "step": self.step,
+            "tokens": self._tokens,
+            "optimizer_steps": self._engine.state.steps,
+            "data": merge_states([cursor for cursor in cursors if cursor is not None]),
+            "run": self._resolved.run.model_dump(mode="json"),
+            "tokenizer_sha256": self._tokenizer_sha256,
+            "ledger": self._directory.ledger.useful() if self._directory is not None else {},
+            "versions": self._versions,
+        }
+        path = self._checkpointer.save(self.step, self._engine.state, state)
+        if self._directory is not None:
+            self._directory.event(self.step, event, path.name)
+            self._directory.save_ledger(durable=True)
+            if event == "stop":
+                self._directory.mark("RESUME", f"step {self.step}")
+        self._meters.phase("checkpoint", time.perf_counter() - started_s)
+
+    def _finish(self) -> None:
+        if self._directory is not None:
+            self._directory.event(self.step, "complete", f"{self._tokens} tokens")
+            self._directory.mark("COMPLETE", f"step {self.step}")
+
+    def fail(self, error: Exception) -> None:
+        """Record a failure; no collective, as other ranks may be gone."""
+        if self._directory is not None and not isinstance(error, Stopped):
+            self._directory.event(self.step, "fail", str(error))
+            self._directory.mark("FAILED", f"step {self.step}: {error}")
+
+    def close(self) -> None:
+        """Stop readers and sampling, close files; safe after an exception."""
+        self._console.close()
+        self._recorder.close()
+        self._meters.close()
+        if self._stream is not None:
+            self._stream.close()
+        if self._directory is not None:
+            self._directory.save_ledger()
+            self._directory.close()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM or Ctrl-C: finish the step, save, leave. A second one leaves at once; the last save is good."""
+
+        def ask(*_: object) -> None:
+            self._stop_signals += 1
+            if self._stop_signals > 1:
+                os._exit(EXIT_STOPPED)
+            self._console.say("asked to stop: finishing this step and saving (again: leave at once)")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

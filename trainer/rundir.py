@@ -1,0 +1,146 @@
+"""The run directory: its lock, its records, and the ledger that outlives every checkpoint. Imports no torch.
+
+RUN/  run.toml  metrics.jsonl  events.jsonl  ledger.json  tokenizer.model  lock  latest
+      COMPLETE | RESUME | FAILED   checkpoints/   logs/   tensorboard/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .storage import write_file
+
+MARKERS = ("COMPLETE", "RESUME", "FAILED")
+
+
+@dataclass
+class Ledger:
+    """What a run has used over all its attempts; `wasted_*` is the part whose work was lost."""
+
+    attempts: int = 0
+    joules: float | None = None
+    joules_source: str = "none"
+    wasted_joules: float = 0.0
+    train_s: float = 0.0
+    wasted_s: float = 0.0
+    tokens: int = 0
+    wasted_tokens: int = 0
+
+    def useful(self) -> dict[str, float]:
+        """Give what led to the present weights; a checkpoint carries it."""
+        return {
+            "joules": (self.joules or 0.0) - self.wasted_joules,
+            "train_s": self.train_s - self.wasted_s,
+            "tokens": self.tokens - self.wasted_tokens,
+        }
+
+    def resume_from(self, useful: dict[str, float]) -> None:
+        """Book everything after the checkpoint, whose `useful()` this is, as wasted."""
+        self.wasted_joules = max(0.0, (self.joules or 0.0) - useful.get("joules", 0.0))
+        self.wasted_s = max(0.0, self.train_s - useful.get("train_s", 0.0))
+        self.wasted_tokens = max(0, int(self.tokens - useful.get("tokens", 0)))
+
+
+class RunDirectory:
+    """Holds the lock of a run directory and writes its records; one process of a run owns it."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the directory where needed, check that it can be written, take the lock.
+
+        Raises:
+            ConfigError: it cannot be written, or another run holds it.
+        """
+        self.path = path
+        try:
+            for folder in (path, path / "checkpoints", path / "logs"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(f"run directory {path}: cannot be written ({error}); choose another") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._lock, 4096, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise ConfigError(
+                f"run directory {path}: another run holds it ({holder or 'unknown'}); "
+                "wait for it, stop it, or choose another directory"
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+        self.ledger = self._load_ledger()
+        self.ledger.attempts += 1
+        self._metrics = _open_lines(path / "metrics.jsonl")
+        self._events = _open_lines(path / "events.jsonl")
+
+    def _load_ledger(self) -> Ledger:
+        try:
+            values = json.loads((self.path / "ledger.json").read_text())
+            return Ledger(**{f.name: values[f.name] for f in dataclasses.fields(Ledger) if f.name in values})
+        except (OSError, ValueError, TypeError):
+            return Ledger()
+
+    @property
+    def attempt(self) -> int:
+        """Which start of this run this is, from 1."""
+        return self.ledger.attempts
+
+    def metric(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        _append(self._metrics, {**record, "attempt": self.attempt, "time": _now()})
+
+    def event(self, step: int, event: str, message: str = "") -> None:
+        """Append one line to events.jsonl."""
+        record = {"time": _now(), "attempt": self.attempt, "step": step, "event": event, "message": message}
+        _append(self._events, record)
+
+    def save_ledger(self, durable: bool = False) -> None:
+        """Write the ledger; `durable` waits for the disk."""
+        body = json.dumps(dataclasses.asdict(self.ledger), indent=1).encode()
+        path = self.path / "ledger.json"
+        if durable:
+            write_file(path, body)
+            return
+        temporary = path.with_name(".ledger.json")
+        temporary.write_bytes(body)  # a killed process leaves the old or the new one
+        os.replace(temporary, path)
+
+    def mark(self, marker: str | None, text: str = "") -> None:
+        """Leave exactly one of COMPLETE, RESUME, FAILED behind, or with None none."""
+        for name in MARKERS:
+            if name != marker:
+                (self.path / name).unlink(missing_ok=True)
+        if marker is not None:
+            write_file(self.path / marker, f"{text}\n".encode())
+
+    def close(self) -> None:
+        """Release the lock and the files."""
+        for descriptor in (self._metrics, self._events, self._lock):
+            os.close(descriptor)
+
+
+def _append(descriptor: int, record: dict[str, Any]) -> None:
+    os.write(descriptor, json.dumps(record, allow_nan=True).encode() + b"\n")  # one write: lines never mix
+
+
+def _open_lines(path: Path) -> int:
+    """Open a file of JSON lines for appending; a line that a killed attempt left torn is closed first."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
+
+
+def _now() -> str:
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")

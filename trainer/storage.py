@@ -1,0 +1,239 @@
+"""Files of a checkpoint: raw little-endian bytes, a JSON index, a sha256 for every block. Imports no torch.
+
+    step_00000400/
+      rank_00003.bin   fragments one after another; a fragment's tensors (master, exp_avg, ...) follow each other
+      index.json       parameters, tensor names, and for every rank file its fragments and the hashes of its blocks
+      state.json       everything that is not a tensor
+      MANIFEST.json    written last: names, sizes and the hashes of index.json and state.json
+
+A directory appears under its final name by one rename and is never written to again. Nothing in it is a pickle;
+a file that might be one is refused unopened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import CheckpointError
+
+FORMAT = 1
+BLOCK_BYTES = 8 << 20
+MANIFEST, INDEX, STATE = "MANIFEST.json", "index.json", "state.json"
+PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".metadata", ".distcp")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that it survives a power cut, or does not appear under this name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+@dataclass
+class RankWriter:
+    """Writes one rank's file and hashes it on the way, block by block."""
+
+    path: Path
+    blocks: list[str] = field(default_factory=list)
+    written: int = 0
+
+    def __enter__(self) -> RankWriter:
+        self._file: BinaryIO = open(self.path, "xb")
+        self._hash = hashlib.sha256()
+        self._in_block = 0
+        return self
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self.written += len(data)
+        while len(data):
+            part = data[: BLOCK_BYTES - self._in_block]
+            self._hash.update(part)
+            self._in_block += len(part)
+            data = data[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self.blocks.append(self._hash.hexdigest())
+        self._hash, self._in_block = hashlib.sha256(), 0
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                if self._in_block:
+                    self._close_block()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write index, state and manifest beside the rank files, then give the directory its final name.
+
+    Raises:
+        CheckpointError: the directory does not hold exactly the announced rank files, or the name is taken.
+    """
+    announced = {rank["file"]: rank["bytes"] for rank in index["ranks"]}
+    found = {path.name: path.stat().st_size for path in temporary.iterdir()}
+    if found != announced:
+        raise CheckpointError(
+            f"{temporary}: holds {sorted(found.items())} but the ranks wrote {sorted(announced.items())}; "
+            "is the run directory on a disk that all nodes share?"
+        )
+    manifest: dict[str, Any] = {"format": FORMAT, "files": dict(announced), "sha256": {}}
+    for name, value in ((INDEX, index), (STATE, state)):
+        body = json.dumps(value, separators=(",", ":")).encode()
+        write_file(temporary / name, body)
+        manifest["files"][name] = len(body)
+        manifest["sha256"][name] = hashlib.sha256(body).hexdigest()
+    write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+    if final.exists():
+        raise CheckpointError(f"{final}: exists already; a step directory is never written twice")
+    os.rename(temporary, final)
+    fsync_directory(final.parent)
+
+
+class Reader:
+    """Opens a step directory, checks its structure, and reads byte ranges that match their hashes."""
+
+    def __init__(self, path: Path) -> None:
+        """Read manifest and index.
+
+        Raises:
+            CheckpointError: naming the file that is missing, has another size or another hash, or is not ours.
+        """
+        self.path = path
+        self.manifest = self._manifest()
+        self.index = self._json(INDEX)
+        self._ranks = {rank["file"]: rank for rank in self.index["ranks"]}
+        self._cache: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.path
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: there is no such checkpoint directory")
+        names = {entry.name for entry in path.iterdir()}
+        if bad := sorted(name for name in names if name.endswith(PICKLE_SUFFIXES)):
+            raise CheckpointError(
+                f"{path}: {', '.join(bad)} is not ours and may hold a pickle; refused unopened"
+            )
+        if MANIFEST not in names:
+            raise CheckpointError(f"{path}: no {MANIFEST}; the save never finished, or this is no checkpoint")
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            files, version = dict(manifest["files"]), manifest["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / MANIFEST}: is damaged: {error}") from error
+        if version != FORMAT:
+            raise CheckpointError(f"{path}: has format {version}, this release reads format {FORMAT}")
+        for name, size in files.items():
+            if Path(name).name != name or name not in names:
+                raise CheckpointError(f"{path}: {name} is missing")
+            got = (path / name).stat().st_size
+            if got != size:
+                raise CheckpointError(f"{path / name}: has {got} bytes, {size} were written")
+        return manifest
+
+    def _json(self, name: str) -> dict[str, Any]:
+        body = (self.path / name).read_bytes()
+        if hashlib.sha256(body).hexdigest() != self.manifest["sha256"].get(name):
+            raise CheckpointError(f"{self.path / name}: its sha256 differs from the manifest's")
+        return json.loads(body)
+
+    def state(self) -> dict[str, Any]:
+        """Give everything that is not a tensor."""
+        return self._json(STATE)
+
+    def read(self, name: str, start: int, num_bytes: int) -> bytearray:
+        """Read bytes [start, start + num_bytes) of a rank file, verified."""
+        out = bytearray(num_bytes)
+        position = start
+        while position < start + num_bytes:
+            block, inside = divmod(position, BLOCK_BYTES)
+            data = self._block(name, block)
+            part = memoryview(data)[inside : inside + start + num_bytes - position]
+            if not part:
+                raise CheckpointError(f"{self.path / name}: ends before byte {start + num_bytes}")
+            out[position - start : position - start + len(part)] = part
+            position += len(part)
+        return out
+
+    def _block(self, name: str, block: int) -> bytes:
+        key = (name, block)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        hashes = self._ranks[name]["blocks"]
+        with open(self.path / name, "rb") as file:
+            file.seek(block * BLOCK_BYTES)
+            data = file.read(BLOCK_BYTES)
+        if block >= len(hashes) or hashlib.sha256(data).hexdigest() != hashes[block]:
+            raise CheckpointError(
+                f"{self.path / name}: bytes {block * BLOCK_BYTES}..{block * BLOCK_BYTES + len(data)} "
+                "do not match their sha256"
+            )
+        self._cache[key] = data
+        while len(self._cache) > 4:
+            self._cache.popitem(last=False)
+        return data
+
+    def verify(self) -> list[str]:
+        """Read every byte; list what does not match."""
+        problems = []
+        for name, rank in self._ranks.items():
+            for block in range(len(rank["blocks"])):
+                try:
+                    self._block(name, block)
+                except CheckpointError as error:
+                    problems.append(str(error))
+        try:
+            self.state()
+        except CheckpointError as error:
+            problems.append(str(error))
+        return problems
+
+
+def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:
+    """List the step directories under their final names, newest first."""
+    found = []
+    if checkpoints.is_dir():
+        for path in checkpoints.iterdir():
+            if path.is_dir() and path.name.startswith("step_") and path.name[5:].isdigit():
+                found.append((int(path.name[5:]), path))
+    return sorted(found, reverse=True)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete step directories so that a kill in the middle never leaves half of one under its name."""
+    for path in paths:
+        trash = path.with_name(f".trash-{path.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)

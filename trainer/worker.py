@@ -1,0 +1,157 @@
+"""The processes that need torch: what a launcher starts. `python -m basestone.trainer.worker COMMAND ...`.
+
+Arguments come from our own command line (launch/), which has checked them; this is not an interface for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+warnings.filterwarnings("ignore")  # of libraries, at import; what users must know is said by ourselves
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and leave with its exit code."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "evaluate": evaluate, "generate": generate, "export": export}
+    try:
+        commands[arguments.command](arguments)
+    except Exception as error:
+        code = getattr(error, "exit_code", 1)
+        if arguments.debug or code == 1:
+            traceback.print_exc()
+        print(f"{'' if code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
+        os._exit(
+            code
+        )  # no collectives after an exception: atexit handlers of process groups would wait for others
+    sys.stdout.flush()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true")
+    parser = argparse.ArgumentParser(prog="basestone-worker")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("train", parents=[common])
+    one.add_argument("run", type=Path)
+    one.add_argument("--run-dir", type=Path, required=True)
+    one.add_argument("--set", action="append", default=[], dest="overrides")
+    one.add_argument("--resume", type=Path)
+    one = commands.add_parser("evaluate", parents=[common])
+    one.add_argument("checkpoint", type=Path)
+    one.add_argument("--data", action="append", default=[])
+    one.add_argument("--max-tokens", type=int, default=65536)
+    one.add_argument("--tokenizer", type=Path)
+    one.add_argument("--json", action="store_true")
+    one = commands.add_parser("generate", parents=[common])
+    one.add_argument("checkpoint", type=Path)
+    one.add_argument("--prompt", required=True)
+    one.add_argument("--max-new-tokens", type=int, default=64)
+    one.add_argument("--temperature", type=float, default=0.8)
+    one.add_argument("--top-k", type=int, default=50)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--tokenizer", type=Path)
+    one = commands.add_parser("export", parents=[common])
+    one.add_argument("checkpoint", type=Path)
+    one.add_argument("out", type=Path)
+    one.add_argument("--dtype", default="bf16")
+    one.add_argument("--no-verify", action="store_true")
+    one.add_argument("--licence", default="")
+    one.add_argument("--name", default="")
+    one.add_argument("--tokenizer", type=Path)
+    return parser.parse_args(argv)
+
+
+def versions() -> dict[str, str]:
+    """Give the versions that decide what a run computes."""
+    import basestone
+
+    names = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece")
+    return {"basestone": basestone.__version__, **{name: version(name) for name in names}}
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Be one rank of a training run."""
+    from . import runtime as processes
+    from .load import load_run
+    from .places import locate, vocab_size
+
+    run = load_run(arguments.run, arguments.overrides)
+    places = locate(run.data, processes.cache_dir())
+    resolved = run.resolve(processes.world_size(), vocab_size(places))
+    runtime = processes.start(
+        tensor=run.parallel.tensor, pipeline=run.parallel.pipeline, deterministic=run.run.deterministic
+    )
+    from .loop import Trainer
+
+    trainer = Trainer(
+        resolved, runtime, places, arguments.run_dir, resume=arguments.resume, versions=versions()
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        trainer.fail(error)
+        raise
+    finally:
+        trainer.close()
+    processes.stop()
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure a checkpoint on held-out shards, in one process, with the trainer's model."""
+    from .inference import OpenCheckpoint
+
+    opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
+    results = opened.evaluate([Path(place) for place in arguments.data], arguments.max_tokens)
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+        return
+    for name, result in results.items():
+        print(
+            f"{name}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
+            f"{result['bits_per_byte']:.4f} bits per byte over {result['tokens']} tokens"
+        )
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continue a prompt with the trainer's model."""
+    from .inference import OpenCheckpoint
+
+    opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
+    text = opened.generate(
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    print(text)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a Hugging Face directory and compare it with the trainer's logits."""
+    from .inference import OpenCheckpoint
+
+    opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
+    print(
+        opened.export(
+            arguments.out,
+            dtype=arguments.dtype,
+            verify=not arguments.no_verify,
+            licence=arguments.licence,
+            name=arguments.name,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
