@@ -1,0 +1,45 @@
+# Everything a checkout needs: `make quickstart`, `make test`, `make check`, `make bench`.
+# Each creates .venv and installs the tested versions from constraints.txt; the second run starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-slow check format bench clean
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Basestone needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/basestone quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	rm -rf build/typing && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typing .
+	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p basestone
+	cd build/typing && ../../$(BIN)/lint-imports --config ../../.importlinter
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/train_vs_peers.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

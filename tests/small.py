@@ -1,0 +1,84 @@
+"""Small runs for the distributed tests: the same batches in every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from basestone.trainer import runtime as processes
+from basestone.trainer.batch import cut
+from basestone.trainer.config import RunConfig
+from basestone.trainer.engine import Engine
+
+VOCAB, SEQUENCE, GLOBAL_BATCH = 200, 32, 8
+LR = 1e-3
+
+
+def run_config(family: str = "llama", **changes: Any) -> RunConfig:
+    """Make a run file's content; `changes` are whole sections or "section.key" values."""
+    model: dict[str, Any] = {
+        "family": family,
+        "num_layers": 3,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "max_sequence_length": 64,
+    }
+    if family == "llama":
+        model["num_query_groups"] = 4
+    values: dict[str, Any] = {
+        "run": {},
+        "model": model,
+        "data": {"train": "nowhere", "tokenizer": "nowhere", "sequence_length": SEQUENCE},
+        "parallel": {},
+        "train": {"steps": 20, "global_batch": GLOBAL_BATCH, "micro_batch": 2, "dtype": "fp32", "clip": 0.5},
+        "optimizer": {"lr": LR},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values[section][key] = value
+    return RunConfig(**values)
+
+
+def make_engine(run: RunConfig) -> Engine:
+    """Start this rank and build its engine."""
+    runtime = processes.start(tensor=run.parallel.tensor)
+    return Engine(run.resolve(runtime.world_size, VOCAB), runtime)
+
+
+def batch_of(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give step's global batch and weights: uneven numbers of tokens that count."""
+    generator = np.random.default_rng(step)
+    # A learnable pattern: runs of consecutive ids.
+    start = generator.integers(0, VOCAB, (GLOBAL_BATCH, 1))
+    tokens = (start + np.arange(SEQUENCE + 1) * generator.integers(1, 4, (GLOBAL_BATCH, 1))) % VOCAB
+    weights = (generator.random((GLOBAL_BATCH, SEQUENCE)) < 0.9).astype(np.int32)
+    return tokens.astype(np.int32), weights
+
+
+def train(engine: Engine, run: RunConfig, steps: range) -> list[tuple[float, float]]:
+    """Give (loss, gradient norm) of each step, the same on every rank."""
+    runtime, curve = engine.runtime, []
+    for step in steps:
+        tokens, weights = batch_of(step)
+        mine = slice(runtime.dp_rank, None, runtime.dp_size)
+        processes.seed_step(run.run.seed, step, runtime)
+        batches = cut(torch.from_numpy(tokens[mine]), torch.from_numpy(weights[mine]), run.train.micro_batch)
+        total = engine.forward_backward(batches, float(weights.sum()))
+        dist.all_reduce(total, group=runtime.dp_group)
+        norm = engine.update(LR)
+        curve.append((float(total) / float(weights.sum()), norm))
+    return curve
+
+
+def curve_of(run: RunConfig, steps: int) -> list[tuple[float, float]]:
+    """Train from the initial weights."""
+    return train(make_engine(run), run, range(steps))
+
+
+def relative_difference(curve: list[tuple[float, float]], reference: list[tuple[float, float]]) -> float:
+    """Give the largest relative difference of losses and norms."""
+    assert len(curve) == len(reference)
+    pairs = zip(np.array(curve).ravel(), np.array(reference).ravel(), strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)

@@ -1,0 +1,176 @@
+"""The README.md of an exported model: what it was trained on, how well, with what, and at what cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+
+from ..model.config import ModelConfig
+from ..model.flops import num_parameters
+
+JOULES_PER_KWH = 3.6e6
+NUM_CURVE_ROWS = 20
+HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
+SOURCE_LABELS = {
+    "nvml-counter": "measured: the GPUs' energy counters (GPU boards only)",
+    "nvml-samples": "measured: the GPUs' power, sampled and integrated (GPU boards only)",
+    "rapl": "measured: the processors' RAPL counters (package and memory only)",
+    "user-watts": "estimated: the watts given in the run's file, times seconds",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says beside the model's shape.
+
+    `heldout` gives by name `loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens`. `joules` is
+    the energy of the whole run with what restarts wasted, None where it was not measured; `joules_source` is
+    `EnergyMeter.source`. `g_co2e` are grams, None where the grid's intensity was not given. `licence` is an
+    identifier of the Hugging Face hub or a free text, "" where none is stated. `loss_curve` holds
+    (step, loss) pairs. `versions` gives package -> version.
+    """
+
+    name: str
+    step: int
+    tokens: int
+    heldout: dict[str, dict[str, float]]
+    hardware: str
+    joules: float | None
+    joules_source: str
+    g_co2e: float | None
+    licence: str
+    data: str
+    loss_curve: list[tuple[int, float]]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the exported directory's fp32 logits lie from the trainer's, over `num_positions` positions.
+
+    `relative_error` is `max_abs_difference` over the largest absolute logit of the trainer.
+    """
+
+    relative_error: float
+    max_abs_difference: float
+    num_positions: int
+    tolerance: float
+
+
+def model_card(config: ModelConfig, facts: CardFacts, *, dtype: str, verification: Verification | None) -> str:
+    """Write the card in Markdown with the hub's front matter."""
+    sections = [
+        _front_matter(facts),
+        f"# {_inline(facts.name)}",
+        _introduction(config, facts, dtype),
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\n```',
+        f"## Data\n\n{facts.data.strip() or 'Not stated.'}",
+        "## Held-out results\n\n" + _heldout_table(facts.heldout),
+        "## Training loss\n\n" + _curve_table(facts.loss_curve),
+        "## Energy\n\n" + _energy(facts),
+        "## Verification\n\n" + _verification(verification),
+        "## Licence\n\n" + (_inline(facts.licence) or "Not stated."),
+    ]
+    if facts.versions:
+        rows = [[name, version] for name, version in facts.versions.items()]
+        sections.append("## Versions\n\n" + _table(["package", "version"], rows))
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- basestone"]
+    if HUB_LICENCE.fullmatch(facts.licence):
+        lines.append(f"license: {_yaml(facts.licence)}")
+    elif facts.licence:
+        lines += ["license: other", f"license_name: {_yaml(facts.licence)}"]
+    if facts.g_co2e is not None:
+        source = SOURCE_LABELS.get(facts.joules_source, facts.joules_source)
+        lines += [
+            "co2_eq_emissions:",
+            # grams; the hub's filter reads neither exponents nor thousands separators
+            f"  emissions: {max(facts.g_co2e, 0.01):.2f}",
+            f"  source: {_yaml(source)}",
+            "  training_type: pre-training",
+            f"  hardware_used: {_yaml(facts.hardware)}",
+        ]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _introduction(config: ModelConfig, facts: CardFacts, dtype: str) -> str:
+    rows = [
+        ["parameters", f"{num_parameters(config):,}"],
+        ["family", config.family],
+        ["layers x width", f"{config.num_layers} x {config.hidden_size}"],
+        ["attention heads / key-value heads", f"{config.num_attention_heads} / {config.num_query_groups}"],
+        ["vocabulary", f"{config.vocab_size:,}"],
+        ["longest sequence", f"{config.max_sequence_length:,}"],
+        ["weights", dtype],
+        ["training steps", f"{facts.step:,}"],
+        ["training tokens", f"{facts.tokens:,}"],
+        ["hardware", facts.hardware],
+    ]
+    return "A language model pre-trained from scratch with Basestone.\n\n" + _table(["", ""], rows)
+
+
+def _heldout_table(heldout: dict[str, dict[str, float]]) -> str:
+    if not heldout:
+        return "None were measured."
+    columns = ["loss", "perplexity", "bits_per_byte", "tokens"]
+    rows = [[name, *(_number(values.get(column)) for column in columns)] for name, values in heldout.items()]
+    titles = ["held-out set", "loss (nats per token)", "perplexity", "bits per byte", "tokens"]
+    return _table(titles, rows)
+
+
+def _curve_table(curve: list[tuple[int, float]]) -> str:
+    if not curve:
+        return "Not recorded."
+    last = len(curve) - 1
+    picked = sorted({round(i * last / (NUM_CURVE_ROWS - 1)) for i in range(NUM_CURVE_ROWS)})
+    return _table(["step", "loss"], [[f"{curve[i][0]:,}", _number(curve[i][1])] for i in picked])
+
+
+def _energy(facts: CardFacts) -> str:
+    if facts.joules is None or facts.joules_source == "none":
+        energy = "Energy: not measured."
+    else:
+        label = SOURCE_LABELS.get(facts.joules_source, facts.joules_source)
+        energy = f"Energy: {facts.joules / JOULES_PER_KWH:.4g} kWh ({label})."
+        if facts.tokens:
+            energy += f" That is {facts.joules / facts.tokens:.3g} J per token."
+    if facts.g_co2e is None:
+        return f"{energy}\n\nCO2e: not known (no carbon intensity was given)."
+    return f"{energy}\n\nCO2e: {facts.g_co2e:.2f} g, from the energy above; operational only."
+
+
+def _verification(verification: Verification | None) -> str:
+    if verification is None:
+        return "This export was not verified."
+    return (
+        "This directory was loaded from disk with transformers in fp32 and its logits compared with the "
+        f"trainer's over {verification.num_positions:,} positions: relative error "
+        f"{verification.relative_error:.2e} (largest difference {verification.max_abs_difference:.2e}, "
+        f"tolerance {verification.tolerance:.0e})."
+    )
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(_inline(cell) for cell in line) + " |" for line in lines)
+
+
+def _inline(text: str) -> str:
+    """Keep a value from ending its line, opening a column or becoming HTML."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _yaml(text: str) -> str:
+    return json.dumps(text)  # a JSON string is a YAML string
