@@ -1,0 +1,122 @@
+"""Every layout gives the serial run's losses and gradient norms."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from procs import run_ranks
+from small import SEQUENCE, curve_of, make_engine, relative_difference, run_config, train
+
+from basestone.trainer.batch import share
+
+pytestmark = pytest.mark.dist
+STEPS = 20
+
+
+@functools.cache
+def serial(family: str, steps: int = STEPS) -> list[tuple[float, float]]:
+    """One process, ZeRO-0: torch's own AdamW, no partition anywhere."""
+    return run_ranks(curve_of, 1, run_config(family, parallel__zero=0), steps)[0]
+
+
+CELLS = [
+    # processes, tensor, zero, sequence, family
+    (2, 2, 1, False, "llama"),
+    (2, 2, 2, True, "llama"),
+    (2, 2, 3, True, "llama"),
+    (2, 2, 0, True, "llama"),
+    (2, 1, 1, False, "llama"),
+    (2, 1, 2, False, "gpt2"),
+    (2, 1, 3, False, "llama"),
+    (2, 2, 1, True, "gpt2"),
+    (2, 2, 3, False, "gpt2"),
+    (1, 1, 3, False, "llama"),
+    (4, 2, 1, True, "llama"),
+    (4, 2, 3, True, "gpt2"),
+    (4, 4, 2, True, "llama"),
+]
+
+
+@pytest.mark.parametrize(("size", "tensor", "zero", "sequence", "family"), CELLS)
+def test_layout_equals_serial(size, tensor, zero, sequence, family):
+    run = run_config(family, parallel__tensor=tensor, parallel__zero=zero, parallel__sequence=sequence)
+    steps = STEPS if size < 4 else 5
+    curve = run_ranks(curve_of, size, run, steps)[0]
+    assert relative_difference(curve, serial(family)[:steps]) < 1e-5
+
+
+def test_serial_learns():
+    losses = [loss for loss, _ in serial("llama")]
+    assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_accumulates_in_fp32(zero):
+    """Eight micro-batches of one sequence: accumulation in bf16 would be several times further off."""
+    run = run_config(train__dtype="bf16", train__micro_batch=1, parallel__zero=zero)
+    curve = run_ranks(curve_of, 1, run, 5)[0]
+    assert max(abs(a[0] - b[0]) for a, b in zip(curve, serial("llama"), strict=False)) < 2e-3
+    assert relative_difference(curve, serial("llama")[:5]) < 1e-2
+
+
+def test_recompute_changes_nothing():
+    plain = run_ranks(curve_of, 2, run_config(parallel__tensor=2), 5)[0]
+    recomputed = run_ranks(curve_of, 2, run_config(parallel__tensor=2, train__recompute=True), 5)[0]
+    assert recomputed == plain
+
+
+def test_dropout_is_reproducible_and_differs_between_steps():
+    run = run_config(model__dropout=0.1, parallel__tensor=2, parallel__sequence=True)
+    first, second = (run_ranks(curve_of, 2, run, 4)[0] for _ in range(2))
+    assert first == second
+    assert relative_difference(first, serial("llama")[:4]) > 1e-4, "dropout must do something"
+
+
+def _forget_sequence_parallel_sum(run):
+    engine = make_engine(run)
+    for hook in engine._hooks:
+        hook.remove()
+    return train(engine, run, range(3))
+
+
+def test_a_forgotten_sequence_parallel_sum_is_caught():
+    """The planted fault: norms' gradients stay partial sums on each rank."""
+    run = run_config("gpt2", parallel__tensor=2, parallel__sequence=True)
+    curve = run_ranks(_forget_sequence_parallel_sum, 2, run)[0]
+    assert relative_difference(curve, serial("gpt2")[:3]) > 1e-5
+
+
+def _count_replicated_twice(run):
+    from basestone.trainer import engine as module
+
+    original = module.prepare_parameters
+
+    def planted(decoder, model, seed):
+        original(decoder, model, seed)
+        for parameter in decoder.parameters():
+            parameter.tensor_model_parallel = True
+
+    module.prepare_parameters = planted
+    return train(make_engine(run), run, range(3))
+
+
+def test_a_parameter_counted_twice_in_the_norm_is_caught():
+    curve = run_ranks(_count_replicated_twice, 2, run_config("gpt2", parallel__tensor=2))[0]
+    assert relative_difference(curve, serial("gpt2")[:3]) > 1e-5
+
+
+def _share(run):
+    runtime = make_engine(run).runtime
+    generator = np.random.default_rng(runtime.dp_rank)
+    tokens = generator.integers(0, 100, (3, SEQUENCE + 1)).astype(np.int32)
+    weights = generator.integers(0, 2, (3, SEQUENCE)).astype(np.uint8)
+    given = (tokens, weights) if runtime.reads_data else (None, None)
+    got = share(*given, 3, SEQUENCE, runtime)
+    return runtime.dp_rank, bool((got[0].numpy() == tokens).all() and (got[1].numpy() == weights).all())
+
+
+def test_each_replica_gets_what_its_reader_read():
+    answers = run_ranks(_share, 4, run_config(parallel__tensor=2))
+    assert answers == [(0, True), (0, True), (1, True), (1, True)]
