@@ -8,13 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from . import environ, local
 from .data_commands import data_app, prepare, tokenizer_app
 
-EXIT_USER = 64
+EXIT_USER, EXIT_INTERRUPTED = 64, 130
 
 app = typer.Typer(
     name="basestone",
@@ -96,6 +95,7 @@ def train(
     from ..trainer.load import load_run
     from ..trainer.places import locate, vocab_size
     from ..trainer.plan import describe
+    from ..trainer.rundir import make_run_directory
 
     config = load_run(run, overrides or [])
     num_workers = config.run.processes or max(1, environ.num_gpus())
@@ -109,6 +109,7 @@ def train(
     for label, text in lines:
         if label in ("model", "parameters", "layout", "batch", "length"):
             _say(f"{label}: {text}")
+    make_run_directory(directory)
     raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
 
 
@@ -258,17 +259,19 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Run the command line; errors with an exit code of their own become one line."""
-    debug = "--debug" in sys.argv
+    # The deepspeed launcher puts --local_rank=N in front; the environment says the same.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    debug = "--debug" in arguments
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, click.ClickException) or hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):  # a wrong flag or command
             _say(f"error: {error.format_message()}\ntry: basestone --help")
             code = EXIT_USER
-        elif isinstance(error, (click.exceptions.Abort, KeyboardInterrupt)):
-            code = 130
+        elif isinstance(error, typer.Abort):
+            code = EXIT_INTERRUPTED
         elif hasattr(error, "exit_code"):
             _say(f"error: {error}")
             code = error.exit_code

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import cut
 from basestone.trainer.config import RunConfig

@@ -137,8 +137,8 @@ class OpenCheckpoint:
         except ValueError:
             return None
         for path in places.values():
-            length = self.run.data.sequence_length
-            data = load_heldout(path, self.tokenizer, sequence_length=length, max_tokens=4 * length)
+            length, most = self.run.data.sequence_length, self.run.evaluate.max_tokens
+            data = load_heldout(path, self.tokenizer, sequence_length=length, max_tokens=most)
             return torch.from_numpy(data.tokens[:VERIFY_SEQUENCES, :-1]).long()
         return None
 

@@ -51,6 +51,20 @@ class Ledger:
         self.wasted_tokens = max(0, int(self.tokens - useful.get("tokens", 0)))
 
 
+def make_run_directory(path: Path) -> None:
+    """Make the folders of a run and check that they can be written.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        for folder in (path, path / "checkpoints", path / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    except OSError as error:
+        raise ConfigError(f"run directory {path}: cannot be written ({error}); choose another") from error
+
+
 class RunDirectory:
     """Holds the lock of a run directory and writes its records; one process of a run owns it."""
 
@@ -61,12 +75,8 @@ class RunDirectory:
             ConfigError: it cannot be written, or another run holds it.
         """
         self.path = path
-        try:
-            for folder in (path, path / "checkpoints", path / "logs"):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(f"run directory {path}: cannot be written ({error}); choose another") from error
+        make_run_directory(path)
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

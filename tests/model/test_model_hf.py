@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from basestone.model.config import ModelConfig
 from basestone.model.hf.adapter import LastRead, adapter_for, adapter_for_hf
 from basestone.model.hf.rules import AdapterError, Halves
 from basestone.model.hf.safetensors_file import SafetensorsReader, write_safetensors
 from basestone.model.layout import decoder_layout
-from torch.nn import functional as F
 
 LLAMA = {
     "family": "llama",

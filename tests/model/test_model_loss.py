@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from basestone.model import loss as loss_module
 from basestone.model.loss import vocab_parallel_cross_entropy
 

@@ -6,11 +6,12 @@ import stat
 
 import pytest
 import torch
-from basestone.model.hf.safetensors_file import SafetensorsError, SafetensorsReader, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from basestone.model.hf.safetensors_file import SafetensorsError, SafetensorsReader, write_safetensors
 
 
 def plan_of(tensors):

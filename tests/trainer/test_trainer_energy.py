@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
+
 from basestone.trainer.energy import CounterMeter, EnergyMeter, PowerMeter
 
 HOST = socket.gethostname()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from basestone.data.errors import DataStorageError
 from basestone.data.tokenizer import train_tokenizer
 from basestone.model.config import ModelConfig

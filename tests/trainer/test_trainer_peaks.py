@@ -1,6 +1,7 @@
 """The table of peaks: shipped names find their row, near misses find none."""
 
 import pytest
+
 from basestone.trainer.peaks import TABLE, peak_tflops
 
 

@@ -7,12 +7,13 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from basestone.trainer.chart import Series, format_number, line_chart, nice_ticks, thin
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.report import write_report
 from basestone.trainer.run_records import read_records
-from hypothesis import given
-from hypothesis import strategies as st
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

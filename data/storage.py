@@ -1,0 +1,52 @@
+"""Write files so that a crash leaves the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DataStorageError
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into a ``DataStorageError`` that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise DataStorageError(
+            f"{doing} failed: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
+            "check free space, permissions and the state of the storage"
+        ) from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names inside a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file's content as a whole: temporary name, fsync, rename."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def rename_directory(source: Path, target: Path) -> None:
+    """Give a finished directory its final name; an empty directory of that name is replaced."""
+    sync_directory(source)
+    os.rename(source, target)
+    sync_directory(target.parent)

@@ -1,0 +1,33 @@
+"""The command line as tests start it, and what a run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def environment() -> dict[str, str]:
+    """The test's environment without what a launcher would have set."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "BASESTONE_RENDEZVOUS")
+    return {name: value for name, value in os.environ.items() if name not in names} | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "basestone.launch", *map(str, arguments)]
+
+
+def steps_of(run_dir: Path) -> dict[int, dict]:
+    """The last line of every step in metrics.jsonl."""
+    found = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "step":
+            found[record["step"]] = record
+    return found
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """Losses in order of step, at full precision."""
+    return [record["loss"] for _, record in sorted(steps_of(run_dir).items())]

@@ -1,0 +1,179 @@
+"""A checkpoint has no layout: any layout resumes from any other, and the same one bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from procs import run_ranks
+from small import VOCAB, curve_of, make_engine, relative_difference, run_config, train
+
+from basestone.model.initial import initial_piece
+from basestone.model.layout import decoder_layout
+from basestone.trainer.checkpoint import Checkpointer
+from basestone.trainer.errors import CheckpointError
+from basestone.trainer.storage import Reader
+from basestone.trainer.weights import CheckpointTensors
+
+pytestmark = pytest.mark.dist
+SAVED_AT, STEPS = 4, 9
+
+
+def table_of(run):
+    return decoder_layout(run.resolve(run.parallel.tensor, VOCAB).run.model)
+
+
+def _train_and_save(run, folder):
+    engine = make_engine(run)
+    curve = train(engine, run, range(SAVED_AT))
+    table = decoder_layout(engine.model)
+    keeper = Checkpointer(Path(folder), table, engine.runtime, keep_last=2)
+    keeper.save(SAVED_AT, engine.state, {"step": SAVED_AT, "optimizer_steps": engine.state.steps})
+    return curve + train(engine, run, range(SAVED_AT, STEPS))
+
+
+def _load_and_train(run, folder):
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=2)
+    state = keeper.restore(engine.state, lambda state: None)
+    assert state is not None and state["step"] == SAVED_AT and engine.state.steps == SAVED_AT
+    return train(engine, run, range(SAVED_AT, STEPS))
+
+
+def layout(tensor, zero, sequence=False, family="llama", **changes):
+    return run_config(
+        family, parallel__tensor=tensor, parallel__zero=zero, parallel__sequence=sequence, **changes
+    )
+
+
+@functools.cache
+def serial(family):
+    return run_ranks(curve_of, 1, layout(1, 0, family=family), STEPS)[0]
+
+
+SAVES = [(4, 2, 1, True, "llama"), (2, 1, 3, False, "llama"), (2, 2, 3, True, "gpt2"), (1, 1, 0, False, "llama")]
+LOADS = [(1, 1, 2, False), (2, 2, 1, False), (2, 1, 3, False), (2, 2, 0, True), (4, 2, 3, True)]
+
+
+@pytest.mark.parametrize(("size", "tensor", "zero", "sequence", "family"), SAVES)
+def test_saved_in_one_layout_goes_on_in_any(tmp_path, size, tensor, zero, sequence, family):
+    saved = run_ranks(_train_and_save, size, layout(tensor, zero, sequence, family), str(tmp_path))[0]
+    assert relative_difference(saved, serial(family)) < 1e-5
+    same = run_ranks(_load_and_train, size, layout(tensor, zero, sequence, family), str(tmp_path))[0]
+    assert same == saved[SAVED_AT:], "the same layout must go on bit for bit"
+    for other_size, other_tensor, other_zero, other_sequence in LOADS:
+        other = layout(other_tensor, other_zero, other_sequence, family)
+        curve = run_ranks(_load_and_train, other_size, other, str(tmp_path))[0]
+        assert relative_difference(curve, serial(family)[SAVED_AT:]) < 1e-5
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_goes_on_bit_for_bit(tmp_path, zero):
+    run = layout(2, zero, True, train__dtype="bf16")
+    saved = run_ranks(_train_and_save, 2, run, str(tmp_path))[0]
+    assert run_ranks(_load_and_train, 2, run, str(tmp_path))[0] == saved[SAVED_AT:]
+
+
+def _save_initial(run, folder):
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=1)
+    keeper.save(0, engine.state, {"step": 0, "optimizer_steps": 0})
+
+
+@pytest.mark.parametrize(("size", "tensor", "zero"), [(2, 2, 1), (2, 1, 3), (2, 2, 3), (1, 1, 0)])
+def test_initial_weights_are_the_tables_in_every_layout(tmp_path, size, tensor, zero):
+    run = layout(tensor, zero)
+    run_ranks(_save_initial, size, run, str(tmp_path))
+    table = table_of(run)
+    tensors = CheckpointTensors(Reader(tmp_path / "checkpoints" / "step_00000000"), table)
+    for name, row in table.items():
+        np.testing.assert_array_equal(tensors.read(name).numpy(), initial_piece(row, run.run.seed, 0, 1).numpy())
+
+
+def _fragments_of_rank(run):
+    """Contract of EngineState, whatever DeepSpeed class stands behind: all of each parameter, exactly once."""
+    engine = make_engine(run)
+    train(engine, run, range(1))
+    return [
+        (fragment.name, fragment.start, fragment.numel, sorted(fragment.tensors), engine.runtime.tp_rank)
+        for fragment in engine.state.fragments()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("zero", "dtype"), [(0, "fp32"), *((zero, dtype) for zero in (1, 2, 3) for dtype in ("fp32", "bf16"))]
+)
+def test_fragments_cover_every_parameter_once(zero, dtype):
+    run = layout(1, zero, train__dtype=dtype)
+    answers = run_ranks(_fragments_of_rank, 2, run)
+    if zero == 0:
+        assert answers[0] == answers[1]
+        answers = answers[:1]
+    for name, row in table_of(run).items():
+        spans = sorted((start, numel) for answer in answers for n, start, numel, _, _ in answer if n == name)
+        assert spans[0][0] == 0 and sum(numel for _, numel in spans) == row.numel
+        assert all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+    assert {tuple(keys) for answer in answers for _, _, _, keys, _ in answer} == {("exp_avg", "exp_avg_sq", "master")}
+
+
+def _restore_only(run, folder):
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=5)
+    try:
+        state = keeper.restore(engine.state, lambda state: None)
+    except CheckpointError as error:
+        return str(error)
+    return state["step"] if state else None
+
+
+def _save_two(run, folder):
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=5)
+    for step in (1, 2):
+        train(engine, run, range(step - 1, step))
+        keeper.save(step, engine.state, {"step": step, "optimizer_steps": step})
+
+
+@pytest.mark.faults
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    run = layout(2, 1)
+    run_ranks(_save_two, 2, run, str(tmp_path))
+    newest = tmp_path / "checkpoints" / "step_00000002" / "rank_00001.bin"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert run_ranks(_restore_only, 2, run, str(tmp_path)) == [1, 1]
+    older = tmp_path / "checkpoints" / "step_00000001" / "rank_00000.bin"
+    os.truncate(older, 100)
+    answers = run_ranks(_restore_only, 2, run, str(tmp_path))
+    assert all("no checkpoint is good" in text and "rank_00001.bin" in text for text in answers)
+    assert all("does not start over" in text for text in answers)
+
+
+def _full_disk(run, folder):
+    import resource
+    import signal
+
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=5)
+    train(engine, run, range(1))
+    keeper.save(1, engine.state, {"step": 1, "optimizer_steps": 1})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if engine.runtime.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    try:
+        keeper.save(2, engine.state, {"step": 2, "optimizer_steps": 1})
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.faults
+def test_a_full_disk_on_one_rank_is_named_on_every_rank(tmp_path):
+    answers = run_ranks(_full_disk, 2, layout(2, 1), str(tmp_path))
+    assert all("rank 1" in text and "step 2" in text for text in answers)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"

@@ -1,0 +1,105 @@
+"""What bad input gets: one clear message, the exit code of the table, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+
+def refused(done, code: int, *words: str) -> str:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, f"{word!r} is not in: {done.stderr}"
+    return done.stderr
+
+
+def test_every_wrong_key_at_once(corpus, tmp_path, basestone):
+    text = (corpus / "run.toml").read_text()
+    bad = tmp_path / "bad.toml"
+    bad.write_text(text.replace("num_layers", "num_layer").replace("lr = 3e-3", 'lr = "fast"\nbetta = 1'))
+    words = ("model.num_layer: unknown key; did you mean 'num_layers'", "optimizer.lr", "did you mean 'betas'")
+    refused(basestone("train", bad, "--run-dir", tmp_path / "run"), 64, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layouts_that_cannot_be(corpus, tmp_path, basestone):
+    run = ("train", corpus / "run.toml", "--run-dir", tmp_path / "run")
+    refused(
+        basestone(*run, "--set", "parallel.tensor=4"),
+        64,
+        "num_query_groups = 2",
+        "legal values: [1, 2]",
+        "2 processes",
+    )
+    refused(basestone(*run, "--set", "run.processes=3"), 64, "3 processes", "multiple of 2")
+
+
+def test_missing_file_and_usage(tmp_path, basestone):
+    refused(basestone("train", tmp_path / "no.toml"), 64, "there is no such run file")
+    refused(basestone("trian"), 64, "No such command")
+    refused(basestone("evaluate", tmp_path / "nowhere"), 74, "there is no such checkpoint")
+
+
+def test_missing_empty_and_truncated_shards(corpus, tmp_path, basestone):
+    run = ("train", corpus / "run.toml", "--run-dir", tmp_path / "run", "--set")
+    refused(basestone(*run, f"data.train={tmp_path / 'none'}"), 64, "no manifest.json", "basestone prepare")
+    cut = tmp_path / "cut"
+    shutil.copytree(corpus / "shards" / "train", cut)
+    shard = next(cut.glob("*.tar"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    done = basestone(*run, f"data.train={cut}")
+    refused(done, done.returncode, shard.name)
+    assert done.returncode in (64, 76)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    shard.write_bytes(flipped)
+    refused(basestone(*run, f"data.train={cut}", "--set", "train.steps=400"), 76, shard.name)
+
+
+def test_run_directory_that_cannot_be_written_or_is_taken(corpus, tmp_path, basestone):
+    (tmp_path / "file").write_text("")
+    run = ("train", corpus / "run.toml", "--set", "train.steps=1", "--run-dir")
+    refused(basestone(*run, tmp_path / "file" / "run"), 64, "cannot be written")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    with open(taken / "lock", "w") as lock:
+        lock.write("pid 1 on elsewhere\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(basestone(*run, taken), 64, "another run holds it", "pid 1 on elsewhere")
+
+
+def test_another_model_tokenizer_or_batch_at_a_resume(corpus, tmp_path, trained, basestone):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    other = tmp_path / "other.model"
+    basestone("tokenizer", "train", corpus / "shards/train", "--out", other, "--vocab-size", "512", "--json")
+    shutil.copyfile(corpus / "tokenizer.model", other)
+    changes = ["train.steps=20", "model.num_layers=3", "train.global_batch=16"]
+    words = [word for change in changes for word in ("--set", change)]
+    text = refused(
+        basestone("train", corpus / "run.toml", "--run-dir", run_dir, *words),
+        64,
+        "model.num_layers: 2 in the checkpoint, 3 now",
+        "train.global_batch: 8 in the checkpoint, 16 now",
+    )
+    assert text.count("belongs to another run") == 1
+    smaller = tmp_path / "smaller.model"
+    basestone("tokenizer", "train", corpus / "shards/train", "--out", smaller, "--vocab-size", "500")
+    words = ["--set", f"data.tokenizer={smaller}", "--set", "train.steps=20"]
+    refused(basestone("train", corpus / "run.toml", "--run-dir", run_dir, *words), 64, "tokenizer")
+
+
+def test_numbers_that_are_not_finite(corpus, tmp_path, basestone):
+    changes = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "train.clip=0", "checkpoint.every_steps=1"]
+    words = [word for change in changes for word in ("--set", change)]
+    done = basestone("train", corpus / "run.toml", "--run-dir", tmp_path / "run", *words)
+    refused(done, 76, "is not finite on rank(s)", "last good checkpoint: step_0000000", "lower optimizer.lr")
+    assert (tmp_path / "run" / "FAILED").exists()
+    assert "every byte matches" in basestone("checkpoint", "verify", tmp_path / "run").stdout

@@ -1,0 +1,69 @@
+"""evaluate, generate and export, from a run that the command line has trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.dist
+
+
+def test_evaluate_equals_the_training_runs_own(trained, basestone):
+    done = basestone("evaluate", trained, "--json", "--max-tokens", "2000")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["topics"]
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "eval"][-1]
+    assert result["tokens"] == last["tokens"]
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert result[name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_generate_continues_a_prompt(trained, basestone):
+    words = ("generate", trained, "--prompt", "The following", "--max-new-tokens", "12")
+    first, again = basestone(*words), basestone(*words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("The following") and first.stdout == again.stdout
+    assert basestone(*words, "--seed", "5").stdout != first.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_export_is_what_transformers_loads(tmp_path, trained, basestone, dtype):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "hf"
+    done = basestone("export", trained, out, "--dtype", dtype, "--licence", "apache-2.0")
+    assert done.returncode == 0, done.stderr
+    error = float(done.stdout.split("within ")[1].split()[0])
+    assert error < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype])
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer("The following", return_tensors="pt")
+    text = tokenizer.decode(
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True
+    )
+    assert text.startswith("The following")
+    card = (out / "README.md").read_text()
+    assert ("apache-2.0" in card and "joule" in card.lower()) or "kWh" in card
+    assert basestone("export", trained, out).returncode == 64, "an existing directory must be refused"
+
+
+def test_export_refuses_another_tokenizer(tmp_path, trained, corpus, basestone):
+    other = tmp_path / "other.model"
+    done = basestone("tokenizer", "train", corpus / "shards/train", "--out", other, "--vocab-size", "520")
+    assert done.returncode == 0, done.stderr
+    done = basestone("export", trained, tmp_path / "hf", "--tokenizer", other)
+    assert done.returncode == 64
+    assert "is not the tokenizer" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+def test_report_and_checkpoint_commands(trained, basestone):
+    done = basestone("report", trained)
+    assert done.returncode == 0 and (trained / "report.html").stat().st_size > 5000
+    listed = json.loads(basestone("checkpoint", "ls", trained, "--json").stdout)
+    assert [row["step"] for row in listed] == [16, 12, 8] and all(row["problem"] is None for row in listed)
+    assert "every byte matches" in basestone("checkpoint", "verify", trained).stdout

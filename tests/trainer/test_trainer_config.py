@@ -1,0 +1,200 @@
+"""What a run file may say together, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from run_files import run_of
+
+from basestone.trainer.config import RunConfig, resolve_paths
+from basestone.trainer.errors import ConfigError
+
+VOCAB = 200
+
+
+def refusal(run: RunConfig, world_size: int = 1, vocab_size: int = VOCAB) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run.resolve(world_size, vocab_size)
+    assert caught.value.exit_code == 64
+    return str(caught.value)
+
+
+def sections() -> list[tuple[str, type[BaseModel]]]:
+    return [(name, field.annotation) for name, field in RunConfig.model_fields.items()]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "section"), sections())
+def test_every_field_is_described_and_says_whether_a_resume_may_change_it(name, section):
+    for key, field in section.model_fields.items():
+        assert field.description, f"{name}.{key}"
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict) and extra["on_resume"] in ("fixed", "free"), f"{name}.{key}"
+
+
+@pytest.mark.parametrize(("name", "section"), sections())
+def test_sections_are_frozen_and_refuse_unknown_keys(name, section):
+    assert section.model_config["frozen"] is True
+    assert section.model_config["extra"] == "forbid"
+
+
+def test_a_run_cannot_be_changed():
+    run = run_of()
+    with pytest.raises(ValidationError):
+        run.train.steps = 5
+    with pytest.raises(ValidationError):
+        run.train = run.train
+
+
+# ---- what is derived ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "data_parallel"),
+    [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (8, 4, 2), (8, 1, 8)],
+)
+def test_data_parallel_is_what_is_left(world_size, tensor, data_parallel):
+    resolved = run_of(parallel__tensor=tensor).resolve(world_size, VOCAB)
+    assert (resolved.world_size, resolved.data_parallel) == (world_size, data_parallel)
+
+
+def test_tokens_are_rounded_up_to_steps():
+    batch = 8 * 32
+    for tokens, steps in ((1, 1), (batch, 1), (batch + 1, 2), (10 * batch - 1, 10), (10 * batch, 10)):
+        resolved = run_of(train__steps=None, train__tokens=tokens).resolve(1, VOCAB)
+        assert (resolved.steps, resolved.tokens_per_step) == (steps, batch)
+
+
+def test_steps_are_taken_as_given():
+    assert run_of(train__steps=7).resolve(2, VOCAB).steps == 7
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_given_larger():
+    run = run_of()
+    resolved = run.resolve(1, 200)
+    assert resolved.run.model.vocab_size == 200
+    assert resolved.run.model.padded_vocab_size == 256
+    assert run.model.vocab_size is None  # deriving changes no given object
+    assert run_of(model__vocab_size=300).resolve(1, 200).run.model.vocab_size == 300
+
+
+def test_micro_batches_are_filled_up():
+    resolved = run_of(train__micro_batch=3).resolve(1, VOCAB)
+    assert [resolved.num_micro_batches(samples) for samples in (1, 3, 4, 8)] == [1, 1, 2, 3]
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_under_the_tokenizers_is_refused():
+    text = refusal(run_of(model__vocab_size=100), vocab_size=200)
+    assert "model.vocab_size = 100" in text and "200" in text and "leave it out" in text
+
+
+@pytest.mark.parametrize(("world_size", "tensor"), [(1, 2), (3, 2), (6, 4), (2, 4)])
+def test_a_world_that_does_not_factor_is_refused(world_size, tensor):
+    text = refusal(run_of(parallel__tensor=tensor), world_size)
+    assert text == (
+        f"{world_size} processes cannot be cut into groups of parallel.tensor x parallel.pipeline = "
+        f"{tensor} x 1; start a multiple of {tensor}"
+    )
+
+
+def test_more_readers_than_sequences_are_refused():
+    text = refusal(run_of(train__global_batch=4), 8)
+    assert "train.global_batch = 4" in text and "8 data-parallel ranks" in text
+    assert run_of(train__global_batch=4).resolve(4, VOCAB).data_parallel == 4
+
+
+def test_a_tensor_size_that_does_not_divide_names_the_legal_ones():
+    assert refusal(run_of(parallel__tensor=3), 3).splitlines() == [
+        "parallel.tensor = 3 does not divide model.num_attention_heads = 8; legal values: [1, 2, 4, 8]",
+        "parallel.tensor = 3 does not divide model.num_query_groups = 4; legal values: [1, 2, 4]",
+        "parallel.tensor = 3 does not divide the padded vocabulary 256; set model.vocab_multiple to a multiple of 3",
+    ]
+
+
+def test_sequence_parallel_needs_tensor_parallel():
+    assert "parallel.sequence = true needs parallel.tensor > 1" in refusal(run_of(parallel__sequence=True))
+
+
+def test_sequence_parallel_needs_slices_of_equal_length():
+    run = run_of(parallel__sequence=True, parallel__tensor=4, data__sequence_length=30)
+    text = refusal(run, 4)
+    assert "data.sequence_length = 30" in text and "multiple of parallel.tensor = 4" in text
+    run_of(parallel__sequence=True, parallel__tensor=2, data__sequence_length=30).resolve(2, VOCAB)
+
+
+def test_a_sequence_longer_than_the_model_is_refused():
+    text = refusal(run_of(data__sequence_length=65))
+    assert "data.sequence_length = 65" in text and "model.max_sequence_length = 64" in text
+    run_of(data__sequence_length=64).resolve(1, VOCAB)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_stage_0_in_half_precision_is_refused_with_advice(dtype):
+    text = refusal(run_of(parallel__zero=0, train__dtype=dtype))
+    assert dtype in text and "set parallel.zero = 1" in text
+    run_of(parallel__zero=0, train__dtype="fp32").resolve(1, VOCAB)
+    run_of(parallel__zero=1, train__dtype=dtype).resolve(1, VOCAB)
+
+
+def test_all_violated_rules_come_at_once():
+    run = run_of(
+        parallel__tensor=3,
+        parallel__sequence=True,
+        parallel__zero=0,
+        train__dtype="bf16",
+        data__sequence_length=100,
+    )
+    text = refusal(run, 4)
+    for part in (
+        "num_attention_heads",
+        "num_query_groups",
+        "padded vocabulary",
+        "max_sequence_length",
+        "multiple of parallel.tensor",
+        "parallel.zero = 0",
+        "4 processes",
+    ):
+        assert part in text
+
+
+# ---- paths --------------------------------------------------------------------------------------------------
+
+
+def resolved(values: dict[str, Any]) -> dict[str, Any]:
+    return resolve_paths(values, Path("/base/dir"))
+
+
+def test_every_path_of_a_file_is_relative_to_it():
+    values = {
+        "data": {"train": "a", "tokenizer": "../t.model", "heldout": {"x": "b/c", "y": "/abs"}},
+        "parallel": {"ds_config": "ds.json"},
+    }
+    assert resolved(values) == {
+        "data": {
+            "train": "/base/dir/a",
+            "tokenizer": "/base/t.model",
+            "heldout": {"x": "/base/dir/b/c", "y": "/abs"},
+        },
+        "parallel": {"ds_config": "/base/dir/ds.json"},
+    }
+    assert values["data"]["train"] == "a"  # the argument is left as it was
+
+
+def test_a_list_of_directories_and_embedded_corpora():
+    got = resolved({"data": {"train": ["a", "builtin:python"], "tokenizer": "builtin:python"}})
+    assert got["data"] == {"train": ["/base/dir/a", "builtin:python"], "tokenizer": "builtin:python"}
+
+
+def test_the_home_directory_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert resolved({"data": {"train": "~/shards"}})["data"]["train"] == "/home/somebody/shards"
+
+
+@pytest.mark.parametrize("values", [{}, {"data": {}}, {"data": 3, "parallel": "x"}, {"data": {"train": 3}}])
+def test_what_is_no_path_is_left_for_the_check_of_types(values):
+    assert resolved(values) == values
