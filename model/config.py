@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .presets import FAMILIES, PRESETS
 
-FIXED = {"on_resume": "fixed"}
-FREE = {"on_resume": "free"}
+FIXED: dict[str, Any] = {"on_resume": "fixed"}
+FREE: dict[str, Any] = {"on_resume": "free"}
 
 
 class ModelConfig(BaseModel):
@@ -83,7 +83,7 @@ class ModelConfig(BaseModel):
         preset = values.get("preset")
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset: no preset is called {preset!r}; there are {', '.join(sorted(PRESETS))}")
-        merged = {**PRESETS.get(preset, {}), **values}
+        merged = {**PRESETS.get(str(preset), {}), **values}
         merged = {**FAMILIES.get(merged.get("family", "llama"), {}), **merged}
         return _fill_derived(merged)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..model.layout import Parameter
 from .engine_state import MASTER, STATE_KEYS, EngineState
 from .errors import CheckpointError
@@ -79,7 +81,7 @@ class Checkpointer:
                 fragments.append([number, fragment.start, fragment.numel, writer.written])
                 for key in TENSORS:
                     data = fragment.tensors[key].cpu().contiguous()
-                    writer.write(memoryview(data.numpy()).cast("B"))
+                    writer.write(data.view(torch.uint8).numpy().data)
         return {
             "file": writer.path.name,
             "bytes": writer.written,
@@ -186,7 +188,7 @@ def newest_good(run_dir: Path, attempts: int = 5) -> Reader:
     Raises:
         CheckpointError: there is none.
     """
-    problems = []
+    problems: list[str] = []
     for _ in range(attempts):  # a training run may prune the one that we are about to open
         problems = []
         for _, path in steps_in(run_dir / "checkpoints"):

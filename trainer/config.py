@@ -12,8 +12,8 @@ from ..data.config import DataConfig
 from ..model.config import ModelConfig
 from .errors import ConfigError
 
-FIXED = {"on_resume": "fixed"}
-FREE = {"on_resume": "free"}
+FIXED: dict[str, Any] = {"on_resume": "fixed"}
+FREE: dict[str, Any] = {"on_resume": "free"}
 
 
 class Section(BaseModel):
@@ -141,16 +141,16 @@ class MeterSection(Section):
 class RunConfig(Section):
     """A whole run file."""
 
-    run: RunSection = Field(default_factory=RunSection)
+    run: RunSection = RunSection()
     model: ModelConfig
     data: DataConfig
-    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    parallel: ParallelSection = ParallelSection()
     train: TrainSection
     optimizer: OptimizerSection
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    meter: MeterSection = Field(default_factory=MeterSection)
+    schedule: ScheduleSection = ScheduleSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    meter: MeterSection = MeterSection()
 
     def resolve(self, world_size: int, vocab_size: int) -> ResolvedRun:
         """Derive everything that follows from the world size and the tokenizer's vocabulary.

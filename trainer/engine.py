@@ -152,7 +152,8 @@ class Engine:
 
     def _optimizer(self, resolved: ResolvedRun) -> torch.optim.Optimizer:
         section, table = resolved.run.optimizer, decoder_layout(self.model)
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in self.module.named_parameters():
             decay = section.decay_all or has_weight_decay(table[name])
             (decayed if decay else plain).append(parameter)
@@ -278,6 +279,9 @@ class Engine:
 
 class _EngineChunk(nn.Module):
     """What the schedule calls in place of the model, so that each forward passes through DeepSpeed's engine."""
+
+    engine: Any
+    stage: Decoder
 
     def __init__(self, engine: Any, module: Decoder) -> None:
         super().__init__()

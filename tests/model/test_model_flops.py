@@ -33,7 +33,11 @@ def config(**changes: Any) -> ModelConfig:
 
 def hugging_face(made: ModelConfig) -> torch.nn.Module:
     """Make transformers' model of the same shape on the meta device."""
-    shared = {"vocab_size": made.padded_vocab_size, "tie_word_embeddings": made.tied, "attn_implementation": "eager"}
+    shared = {
+        "vocab_size": made.padded_vocab_size,
+        "tie_word_embeddings": made.tied,
+        "attn_implementation": "eager",
+    }
     with torch.device("meta"):
         if made.family == "llama":
             return transformers.LlamaForCausalLM(
@@ -77,7 +81,13 @@ def counted(model: torch.nn.Module) -> float:
     "changes",
     [
         {"family": "gpt2"},
-        {"family": "gpt2", "num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 256},
+        {
+            "family": "gpt2",
+            "num_layers": 1,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 256,
+        },
         {"family": "llama"},
         {"family": "llama", "num_query_groups": 2},
         {"family": "llama", "num_query_groups": 1, "tied": True},
@@ -106,4 +116,6 @@ def test_six_per_parameter_for_a_large_model():
     """Kaplan et al. 2020: 6 N, where attention is small beside the matrices."""
     made = ModelConfig(preset="llama-70b", vocab_size=128256)
     embedding = made.padded_vocab_size * made.hidden_size
-    assert decoder_flops_per_token(made, 128) == pytest.approx(6 * (num_parameters(made) - embedding), rel=0.002)
+    assert decoder_flops_per_token(made, 128) == pytest.approx(
+        6 * (num_parameters(made) - embedding), rel=0.002
+    )

@@ -121,7 +121,9 @@ def test_a_rank_draws_its_piece_and_little_more(monkeypatch):
     piece = initial_piece(parameter, SEED, 3, 8)
     assert sum(drawn) == piece.numel()
     drawn.clear()
-    initial_piece(Parameter("w", (30 * BLOCK, 8), "weight", 0, 2, init_std=1.0), SEED, 1, 4)  # ragged in both parts
+    initial_piece(
+        Parameter("w", (30 * BLOCK, 8), "weight", 0, 2, init_std=1.0), SEED, 1, 4
+    )  # ragged in both parts
     assert sum(drawn) <= 30 * BLOCK * 8 // 4 + 4 * BLOCK * 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_boxes_cover_every_element_once_and_agree_with_a_slow_computation(case):
     for rank in range(size):
         piece = piece_of(parameter, rank, size)
         assert piece.shape == parameter.local_shape(size)
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             got = elements(parameter, rank, size, start, stop - start)
             assert got.tolist() == piece.ravel()[start:stop].tolist()
         seen.append(piece.ravel())
@@ -76,7 +77,7 @@ def test_boxes_cover_every_element_once_and_agree_with_a_slow_computation(case):
 def test_boxes_are_few(case):
     """Two ragged ends and one body for each part: an index of a checkpoint stays small."""
     parameter, size, cuts = case
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         assert len(list(boxes(parameter, 0, size, start, stop - start))) <= parameter.parts + 2
 
 

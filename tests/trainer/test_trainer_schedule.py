@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,6 @@ def test_every_schedule_stays_between_zero_and_the_peak_and_falls_after_warm_up(
     got = curve(steps, kind=kind, warmup_steps=warmup, final_ratio=ratio, decay_steps=decay)
     assert all(0 <= rate <= PEAK * (1 + 1e-12) for rate in got)
     after = got[warmup:]
-    assert all(late <= early * (1 + 1e-12) for early, late in zip(after, after[1:], strict=False))
+    assert all(late <= early * (1 + 1e-12) for early, late in pairwise(after))
     if kind != "constant" and warmup < steps:
         assert got[steps] == pytest.approx(PEAK * ratio)
