@@ -90,13 +90,14 @@ def _toml(value: Any) -> str:
 def section_text(name: str, section: type[BaseModel]) -> str:
     """Make the table of one section."""
     title = (section.__doc__ or "").partition("\n")[0].partition(": ")
-    lines = [f"## [{name}]", "", (title[2] or title[0]).replace("`[data]` ", ""), ""]
+    intro = title[2] or title[0]
+    lines = [f"## [{name}]", "", intro[:1].upper() + intro[1:], ""]
     lines += ["| key | type | default | on resume | |", "|---|---|---|---|---|"]
     for key, field in section.model_fields.items():
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         kind = type_text(field.annotation) + limits_text(field)
-        text = (field.description or "").replace("|", "\\|")
+        text = (field.description or "").replace("|", "\\|").replace("<", "\\<")
         lines.append(f"| `{key}` | {kind} | {default_text(name, key, field)} | {extra['on_resume']} | {text} |")
     return "\n".join(lines)
 
@@ -110,10 +111,11 @@ def presets_text() -> str:
         "A key given in the file wins over the preset. `-`: what follows from the other keys.",
         "",
     ]
-    columns = (*keys, "max_sequence_length")
+    columns = (*keys, "max_sequence_length", "rope_base", "tied")
     lines += [f"| `preset` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, values in PRESETS.items():
-        lines.append(f"| `{name}` | {' | '.join(str(values.get(key, '-')) for key in columns)} |")
+        cells = [_toml(values[key]).strip('"') if key in values else "-" for key in columns]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -62,6 +62,7 @@ def megatron_config(
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=gated,
         activation_func=F.silu if gated else _gelu_tanh,
+        use_te_activation_func=gated,  # "the backend's activation module": TorchBackend's SwiGLU, or Transformer Engine's
         add_bias_linear=config.bias,
         hidden_dropout=config.dropout,
         attention_dropout=config.dropout,
@@ -86,7 +87,7 @@ def megatron_config(
     )
 
 
-def layer_spec(backend: BackendSpecProvider, rms_norm: bool) -> ModuleSpec:
+def layer_spec(backend: BackendSpecProvider, *, rms_norm: bool, gated: bool) -> ModuleSpec:
     """Describe one pre-norm decoder layer over a backend."""
     attention = ModuleSpec(
         module=SelfAttention,
@@ -106,7 +107,7 @@ def layer_spec(backend: BackendSpecProvider, rms_norm: bool) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm(rms_norm=rms_norm),
-            mlp=get_mlp_module_spec_for_backend(backend),
+            mlp=get_mlp_module_spec_for_backend(backend, use_te_activation_func=gated),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -183,7 +184,7 @@ class Decoder(MegatronModule):
         self.received: Tensor | None = None
         backend = backend_for(model.backend)
         rms_norm = model.normalization == "rmsnorm"
-        spec = layer_spec(backend, rms_norm)
+        spec = layer_spec(backend, rms_norm=rms_norm, gated=model.activation == "swiglu")
         if first:
             self.embed = Embedding(model, config)
         self.rotary = (

@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = (
-    1 << 22
-)  # fp32 scratch of 16 MiB: stays in a CPU's cache hierarchy, and is large enough for a GPU
+# fp32 scratch: what stays in a core's cache; what fills a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_tv, targets_t, first_row, vocab_size, z_loss, group):  # type: ignore[no-untyped-def]
-        rows = max(1, CHUNK_ELEMENTS // logits_tv.shape[1])
+        rows = max(1, CHUNK_ELEMENTS[logits_tv.device.type] // logits_tv.shape[1])
         valid = min(max(vocab_size - first_row, 0), logits_tv.shape[1])  # columns that are not padding
         parallel = dist.is_initialized() and dist.get_world_size(group) > 1
         if valid:
@@ -37,8 +36,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         sums_t = torch.empty_like(maxima_t)
         for start in range(0, logits_tv.shape[0], rows):
             chunk = slice(start, start + rows)
-            scratch = logits_tv[chunk, :valid] - maxima_t[chunk, None]  # promoted to fp32, and never the logits
-            sums_t[chunk] = scratch.exp_().sum(dim=-1)
+            scratch = logits_tv[chunk, :valid].to(torch.float32, copy=True)  # never the logits themselves
+            sums_t[chunk] = scratch.sub_(maxima_t[chunk, None]).exp_().sum(dim=-1)
         both = torch.stack((sums_t, picked_t))
         if parallel:
             dist.all_reduce(both, group=group)
@@ -50,17 +49,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_t):  # type: ignore[no-untyped-def]
         logits_tv, log_partition_t, index_t, mine_t = ctx.saved_tensors
-        grad_tv = torch.zeros_like(logits_tv)
+        grad_tv = torch.empty_like(logits_tv)
+        grad_tv[:, ctx.valid :] = 0
         scale_t = grad_t * (1 + 2 * ctx.z_loss * log_partition_t)
         for start in range(0, logits_tv.shape[0], ctx.rows):
             chunk = slice(start, start + ctx.rows)
-            softmax = (logits_tv[chunk, : ctx.valid] - log_partition_t[chunk, None]).exp_()
-            softmax.mul_(scale_t[chunk, None])
+            softmax = logits_tv[chunk, : ctx.valid].to(torch.float32, copy=True)
+            softmax.sub_(log_partition_t[chunk, None]).exp_().mul_(scale_t[chunk, None])
             index, mine = index_t[chunk], mine_t[chunk]
             if ctx.valid:
                 correction = torch.where(mine, -grad_t[chunk], 0.0).unsqueeze(-1)
                 softmax.scatter_add_(1, index.clamp(max=ctx.valid - 1), correction)
-            grad_tv[chunk, : ctx.valid] = softmax.to(grad_tv.dtype)
+            grad_tv[chunk, : ctx.valid].copy_(softmax)
         return grad_tv, None, None, None, None, None
 
 

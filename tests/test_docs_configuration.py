@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_the_page_is_current():
 
 @pytest.mark.parametrize(("section", "key"), KEYS)
 def test_every_key_stands_in_the_table_of_its_section(section, key):
-    table = PAGE.partition(f"\n## [{section}]\n")[2].partition("\n## ")[0]
+    table = PAGE.partition(f"\n## [{section}]\n")[2].partition("\n##")[0]
     (row,) = [line for line in table.splitlines() if line.startswith(f"| `{key}` | ")]
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
     assert len(cells) == 5 and all(cells)
@@ -37,8 +38,18 @@ def test_keys_called_required_are_the_ones_that_must_be_given():
     """Told from the outside: a model is made of these keys alone."""
     table = PAGE.partition("\n## [model]\n")[2].partition("\n### ")[0]
     required = [line.split("`")[1] for line in table.splitlines() if "| required" in line]
-    values = dict.fromkeys(required, 8)
+    values = {name: 64 if name == "hidden_size" else 8 for name in required}
     assert ModelConfig(**values).family == "llama"
     for key in required:
         with pytest.raises(ValueError, match=key):
             ModelConfig(**{name: value for name, value in values.items() if name != key})
+
+
+ROOT = DOCS.parent
+PAGES = [*DOCS.rglob("*.md"), *(ROOT / "ds_configs").glob("*.md"), *ROOT.glob("*.md")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from ..data.stream import samples_per_reader
 from ..model.decoder import Decoder, megatron_config, prepare_parameters
 from ..model.initial import initial_piece
 from ..model.layout import decoder_layout, has_weight_decay
@@ -85,7 +86,9 @@ def deepspeed_config(resolved: ResolvedRun) -> dict[str, Any]:
     }
     if train.dtype != "fp32":
         derived[train.dtype] = {"enabled": True}
-        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        # One micro-batch adds nothing up, and DeepSpeed then reduces half the bytes.
+        if resolved.num_micro_batches(samples_per_reader(train.global_batch, resolved.data_parallel)) > 1:
+            derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.dtype == "bf16":
         derived["bf16"]["immediate_grad_update"] = True
     return {**base, **derived}

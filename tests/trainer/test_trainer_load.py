@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import run_of, run_values
 
@@ -328,6 +328,7 @@ NAMES = st.from_regex(r"[A-Za-z0-9_.-]{1,8}", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x7f"), max_size=9)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, TEXTS))
 def test_any_text_survives_in_toml(heldout):
     values = {"data": {"x": 1.5e300, "y": False, "z": [1, "a"], "heldout": heldout}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basestone.trainer.config import ScheduleSection
@@ -61,6 +61,7 @@ def test_constant_stays():
     assert curve(10, kind="constant", warmup_steps=2) == [1.0, *[PEAK] * 10]
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     steps=st.integers(1, 300),
