@@ -29,7 +29,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
-	rm -rf build/typing && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typing .
+	rm -rf build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typing .
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p basestone
 	cd build/typing && ../../$(BIN)/lint-imports --config ../../.importlinter
 

@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from .errors import ModelError
+
 
 def _norm_parameter(config: TransformerConfig, fill: float, width: int) -> nn.Parameter:
     device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
@@ -185,13 +187,13 @@ class TorchBackend(BackendSpecProvider):
 
 
 def backend_for(name: str) -> BackendSpecProvider:
-    """Give the backend called `name`; ValueError where Transformer Engine is asked for and not installed."""
+    """Give the backend called `name`; ModelError where Transformer Engine is asked for and not installed."""
     if name == "torch":
         return TorchBackend()
     try:
         import transformer_engine  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise ModelError(
             'model.backend = "te" needs Transformer Engine, which is not installed here; use backend = "torch"'
         ) from error
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

@@ -80,9 +80,11 @@ class ModelConfig(BaseModel):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        for name, known in (("preset", PRESETS), ("family", FAMILIES)):
+            given = values.get(name)
+            if given is not None and (not isinstance(given, str) or given not in known):
+                raise ValueError(f"{name}: no {name} is called {given!r}; there are {', '.join(sorted(known))}")
         preset = values.get("preset")
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"preset: no preset is called {preset!r}; there are {', '.join(sorted(PRESETS))}")
         merged = {**PRESETS.get(str(preset), {}), **values}
         merged = {**FAMILIES.get(merged.get("family", "llama"), {}), **merged}
         return _fill_derived(merged)

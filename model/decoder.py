@@ -62,7 +62,7 @@ def megatron_config(
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=gated,
         activation_func=F.silu if gated else _gelu_tanh,
-        use_te_activation_func=gated,  # "the backend's activation module": TorchBackend's SwiGLU, or Transformer Engine's
+        use_te_activation_func=gated,  # means the backend's module: TorchBackend's SwiGLU or Transformer Engine's
         add_bias_linear=config.bias,
         hidden_dropout=config.dropout,
         attention_dropout=config.dropout,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.config import DataConfig
 from ..model.config import ModelConfig
@@ -77,13 +77,22 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """`[optimizer]`: AdamW (Loshchilov & Hutter 2019)."""
 
-    lr: float = Field(gt=0, description="peak learning rate", json_schema_extra=FREE)
+    lr: float = Field(gt=0, allow_inf_nan=False, description="peak learning rate", json_schema_extra=FREE)
     betas: tuple[float, float] = Field((0.9, 0.95), description="moment decays", json_schema_extra=FREE)
-    eps: float = Field(1e-8, gt=0, description="denominator epsilon", json_schema_extra=FREE)
+    eps: float = Field(
+        1e-8, gt=0, allow_inf_nan=False, description="denominator epsilon", json_schema_extra=FREE
+    )
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay", json_schema_extra=FREE)
     decay_all: bool = Field(
         False, description="decay norms, biases and embeddings, too", json_schema_extra=FIXED
     )
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both must be at least 0 and below 1")
+        return betas
 
 
 class ScheduleSection(Section):
@@ -94,7 +103,7 @@ class ScheduleSection(Section):
     )
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0", json_schema_extra=FREE)
     final_ratio: float = Field(
-        0.1, ge=0, le=1, description="last learning rate over the peak", json_schema_extra=FREE
+        0.1, ge=0, le=1, description="the rate reached when the run ends, over the peak", json_schema_extra=FREE
     )
     decay_steps: int | None = Field(
         None,
@@ -239,7 +248,7 @@ def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Make the paths of a parsed run file absolute: they are relative to the file they stand in."""
 
     def absolute(path: Any) -> Any:
-        if not isinstance(path, str) or path.startswith("builtin:"):
+        if not isinstance(path, str) or not path or path.startswith("builtin:"):
             return path
         return str((base / Path(path).expanduser()).resolve())
 

@@ -45,12 +45,16 @@ DERIVED_KEYS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
     "bf16",
+    "bfloat16",
     "fp16",
+    "amp",
+    "torch_autocast",
     "data_types",
     "optimizer",
     "scheduler",
     "steps_per_print",
     "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 )
 
 
@@ -70,6 +74,10 @@ def deepspeed_config(resolved: ResolvedRun) -> dict[str, Any]:
             base = json.loads(Path(name).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"parallel.ds_config: {name} cannot be read as JSON: {error}") from error
+        if not isinstance(base, dict) or not isinstance(base.get("zero_optimization", {}), dict):
+            raise ConfigError(
+                f"parallel.ds_config: {name} is no DeepSpeed configuration: it and its sections are tables"
+            )
     if conflicts := [key for key in DERIVED_KEYS if key in base]:
         raise ConfigError(f"{name}: take out {', '.join(conflicts)}: the run file decides them")
     stage = base.get("zero_optimization", {}).get("stage", 0)
@@ -83,6 +91,7 @@ def deepspeed_config(resolved: ResolvedRun) -> dict[str, Any]:
         "gradient_clipping": 0.0 if parallel.zero == 0 else train.clip,
         "steps_per_print": 1 << 60,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offload works with torch's AdamW, which needs no compiler
     }
     if train.dtype != "fp32":
         derived[train.dtype] = {"enabled": True}

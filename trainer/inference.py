@@ -68,7 +68,10 @@ class OpenCheckpoint:
 
     def evaluate(self, directories: list[Path], max_tokens: int) -> dict[str, dict[str, float]]:
         """Measure on shard directories; without any, on the run's own held-out sets."""
-        places = {path.name: path for path in directories} or self._own_heldout()
+        names = [path.name for path in directories]
+        places = {
+            path.name if names.count(path.name) == 1 else str(path): path for path in directories
+        } or self._own_heldout()
         if not places:
             raise ConfigError("nothing to evaluate on: the run has no data.heldout; name shards with --data")
         logits = self._logits(self._working_dtype())

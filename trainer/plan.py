@@ -122,6 +122,6 @@ def memory_bytes(resolved: ResolvedRun) -> dict[str, float]:
     return {
         "weights": local * working / (dp if stage == 3 else 1),
         "gradients": local * 4 / (dp if stage >= 2 else 1),
-        "optimizer": local * (MASTER_AND_MOMENTS_BYTES if working < 4 else 8) / (dp if stage >= 1 else 1),
+        "optimizer": local * (MASTER_AND_MOMENTS_BYTES if stage >= 1 else 8) / (dp if stage >= 1 else 1),
         "activations": layers + 2 * tokens * working * model.padded_vocab_size / tp,
     }

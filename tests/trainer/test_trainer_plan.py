@@ -111,7 +111,6 @@ def test_the_plan_of_other_choices():
     assert got["schedule"] == "wsd, 3 warm-up steps, down to 0.0001"
 
 
-@pytest.mark.xfail(reason="DeepSpeed keeps fp32 masters beside fp32 weights from stage 1 on: 12 bytes, not 8")
 def test_fp32_under_zero_has_masters_of_its_own():
     memory = memory_bytes(resolved(1, parallel__zero=1, train__dtype="fp32"))
     assert memory["optimizer"] == 12 * TOTAL
