@@ -40,6 +40,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/train_vs_peers.py
+	$(BIN)/python bench/checkpoint_index.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

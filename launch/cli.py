@@ -218,22 +218,23 @@ def checkpoint_ls(
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run, newest first, with what their structure says."""
-    from ..trainer.errors import CheckpointError
+    from ..trainer.errors import CheckpointError, ConfigError
     from ..trainer.storage import Reader, steps_in
 
+    if not (run_dir / "checkpoints").is_dir():
+        raise ConfigError(f"{run_dir}: is no run directory (no checkpoints/)")
     rows = []
     for step, path in steps_in(run_dir / "checkpoints"):
         try:
-            size = sum(Reader(path).manifest["files"].values())
-            rows.append({"step": step, "path": str(path), "bytes": size, "problem": None})
+            rows.append({"step": step, "path": str(path), "bytes": Reader(path).num_bytes, "problem": None})
         except CheckpointError as error:
             rows.append({"step": step, "path": str(path), "bytes": None, "problem": str(error)})
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
-        size = f"{row['bytes'] / 1e6:10.1f} MB" if row["bytes"] else "damaged: " + str(row["problem"])
-        print(f"{row['path']}  {size}")
+        text = f"damaged: {row['problem']}" if row["problem"] else f"{row['bytes'] / 1e6:10.1f} MB"
+        print(f"{row['path']}  {text}")
 
 
 @checkpoint_app.command("verify", epilog="Example: basestone checkpoint verify runs/quickstart")
@@ -268,7 +269,8 @@ def main() -> None:
         if debug:
             raise
         if hasattr(error, "format_message"):  # a wrong flag or command
-            _say(f"error: {error.format_message()}\ntry: basestone --help")
+            if message := error.format_message():  # none where the help was the answer
+                _say(f"error: {message}\ntry: basestone --help")
             code = EXIT_USER
         elif isinstance(error, typer.Abort):
             code = EXIT_INTERRUPTED

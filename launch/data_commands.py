@@ -19,6 +19,7 @@ data_app = typer.Typer(name="data", help="Index, look at and verify shards.", no
 Shards = Annotated[Path, typer.Argument(help="A shard directory (with manifest.json).", show_default=False)]
 Model = Annotated[Path, typer.Argument(help="A SentencePiece model.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+HELDOUT_FRACTION = 0.01
 
 
 def prepare(
@@ -34,18 +35,24 @@ def prepare(
     ] = None,
     heldout_fraction: Annotated[
         float, typer.Option(help="Share of documents to hold out.", min=0.0, max=0.9)
-    ] = 0.01,
+    ] = HELDOUT_FRACTION,
     min_chars: Annotated[int | None, typer.Option(help="Drop shorter documents.", min=0)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one per core.", min=0)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Clean and exact-deduplicate text, hold some out, write indexed WebDataset shards."""
     from ..data.builtin import prepare_builtin
+    from ..data.errors import DataConfigError
     from ..data.prepare import PrepareProgress
     from ..data.prepare import prepare as run_prepare
 
-    if sources == ["builtin:python"]:
-        corpus = prepare_builtin("builtin:python", out, _say)
+    if any(source.startswith("builtin:") for source in sources):
+        if len(sources) > 1 or tokenizer or min_chars is not None or heldout_fraction != HELDOUT_FRACTION:
+            raise DataConfigError(
+                f"{' '.join(sources)}: an embedded corpus brings its own tokenizer and settings; give it alone, "
+                "with --out only"
+            )
+        corpus = prepare_builtin(sources[0], out, _say)
         _print(
             corpus.report,
             as_json,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -44,10 +45,12 @@ def run_workers(arguments: Sequence[str], num_workers: int, log_dir: Path | None
     meeting = Path(tempfile.mkdtemp(prefix="basestone-"))
     workers: list[subprocess.Popen[bytes]] = []
     try:
-        with _signals_to(workers):
+        with _signals_to(workers) as asked:
             for rank in range(num_workers):
+                if asked:  # the signal found only the workers that were there
+                    return EXIT_STOPPED
                 workers.append(_start(arguments, rank, num_workers, meeting / "rendezvous", log_dir))
-            return _wait(workers, log_dir)
+            return _wait(workers, log_dir, asked)
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -71,7 +74,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with_parent, os.getpid()),
             process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
         )
     finally:
@@ -79,18 +82,24 @@ def _start(
             output.close()
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it was watched
+        os._exit(1)
 
 
 @contextlib.contextmanager
-def _signals_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    def pass_on(*_: object) -> None:
+def _signals_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass SIGTERM and Ctrl-C on as SIGTERM; give the list that fills with the signals that came."""
+    asked: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
         _send(workers, signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -102,7 +111,7 @@ def _send(workers: Sequence[subprocess.Popen[bytes]], number: signal.Signals) ->
             worker.send_signal(number)
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None) -> int:
+def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None, asked: Sequence[int]) -> int:
     first: int | None = None
     failed_s, sent = 0.0, 0
     while any(worker.poll() is None for worker in workers):
@@ -117,6 +126,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None) -> i
     if first is None:
         return 0
     code = workers[first].returncode
+    if asked and code == -signal.SIGTERM:  # stopped before it could listen: there was nothing to save yet
+        return EXIT_STOPPED
     if code != EXIT_STOPPED:
         _explain(first, code, log_dir)
     return code if code > 0 else 1

@@ -61,7 +61,7 @@ class Checkpointer:
         reports = runtime.gather(report)
         problem = None
         if runtime.rank == 0:
-            problem = self._commit(temporary, final, reports or [], state)
+            problem = self._commit(temporary, step, reports or [], state)
         problem = runtime.broadcast(problem)
         if problem:
             raise CheckpointError(f"the checkpoint of step {step} was not written: {problem}")
@@ -91,8 +91,9 @@ class Checkpointer:
             "blocks": writer.blocks,
         }
 
-    def _commit(self, temporary: Path, final: Path, reports: list[Any], state: dict[str, Any]) -> str | None:
+    def _commit(self, temporary: Path, saved: int, reports: list[Any], state: dict[str, Any]) -> str | None:
         """Rank 0: commit and prune; give what went wrong, or None."""
+        final = self.directory / step_name(saved)
         failed = [report for report in reports if isinstance(report, str)]
         try:
             if failed:
@@ -101,11 +102,23 @@ class Checkpointer:
                 remove([final])
             commit(temporary, final, index_of(self._table, TENSORS, reports), state)
             write_file(self._run_dir / "latest", f"{final.name}\n".encode())
-            remove(path for _, path in steps_in(self.directory)[self._keep_last :])
         except (OSError, CheckpointError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             return str(error)
+        self._prune(saved)
         return None
+
+    def _prune(self, saved: int) -> None:
+        """Remove what the run no longer goes on from; a failure costs space, not the checkpoint."""
+        steps = steps_in(self.directory)
+        # Later steps are damaged, or of a line that was left: a resume must not go on from them, and they must not
+        # push out the ones that it needs.
+        later = [path for step, path in steps if step > saved]
+        older = [path for step, path in steps if step <= saved][self._keep_last :]
+        try:
+            remove([*later, *older])
+        except OSError as error:
+            log.warning("old checkpoints were not removed: %s", error)
 
     def clean(self) -> None:
         """Remove what killed attempts left; only the holder of the run's lock may call this, on rank 0."""

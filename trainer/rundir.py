@@ -45,7 +45,14 @@ class Ledger:
         }
 
     def resume_from(self, useful: dict[str, float]) -> None:
-        """Book everything after the checkpoint, whose `useful()` this is, as wasted."""
+        """Book everything after the checkpoint, whose `useful()` this is, as wasted.
+
+        Where the ledger was lost, or the checkpoint comes from another run directory, the totals begin there.
+        """
+        if useful.get("joules", 0.0) > (self.joules or 0.0):
+            self.joules = useful["joules"]
+        self.train_s = max(self.train_s, useful.get("train_s", 0.0))
+        self.tokens = max(self.tokens, int(useful.get("tokens", 0)))
         self.wasted_joules = max(0.0, (self.joules or 0.0) - useful.get("joules", 0.0))
         self.wasted_s = max(0.0, self.train_s - useful.get("train_s", 0.0))
         self.wasted_tokens = max(0, int(self.tokens - useful.get("tokens", 0)))
@@ -79,12 +86,17 @@ class RunDirectory:
         self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.pread(self._lock, 4096, 0).decode(errors="replace").strip()
             os.close(self._lock)
             raise ConfigError(
                 f"run directory {path}: another run holds it ({holder or 'unknown'}); "
                 "wait for it, stop it, or choose another directory"
+            ) from error
+        except OSError as error:
+            os.close(self._lock)
+            raise ConfigError(
+                f"run directory {path}: its file system gives no locks ({error.strerror}); choose another directory"
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)

@@ -6,6 +6,7 @@ Loading intersects the two. Where the layouts agree the boxes do too, and whole 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..model.layout import Box, Parameter, boxes, intersect
 from .errors import CheckpointError
-from .storage import Reader
+from .storage import INDEX, RankFile, Reader
 
 FP32_BYTES = 4
 
@@ -34,11 +35,12 @@ class CheckpointTensors:
         """Check that the checkpoint's parameters are the table's.
 
         Raises:
-            CheckpointError: listing every parameter that is missing, unknown or of another shape.
+            CheckpointError: listing every parameter that is missing, unknown or of another shape; or the first
+                whose fragments leave its pieces, or do not cover them exactly.
         """
         self._reader, self._table = reader, table
-        self.keys: list[str] = reader.index["tensors"]
-        saved = {row["name"]: tuple(row["shape"]) for row in reader.index["parameters"]}
+        self.keys: list[str] = reader.index.tensors
+        saved = {row.name: row.shape for row in reader.index.parameters}
         problems = [f"{name} is missing" for name in table if name not in saved]
         problems += [f"{name} is not in this model" for name in saved if name not in table]
         problems += [
@@ -51,20 +53,64 @@ class CheckpointTensors:
         self._saved = self._index()
 
     def _index(self) -> dict[str, list[_Saved]]:
-        names = [row["name"] for row in self._reader.index["parameters"]]
+        names = [row.name for row in self._reader.index.parameters]
+        tp_size = self._check_layout()
         saved: dict[str, list[_Saved]] = defaultdict(list)
-        for rank in self._reader.index["ranks"]:
-            for parameter, start, numel, first_byte in rank["fragments"]:
+        spans: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for rank in self._reader.index.ranks:
+            for parameter, start, numel, first_byte in rank.fragments:
+                if parameter >= len(names):
+                    raise self._damage(f"{rank.file} holds parameter {parameter} of {len(names)}")
                 row = self._table[names[parameter]]
-                for box in boxes(row, rank["tp_rank"], rank["tp_size"], start, numel):
-                    saved[row.name].append(_Saved(box, rank["file"], first_byte, numel))
-        for name, row in self._table.items():
-            covered = sum(item.box.num_rows * item.box.num_cols for item in saved[name])
-            if covered != row.numel:
-                raise CheckpointError(
-                    f"{self._reader.path}: {name}: {covered} of {row.numel} elements are there"
-                )
+                self._check_fragment(row, rank, start, numel, first_byte)
+                spans[row.name, rank.tp_rank].append((start, numel))
+                for box in boxes(row, rank.tp_rank, tp_size, start, numel):
+                    saved[row.name].append(_Saved(box, rank.file, first_byte, numel))
+        self._check_cover(spans, tp_size)
         return saved
+
+    def _check_layout(self) -> int:
+        """Give the tensor-parallel size that all ranks were saved in, one that the shapes can be cut by."""
+        ranks = self._reader.index.ranks
+        tp_size = ranks[0].tp_size if ranks else 1
+        for rank in ranks:
+            if rank.tp_size != tp_size or rank.tp_rank >= tp_size:
+                raise self._damage(
+                    f"{rank.file} is of rank {rank.tp_rank} of {rank.tp_size}, others of {tp_size}"
+                )
+        for row in self._table.values():
+            if row.axis is not None and row.shape[row.axis] % (tp_size * row.parts):
+                raise self._damage(f"{row.name} of shape {row.shape} cannot be cut over {tp_size} ranks")
+        return tp_size
+
+    def _check_fragment(self, row: Parameter, rank: RankFile, start: int, numel: int, first_byte: int) -> None:
+        piece, num_bytes = math.prod(row.local_shape(rank.tp_size)), numel * len(self.keys) * FP32_BYTES
+        if start + numel > piece:
+            raise self._damage(f"{row.name}: elements {start}..{start + numel} of a piece of {piece}")
+        if first_byte + num_bytes > rank.bytes:
+            raise self._damage(f"{row.name}: bytes {first_byte}..{first_byte + num_bytes} of {rank.file}")
+
+    def _check_cover(self, spans: dict[tuple[str, int], list[tuple[int, int]]], tp_size: int) -> None:
+        """Check that the fragments of every piece follow each other without a gap or an overlap."""
+        for row in self._table.values():
+            piece = math.prod(row.local_shape(tp_size))
+            for tp_rank in range(1 if row.axis is None else tp_size):
+                position = 0
+                for start, numel in sorted(spans.pop((row.name, tp_rank), [])):
+                    if start != position:
+                        break
+                    position += numel
+                if position != piece:
+                    raise self._damage(
+                        f"{row.name}: tensor-parallel piece {tp_rank}: {position} of {piece} elements are there, "
+                        "then comes a gap or an overlap"
+                    )
+        if spans:
+            name, tp_rank = next(iter(spans))
+            raise self._damage(f"{name}: saved once more by tensor-parallel rank {tp_rank}")
+
+    def _damage(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self._reader.path / INDEX}: is damaged: {text}")
 
     def fill(self, key: str, name: str, target: Tensor, tp_rank: int, tp_size: int, start: int) -> None:
         """Fill a 1-D fp32 tensor with a flat range of one rank's piece.
@@ -75,7 +121,12 @@ class CheckpointTensors:
             target: written to; its length is the range's.
             tp_rank, tp_size: whose piece, in which layout.
             start: first element of the range in the piece.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensors, or bytes do not match their hashes.
         """
+        if key not in self.keys:
+            raise CheckpointError(f"{self._reader.path}: holds no {key!r}, only {', '.join(self.keys)}")
         row, which = self._table[name], self.keys.index(key)
         for wanted in boxes(row, tp_rank, tp_size, start, target.numel()):
             size = wanted.num_rows * wanted.num_cols
