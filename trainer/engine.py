@@ -261,12 +261,12 @@ class Engine:
                 dist.all_reduce(parameter.grad, group=runtime.tp_group)
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
-        square = torch.zeros((), dtype=torch.float64)
+        square = torch.zeros((), dtype=torch.float64, device=runtime.device)
         for parameter in self.module.parameters():
             counts = parameter.tensor_model_parallel or runtime.tp_rank == 0  # type: ignore[attr-defined]
             if counts and parameter.grad is not None:
-                square += parameter.grad.double().square().sum().cpu()
-        dist.all_reduce(square, group=runtime.model_group if runtime.on_cpu else runtime.control)
+                square += parameter.grad.double().square().sum()
+        dist.all_reduce(square, group=runtime.model_group)
         norm = float(square.sqrt())
         if self._clip and norm > self._clip:
             for parameter in self.module.parameters():

@@ -99,6 +99,7 @@ class Trainer:
         directory.save_ledger()
         if state:
             self._console.say(f"resuming {where} (attempt {directory.attempt})")
+        self._console.say(f"energy: {self._meters.energy_note}")
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, tokenizer or dataset, every difference in one message."""

@@ -40,6 +40,12 @@ class Meters:
         found = peak_tflops(torch.cuda.get_device_name(), resolved.run.train.dtype)
         return found[0] if found else None
 
+    @property
+    def energy_note(self) -> str:
+        """Say where this rank's joules come from, or why there are none."""
+        source = self._energy.source
+        return source if not self._energy.note else f"{source} ({self._energy.note})"
+
     def restart(self) -> None:
         """Begin a new interval."""
         self._start_s = time.perf_counter()
