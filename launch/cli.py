@@ -6,7 +6,7 @@ import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -223,7 +223,7 @@ def checkpoint_ls(
 
     if not (run_dir / "checkpoints").is_dir():
         raise ConfigError(f"{run_dir}: is no run directory (no checkpoints/)")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step, path in steps_in(run_dir / "checkpoints"):
         try:
             rows.append({"step": step, "path": str(path), "bytes": Reader(path).num_bytes, "problem": None})

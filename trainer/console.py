@@ -19,7 +19,7 @@ class RunConsole:
         self._total = total_steps
         if not silent and sys.stderr.isatty():
             columns = (
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
@@ -32,11 +32,10 @@ class RunConsole:
         """Show a metrics line."""
         if self._silent:
             return
-        text = step_line(record)
         if self._progress is not None:
-            self._progress.update(self._task, completed=record["step"], description=text)
+            self._progress.update(self._task, completed=record["step"], description=short_line(record))
         else:
-            self.say(f"step {record['step']}/{self._total} | {text}")
+            self.say(f"step {record['step']}/{self._total} | {step_line(record)}")
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -64,6 +63,13 @@ def step_line(record: dict[str, Any]) -> str:
     if record.get("joules") is not None:
         parts.append(f"{_short(record['joules'])}J")
     return " | ".join(parts)
+
+
+def short_line(record: dict[str, Any]) -> str:
+    """Write what fits beside a progress bar on 80 columns."""
+    joules = record.get("joules")
+    energy = "" if joules is None else f" | {_short(joules)}J"
+    return f"loss {record['loss']:.3f} | {_short(record['tokens_per_s'])} tok/s{energy}"
 
 
 def _short(value: float) -> str:

@@ -165,7 +165,7 @@ class Trainer:
                 figures, stop = self._train_step()
                 self.step += 1
                 done = self.step == last
-                if self.step % run.meter.log_every_steps == 0 or done or stop:
+                if self.step == 1 or _is_due(self.step, run.meter.log_every_steps) or done or stop:
                     self._log(figures)
                 if _is_due(self.step, run.evaluate.every_steps):
                     self._evaluate()
@@ -278,6 +278,7 @@ class Trainer:
         if self._directory is not None:
             self._directory.event(self.step, "complete", f"{self._tokens} tokens")
             self._directory.mark("COMPLETE", f"step {self.step}")
+            self._console.say(f"complete after {self.step} steps and {self._tokens:,} tokens: {self._directory.path}")
 
     def fail(self, error: Exception) -> None:
         """Record a failure; no collective, as other ranks may be gone."""
