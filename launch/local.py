@@ -47,9 +47,9 @@ def run_workers(arguments: Sequence[str], num_workers: int, log_dir: Path | None
     try:
         with _signals_to(workers) as asked:
             for rank in range(num_workers):
-                if asked:  # the signal found only the workers that were there
-                    return EXIT_STOPPED
                 workers.append(_start(arguments, rank, num_workers, meeting / "rendezvous", log_dir))
+                if asked:  # it reached only the workers that were there
+                    return EXIT_STOPPED
             return _wait(workers, log_dir, asked)
     finally:
         for worker in workers:

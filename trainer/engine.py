@@ -112,6 +112,8 @@ class Engine:
         self.runtime, self.model = runtime, run.model
         self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
         self._sequence_length, self._micro_batch = run.data.sequence_length, run.train.micro_batch
+        if runtime.on_cpu and self._dtype == "fp16":
+            raise ConfigError("train.dtype = 'fp16' needs a GPU, and there is none; set it to 'bf16'")
         if runtime.on_cpu:
             # Its build guards itself with a lock file: a process killed meanwhile hangs every later run for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -278,7 +278,9 @@ class Trainer:
         if self._directory is not None:
             self._directory.event(self.step, "complete", f"{self._tokens} tokens")
             self._directory.mark("COMPLETE", f"step {self.step}")
-            self._console.say(f"complete after {self.step} steps and {self._tokens:,} tokens: {self._directory.path}")
+            self._console.say(
+                f"complete after {self.step} steps and {self._tokens:,} tokens: {self._directory.path}"
+            )
 
     def fail(self, error: Exception) -> None:
         """Record a failure; no collective, as other ranks may be gone."""

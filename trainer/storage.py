@@ -263,8 +263,9 @@ class Reader:
 
     def state(self) -> dict[str, Any]:
         """Give everything that is not a tensor."""
+        body = self._hashed(STATE)
         try:
-            state = json.loads(self._hashed(STATE))
+            state = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path / STATE}: is damaged: {error!r}") from error
         if not isinstance(state, dict):

@@ -10,6 +10,7 @@ from procs import run_ranks
 from small import SEQUENCE, curve_of, make_engine, relative_difference, run_config, train
 
 from basestone.trainer.batch import share
+from basestone.trainer.errors import ConfigError
 
 pytestmark = pytest.mark.dist
 STEPS = 20
@@ -120,3 +121,8 @@ def _share(run):
 def test_each_replica_gets_what_its_reader_read():
     answers = run_ranks(_share, 4, run_config(parallel__tensor=2))
     assert answers == [(0, True), (0, True), (1, True), (1, True)]
+
+
+def test_fp16_is_refused_on_a_cpu():
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        run_ranks(make_engine, 1, run_config(train__dtype="fp16"))

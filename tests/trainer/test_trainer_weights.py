@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def piece(whole: np.ndarray, row: Parameter, tp_rank: int, tp_size: int) -> np.n
     if row.axis is None:
         return whole.ravel()
     blocks = np.split(whole, row.parts, axis=row.axis)
-    return np.concatenate([np.split(block, tp_size, axis=row.axis)[tp_rank] for block in blocks], row.axis).ravel()
+    return np.concatenate(
+        [np.split(block, tp_size, axis=row.axis)[tp_rank] for block in blocks], row.axis
+    ).ravel()
 
 
 Cuts = dict[tuple[str, int], list[int]]
@@ -64,7 +67,7 @@ def save(folder: Path, table: dict[str, Parameter], tp_size: int, num_shares: in
                         continue
                     data = {key: piece(values(table, name, key), row, tp_rank, tp_size) for key in KEYS}
                     edges = [0, *cuts.get((name, tp_rank), []), data["master"].size]
-                    for place, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+                    for place, (start, end) in enumerate(pairwise(edges)):
                         if place % num_shares == share and end > start:
                             fragments.append([number, start, end - start, writer.written])
                             for key in KEYS:

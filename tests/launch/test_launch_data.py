@@ -1,0 +1,176 @@
+"""The commands that need no torch, on small real files: prepare, tokenizer, data, checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from in_process import refused
+
+from basestone.launch import data_commands
+from basestone.trainer.rundir import make_run_directory
+from basestone.trainer.storage import RankWriter, commit
+
+
+def test_prepare_says_in_words_what_it_did(basestone, tmp_path, jsonl):
+    (tmp_path / "texts.jsonl").write_bytes(jsonl)
+    done = basestone("prepare", tmp_path / "texts.jsonl", "--out", tmp_path / "shards", "--workers", "0")
+    assert done.code == 0 and len(done.out.splitlines()) == 1 and done.err == ""
+    assert "documents to train on" in done.out and "dropped: 1 " in done.out
+    refused(
+        basestone("prepare", tmp_path / "texts.jsonl", "--out", tmp_path / "shards", "--workers", "0"),
+        64,
+        "shards",
+    )
+
+
+def test_prepare_refuses_what_is_not_there(basestone, tmp_path):
+    refused(basestone("prepare", tmp_path / "no.txt", "--out", tmp_path / "out"), 64, "no.txt' names no file")
+    (tmp_path / "empty").mkdir()
+    refused(basestone("prepare", tmp_path / "empty", "--out", tmp_path / "out"), 64, "holds no text files")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("builtin:ruby",), "no embedded corpus is called 'builtin:ruby'; there are: builtin:python"),
+        (
+            ("builtin:python", "more.txt"),
+            "builtin:python more.txt: an embedded corpus brings its own tokenizer",
+        ),
+        (("builtin:python", "--tokenizer", "t.model"), "give it alone, with --out only"),
+        (("builtin:python", "--min-chars", "5"), "give it alone, with --out only"),
+        (("builtin:python", "--heldout-fraction", "0.5"), "give it alone, with --out only"),
+    ],
+)
+def test_an_embedded_corpus_has_a_name_and_no_settings(basestone, tmp_path, words, text):
+    refused(basestone("prepare", *words, "--out", tmp_path / "out"), 64, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_builtin_prints_where_everything_is(basestone, tmp_path, monkeypatch):
+    from basestone.data import builtin
+
+    whole = builtin.prepare_builtin
+    small = lambda name, out, log: whole(name, out, log, max_files=20, vocab_size=400)  # noqa: E731
+    monkeypatch.setattr(builtin, "prepare_builtin", small)
+    done = basestone("prepare", "builtin:python", "--out", tmp_path / "out")
+    assert done.code == 0 and "preparing builtin:python" in done.err
+    found = list((tmp_path / "out").glob("python-*/tokenizer.model"))
+    assert len(found) == 1 and str(found[0]) in done.out and str(found[0].parent / "train") in done.out
+    again = basestone("prepare", "builtin:python", "--out", tmp_path / "out", "--json")
+    assert json.loads(again.out)["vocab_size"] == 400 and again.err == ""
+
+
+def test_tokenizer_inspect_and_export(basestone, tmp_path, shards, tokenizer):
+    result = json.loads(basestone("tokenizer", "inspect", tokenizer, shards / "heldout", "--json").out)
+    words = basestone("tokenizer", "inspect", tokenizer, shards / "heldout")
+    assert words.code == 0 and [line.split(": ")[0] for line in words.out.splitlines()] == list(result)
+    assert result["vocab_size"] == 400
+    done = basestone("tokenizer", "export", tokenizer, tmp_path / "hf", "--model-max-length", "77")
+    assert done == (0, f"{tmp_path / 'hf'}\n", "")
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["model_max_length"] == 77
+    assert len(json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["vocab"]) == 400
+
+
+def test_tokenizer_commands_refuse_what_is_no_model(basestone, tmp_path):
+    (tmp_path / "not.model").write_text("not a model")
+    (tmp_path / "text.txt").write_text("text")
+    for name in ("not.model", "no.model"):
+        refused(basestone("tokenizer", "inspect", tmp_path / name, tmp_path / "text.txt"), 64, name)
+        refused(basestone("tokenizer", "export", tmp_path / name, tmp_path / "hf"), 64, name)
+
+
+def test_data_inspect_and_index(basestone, tmp_path, shards, tokenizer):
+    result = json.loads(basestone("data", "inspect", shards / "train", "--json", "--documents", "2").out)
+    assert result["kind"] == "text" and len(result["examples"]) == 2
+    done = basestone("data", "inspect", shards / "train", "--tokenizer", tokenizer, "--documents", "1")
+    assert done.code == 0 and "Document " in done.out and " tokens, " in done.out
+    before = json.loads((shards / "train" / "manifest.json").read_text())
+    for path in shards.glob("train/*"):
+        if path.suffix != ".tar":
+            path.unlink()
+    done = basestone("data", "index", shards / "train", "--json")
+    assert done.code == 0 and isinstance(json.loads(done.out), dict)
+    assert json.loads((shards / "train" / "manifest.json").read_text())["shards"] == before["shards"]
+    refused(basestone("data", "index", tmp_path / "nowhere"), 64, "nowhere")
+    refused(basestone("data", "inspect", tmp_path), 64, str(tmp_path))
+
+
+@pytest.mark.faults
+def test_data_verify_of_a_damaged_shard_is_76(basestone, shards):
+    done = basestone("data", "verify", shards / "train")
+    assert done == (0, f"{shards / 'train'}: every chunk matches its checksum\n", "")
+    assert basestone("data", "verify", shards / "train", "--json") == (0, "[]\n", "")
+    shard = next(shards.glob("train/*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    done = basestone("data", "verify", shards / "train")
+    assert done.code == 76 and shard.name in done.out and len(done.out.splitlines()) == 1
+    done = basestone("data", "verify", shards / "train", "--json")
+    assert done.code == 76 and shard.name in json.loads(done.out)[0]["problem"]
+
+
+def test_text_of_both_kinds_trains_a_tokenizer(tmp_path, shards, texts):
+    """A shard directory and a plain file give their documents to the tokenizer."""
+    (tmp_path / "more.txt").write_text("more words")
+    found = list(data_commands._texts([str(shards / "heldout"), str(tmp_path / "more.txt")]))
+    assert found[-1] == "more words" and set(found[:-1]) < set(texts) and len(found) > 1
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory with two steps."""
+    make_run_directory(tmp_path / "run")
+    for step in (1, 2):
+        temporary = tmp_path / "run" / "checkpoints" / ".tmp-step"
+        temporary.mkdir()
+        with RankWriter(temporary / "rank_00000.bin") as writer:
+            writer.write(memoryview(bytes([step]) * 1000))
+        rank = {"file": "rank_00000.bin", "bytes": 1000, "tp_rank": 0, "tp_size": 1, "fragments": []}
+        index = {"parameters": [], "tensors": [], "ranks": [rank | {"blocks": writer.blocks}]}
+        commit(temporary, tmp_path / "run" / "checkpoints" / f"step_{step:08d}", index, {"step": step})
+    return tmp_path / "run"
+
+
+@pytest.mark.faults
+def test_checkpoint_ls_shows_good_and_damaged(basestone, run_dir):
+    done = basestone("checkpoint", "ls", run_dir)
+    assert done.code == 0 and [line.split()[1:] for line in done.out.splitlines()] == [["0.0", "MB"]] * 2
+    older = run_dir / "checkpoints" / "step_00000001"
+    (older / "index.json").unlink()
+    rows = json.loads(basestone("checkpoint", "ls", run_dir, "--json").out)
+    assert [(row["step"], row["problem"]) for row in rows] == [
+        (2, None),
+        (1, f"{older}: index.json is missing"),
+    ]
+    assert rows[0]["bytes"] > 1000 and rows[1]["bytes"] is None
+    done = basestone("checkpoint", "ls", run_dir)
+    assert done.code == 0 and f"damaged: {older}: index.json is missing" in done.out
+
+
+@pytest.mark.faults
+def test_checkpoint_verify_reads_every_byte(basestone, run_dir):
+    newest = run_dir / "checkpoints" / "step_00000002"
+    for path in (run_dir, newest):
+        assert basestone("checkpoint", "verify", path) == (
+            0,
+            f"{newest}: every byte matches its checksum\n",
+            "",
+        )
+    body = (newest / "rank_00000.bin").read_bytes()
+    (newest / "rank_00000.bin").write_bytes(body[:-1] + b"\0")
+    refused(
+        basestone("checkpoint", "verify", run_dir),
+        74,
+        "rank_00000.bin: bytes 0..1000 do not match their sha256",
+    )
+    assert basestone("checkpoint", "verify", newest.with_name("step_00000001")).code == 0
+    (newest / "state.json").write_text("{}")
+    refused(basestone("checkpoint", "verify", run_dir), 74, "state.json: has 2 bytes")

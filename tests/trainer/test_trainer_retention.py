@@ -1,0 +1,232 @@
+"""Which steps a run keeps and goes on from, with one rank and an optimizer that is only tensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from basestone.model.layout import Parameter
+from basestone.trainer import checkpoint as checkpoints
+from basestone.trainer.checkpoint import TENSORS, Checkpointer, newest_good, open_checkpoint, step_name
+from basestone.trainer.engine_state import Fragment
+from basestone.trainer.errors import CheckpointError, ConfigError
+from basestone.trainer.storage import steps_in
+
+TABLE = {"w": Parameter("w", (4, 3), "weight", 0), "norm": Parameter("norm", (3,), "norm")}
+
+
+class OneRank:
+    """The runtime of a world of one."""
+
+    rank = tp_rank = dp_rank = 0
+    tp_size = dp_size = world_size = 1
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    gather_all = gather
+
+
+class Tensors:
+    """What an engine's state is to the checkpoint."""
+
+    is_replicated = False
+
+    def __init__(self) -> None:
+        self.steps, self.refreshed = 0, 0
+        self.values = {name: {key: torch.zeros(row.numel) for key in TENSORS} for name, row in TABLE.items()}
+
+    def set(self, number: float) -> None:
+        for tensors in self.values.values():
+            for place, tensor in enumerate(tensors.values()):
+                tensor.copy_(number + place / 4 + torch.arange(tensor.numel()) * 64)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, tensors in self.values.items():
+            yield Fragment(name, 0, TABLE[name].numel, tensors)
+
+    def refresh(self) -> None:
+        self.refreshed += 1
+
+
+class Run:
+    """A run directory, and what stands for its engine."""
+
+    def __init__(self, path: Path, keep_last: int = 3) -> None:
+        self.path, self.state = path, Tensors()
+        self.keeper = Checkpointer(path, TABLE, OneRank(), keep_last=keep_last)  # type: ignore[arg-type]
+
+    def save(self, *steps: int) -> None:
+        for step in steps:
+            self.state.set(step)
+            self.keeper.save(step, self.state, {"step": step, "optimizer_steps": step})  # type: ignore[arg-type]
+
+    def restore(self, explicit: int | None = None) -> int | None:
+        path = None if explicit is None else self.step(explicit)
+        state = self.keeper.restore(self.state, lambda _: None, path)  # type: ignore[arg-type]
+        return state["step"] if state else None
+
+    def step(self, step: int) -> Path:
+        return self.path / "checkpoints" / step_name(step)
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in steps_in(self.path / "checkpoints")]
+
+    def damage(self, step: int) -> None:
+        path = self.step(step) / "rank_00000.bin"
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_the_newest_are_kept_and_restored(run):
+    run.save(2, 4, 6, 8)
+    assert run.steps == [8, 6, 4]
+    assert (run.path / "latest").read_text() == "step_00000008\n"
+    wanted = {
+        name: {key: value.clone() for key, value in row.items()} for name, row in run.state.values.items()
+    }
+    run.state.set(0)
+    assert run.restore() == 8 and run.state.steps == 8 and run.state.refreshed == 1
+    for name, tensors in run.state.values.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, wanted[name][key])
+
+
+def test_a_fresh_directory_is_a_fresh_start(run):
+    assert run.restore() is None and run.state.refreshed == 0
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_damaged_newer_steps_do_not_push_out_good_ones(tmp_path, keep_last):
+    run = Run(tmp_path)
+    run.save(2, 4, 6)
+    run.damage(4)
+    run.damage(6)
+    run = Run(tmp_path, keep_last)
+    assert run.restore() == 2
+    run.save(3)
+    assert run.steps == [3, 2][:keep_last]
+    assert run.restore() == 3
+
+
+def test_a_line_that_was_left_is_not_gone_on_from(run):
+    run.save(4, 8, 12)
+    assert run.restore(explicit=4) == 4
+    run.save(6)
+    assert run.steps == [6, 4] and run.restore() == 6
+    run.save(8)
+    run.state.set(0)
+    assert run.restore() == 8 and run.steps == [8, 6, 4]
+
+
+def test_a_step_of_a_line_that_was_left_is_written_anew(run):
+    run.save(4, 8)
+    run.restore(explicit=4)
+    run.state.set(100)
+    run.keeper.save(8, run.state, {"step": 8, "optimizer_steps": 8, "again": True})
+    assert run.steps == [8, 4] and open_checkpoint(run.step(8)).state()["again"]
+
+
+def test_a_failed_removal_does_not_fail_the_save(run, monkeypatch, caplog):
+    run.save(1, 2, 3)
+
+    def fail(_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(checkpoints, "remove", fail)
+    run.save(4)
+    assert run.steps == [4, 3, 2, 1]
+    assert "old checkpoints were not removed: " in caplog.text
+
+
+def test_a_failed_write_is_named_and_changes_nothing(run, monkeypatch):
+    run.save(1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("RankWriter", "commit"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+            patch.setattr(checkpoints, name, full)
+            run.save(2)
+        assert "the checkpoint of step 2 was not written" in str(caught.value) and "No space" in str(
+            caught.value
+        )
+        assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert (run.path / "latest").read_text() == "step_00000001\n"
+
+
+def test_all_bad_is_an_error_that_names_each(run):
+    run.save(2, 4)
+    run.damage(2)
+    (run.step(4) / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        run.restore()
+    text = str(caught.value)
+    assert "no checkpoint is good, and a run with checkpoints does not start over by itself" in text
+    assert f"{run.step(2)}" in text and f"{run.step(4)}" in text and "move " in text
+    assert run.steps == [4, 2], "nothing is thrown away"
+
+
+def test_an_explicit_step_that_is_bad_is_never_replaced_by_another(run):
+    run.save(2, 4)
+    run.damage(4)
+    with pytest.raises(CheckpointError, match="step_00000004"):
+        run.restore(explicit=4)
+    with pytest.raises(CheckpointError, match="there is no such checkpoint directory"):
+        run.restore(explicit=7)
+
+
+def test_another_run_is_refused_and_older_steps_are_not_tried(run):
+    run.save(2, 4)
+    asked = []
+
+    def refuse(state: dict[str, Any]) -> None:
+        asked.append(state["step"])
+        raise ConfigError("another run")
+
+    with pytest.raises(ConfigError, match="another run"):
+        run.keeper.restore(run.state, refuse)
+    assert asked == [4] and run.state.refreshed == 0
+
+
+@pytest.mark.parametrize("content", [None, "", "step_00000099\n", "\x00\xff", "../../etc"])
+def test_latest_is_a_hint_only(run, content):
+    run.save(2)
+    (run.path / "latest").unlink()
+    if content is not None:
+        (run.path / "latest").write_text(content)
+    assert run.restore() == 2
+
+
+def test_what_killed_attempts_left_is_removed_and_nothing_else(run):
+    run.save(2)
+    (run.path / "checkpoints" / ".tmp-step_00000003-0a1b2c3d").mkdir()
+    shutil.copytree(run.step(2), run.path / "checkpoints" / ".trash-step_00000001")
+    (run.path / "checkpoints" / "notes.txt").touch()
+    run.keeper.clean()
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["notes.txt", "step_00000002"]
+
+
+def test_readers_take_the_newest_with_a_good_structure(run):
+    with pytest.raises(CheckpointError, match="no good checkpoint: it holds none"):
+        newest_good(run.path)
+    run.save(2, 4)
+    (run.step(4) / "index.json").unlink()
+    assert open_checkpoint(run.path).path == run.step(2)
+    (run.step(2) / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)index\.json is missing.*state\.json is missing"):
+        newest_good(run.path, attempts=1)

@@ -1,0 +1,285 @@
+"""The run directory: one owner at a time, records that outlive a kill, a ledger that adds up over attempts."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from basestone.trainer.errors import ConfigError
+from basestone.trainer.rundir import Ledger, RunDirectory, make_run_directory
+
+
+def in_child(work: Callable[[], str]) -> tuple[int, str]:
+    """Do `work` in a child process that then stays alive; give its id and what it said."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            try:
+                text = work()
+            except ConfigError as error:
+                text = f"refused: {error}"
+            os.write(theirs, text.encode() or b"nothing")
+            while True:
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    text = os.read(ours, 65536).decode()
+    os.close(ours)
+    return child, text
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def hold(path: Path) -> str:
+    """Take the lock and keep it for as long as the process lives."""
+    hold.directory = RunDirectory(path)  # type: ignore[attr-defined]
+    return "held"
+
+
+# ---- the lock -----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_with_the_holder(tmp_path):
+    directory = RunDirectory(tmp_path)
+    child, text = in_child(lambda: hold(tmp_path))
+    kill(child)
+    assert text.startswith(f"refused: run directory {tmp_path}: another run holds it (pid {os.getpid()} on ")
+    assert "wait for it, stop it, or choose another directory" in text
+    directory.close()
+    child, text = in_child(lambda: hold(tmp_path))
+    kill(child)
+    assert text == "held", "a closed directory is free"
+
+
+@pytest.mark.faults
+def test_a_killed_holder_frees_the_lock_at_once(tmp_path):
+    child, text = in_child(lambda: hold(tmp_path))
+    assert text == "held"
+    with pytest.raises(ConfigError, match=f"another run holds it \\(pid {child} on "):
+        RunDirectory(tmp_path)
+    kill(child)
+    directory = RunDirectory(tmp_path)
+    assert directory.attempt == 1, "the killed one saved no ledger"
+    assert (tmp_path / "lock").read_text().startswith(f"pid {os.getpid()} on ")
+    directory.close()
+
+
+@pytest.mark.faults
+def test_a_program_that_the_holder_started_does_not_keep_the_lock(tmp_path):
+    def hold_and_start() -> str:
+        hold(tmp_path)
+        return str(subprocess.Popen(["sleep", "60"], close_fds=False).pid)
+
+    child, sleeper = in_child(hold_and_start)
+    kill(child)
+    try:
+        os.kill(int(sleeper), 0)
+        RunDirectory(tmp_path).close()
+    finally:
+        os.kill(int(sleeper), signal.SIGKILL)
+
+
+def test_a_refused_run_changes_nothing(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.save_ledger()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ConfigError):
+        RunDirectory(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    directory.close()
+
+
+def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(
+        ConfigError, match=r"its file system gives no locks .*; choose another directory"
+    ) as caught:
+        RunDirectory(tmp_path)
+    assert "another run" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [make_run_directory, RunDirectory])
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path, make):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*\); choose another") as caught:
+        make(tmp_path / "file" / "run")
+    assert caught.value.exit_code == 64
+
+
+# ---- the ledger ---------------------------------------------------------------------------------------------------
+
+
+def attempt(ledger: Ledger, tokens: int, joules: float | None = None) -> None:
+    """Train for so many tokens, a second each."""
+    ledger.tokens += tokens
+    ledger.train_s += tokens
+    if joules is not None:
+        ledger.joules = (ledger.joules or 0.0) + joules
+
+
+def test_a_run_that_is_never_cut_wastes_nothing():
+    ledger = Ledger()
+    attempt(ledger, 100, 5.0)
+    ledger.resume_from(ledger.useful())
+    assert (ledger.wasted_tokens, ledger.wasted_s, ledger.wasted_joules) == (0, 0, 0)
+
+
+def test_two_crashes_between_checkpoints_add_up():
+    ledger = Ledger()
+    attempt(ledger, 100, 10.0)
+    first = ledger.useful()
+    attempt(ledger, 60, 6.0)  # and a crash
+    ledger.resume_from(first)
+    assert (ledger.tokens, ledger.wasted_tokens, ledger.wasted_s, ledger.wasted_joules) == (160, 60, 60.0, 6.0)
+    attempt(ledger, 100, 10.0)
+    second = ledger.useful()
+    assert second == {"joules": 20.0, "train_s": 200.0, "tokens": 200}
+    attempt(ledger, 40, 4.0)  # and another
+    ledger.resume_from(second)
+    assert (ledger.tokens, ledger.wasted_tokens, ledger.wasted_s, ledger.wasted_joules) == (
+        300,
+        100,
+        100.0,
+        10.0,
+    )
+    assert ledger.useful() == second
+
+
+def test_going_back_to_an_older_checkpoint_wastes_all_after_it():
+    ledger = Ledger()
+    attempt(ledger, 100)
+    first = ledger.useful()
+    attempt(ledger, 100)
+    ledger.resume_from(ledger.useful())
+    attempt(ledger, 100)
+    ledger.resume_from(first)
+    assert (ledger.tokens, ledger.wasted_tokens) == (300, 200)
+    assert ledger.joules is None and ledger.wasted_joules == 0.0
+
+
+def test_a_start_without_a_checkpoint_wastes_everything_before():
+    ledger = Ledger(tokens=50, train_s=5.0, joules=2.0)
+    ledger.resume_from({})
+    assert (ledger.wasted_tokens, ledger.wasted_s, ledger.wasted_joules) == (50, 5.0, 2.0)
+
+
+def test_a_lost_ledger_begins_at_the_checkpoints_figures():
+    ledger = Ledger()
+    useful = {"joules": 20.0, "train_s": 200.0, "tokens": 200}
+    ledger.resume_from(useful)
+    assert ledger.useful() == useful and ledger.wasted_tokens == 0
+    attempt(ledger, 30, 3.0)  # and a crash: this is lost, and not hidden by what the ledger did not know
+    ledger.resume_from(useful)
+    assert (ledger.tokens, ledger.wasted_tokens, ledger.wasted_joules) == (230, 30, pytest.approx(3.0))
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)), max_size=8))
+def test_total_is_useful_plus_wasted_over_any_attempts(attempts):
+    ledger, useful = Ledger(), 0
+    point = ledger.useful()
+    for saved, lost in attempts:
+        attempt(ledger, saved, float(saved))
+        useful += saved
+        point = ledger.useful()
+        attempt(ledger, lost, float(lost))
+        ledger.resume_from(point)
+    assert ledger.tokens == sum(map(sum, attempts)) and ledger.useful()["tokens"] == useful
+    assert ledger.wasted_tokens == ledger.tokens - useful == ledger.wasted_s == ledger.wasted_joules
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_the_ledger_outlives_a_kill(tmp_path, durable):
+    def train() -> str:
+        directory = RunDirectory(tmp_path)
+        attempt(directory.ledger, 70, 7.0)
+        directory.ledger.joules_source = "user-watts"
+        directory.save_ledger(durable)
+        attempt(directory.ledger, 1000)
+        return "trained"
+
+    child, _ = in_child(train)
+    kill(child)
+    directory = RunDirectory(tmp_path)
+    assert directory.ledger == Ledger(2, 7.0, "user-watts", train_s=70.0, tokens=70) and directory.attempt == 2
+    assert [path.name for path in tmp_path.glob("*ledger*")] == ["ledger.json"]
+    directory.close()
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "7", '{"unknown": 1}'])
+def test_a_damaged_ledger_does_not_stop_a_run(tmp_path, body):
+    (tmp_path / "ledger.json").write_text(body)
+    directory = RunDirectory(tmp_path)
+    assert directory.ledger == Ledger(attempts=1)
+    directory.close()
+
+
+# ---- records ------------------------------------------------------------------------------------------------------
+
+
+def test_records_carry_attempt_and_time_and_are_appended(tmp_path):
+    for number in (1, 2):
+        directory = RunDirectory(tmp_path)
+        directory.metric({"kind": "step", "step": number, "loss": float("nan")})
+        directory.event(number, "start", "übrigens\nzwei Zeilen")
+        directory.save_ledger()
+        directory.close()
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["attempt"]) for row in metrics] == [(1, 1), (2, 2)]
+    assert [(row["step"], row["attempt"], row["message"]) for row in events] == [
+        (1, 1, "übrigens\nzwei Zeilen"),
+        (2, 2, "übrigens\nzwei Zeilen"),
+    ]
+    assert all(row["time"].endswith("+00:00") for row in metrics + events)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_torn_line_is_closed_and_costs_no_other(tmp_path, name):
+    whole = b'{"step": 1}\n'
+    (tmp_path / name).write_bytes(whole + b'{"step": 2, "lo')
+    directory = RunDirectory(tmp_path)
+    directory.metric({"step": 3})
+    directory.event(3, "resume")
+    directory.close()
+    lines = (tmp_path / name).read_text().split("\n")
+    assert (
+        lines[:2] == ['{"step": 1}', '{"step": 2, "lo']
+        and json.loads(lines[2])["step"] == 3
+        and lines[3:] == [""]
+    )
+    RunDirectory(tmp_path).close()
+    assert (tmp_path / name).read_text().split("\n") == lines, "a whole last line is left alone"
+
+
+def test_exactly_one_mark_is_left(tmp_path):
+    directory = RunDirectory(tmp_path)
+
+    def marks() -> dict[str, str]:
+        return {path.name: path.read_text() for path in tmp_path.iterdir() if path.name.isupper()}
+
+    assert marks() == {}
+    for marker in ("RESUME", "FAILED", "COMPLETE", "COMPLETE"):
+        directory.mark(marker, "step 7")
+        assert marks() == {marker: "step 7\n"}
+    directory.mark(None)
+    assert marks() == {}
+    directory.close()

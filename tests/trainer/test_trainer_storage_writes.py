@@ -1,0 +1,241 @@
+"""Files of a checkpoint as they are written and removed: durable before they are named, whole or absent."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from step_files import BLOCK_BYTES, problem, save, write_ranks
+
+from basestone.trainer import storage
+from basestone.trainer.errors import CheckpointError
+from basestone.trainer.storage import commit, remove, steps_in, write_file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Make blocks small, so that small files have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "BLOCK_BYTES", BLOCK_BYTES)
+        yield
+
+
+def test_an_existing_name_is_refused(tmp_path):
+    final = save(tmp_path)
+    before = {path.name: path.read_bytes() for path in final.iterdir()}
+    with pytest.raises(CheckpointError, match="exists already; a step directory is never written twice"):
+        save(tmp_path)
+    assert {path.name: path.read_bytes() for path in final.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "other size", "one more"])
+def test_other_files_than_announced_name_the_shared_disk(tmp_path, kind):
+    temporary, final = tmp_path / ".tmp", tmp_path / "step_00000001"
+    index = write_ranks(temporary)
+    if kind == "missing":
+        (temporary / "rank_00001.bin").unlink()
+    elif kind == "other size":
+        os.truncate(temporary / "rank_00001.bin", 149)
+    else:
+        (temporary / "rank_00003.bin").touch()
+    with pytest.raises(CheckpointError, match="is the run directory on a disk that all nodes share"):
+        commit(temporary, final, index, {})
+    assert not final.exists()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What asks the disk for durability, and what renames or deletes, in order, by names."""
+    made: list[tuple[str, ...]] = []
+
+    def record(name: str, *shown: int) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            paths = [os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else str(a) for a in args]
+            made.append((name, *(Path(paths[i]).name for i in shown)))
+            return real(*args, **more)
+
+        monkeypatch.setattr(os, name, call)
+
+    record("fsync", 0)
+    record("rename", 0, 1)
+    record("replace", 0, 1)
+    record("unlink", 0)
+    return made
+
+
+def test_everything_is_durable_before_it_has_its_name(tmp_path, calls):
+    save(tmp_path / "checkpoints")
+    made = [tuple("temporary" if part.startswith(".tmp-") else part for part in call) for call in calls]
+    pid = os.getpid()
+    expected: list[tuple[str, ...]] = [("fsync", f"rank_{rank:05d}.bin") for rank in range(3)]
+    for name in ("index.json", "state.json", "MANIFEST.json"):
+        hidden = f".{name}.{pid}"
+        expected += [("fsync", hidden), ("replace", hidden, name), ("fsync", "temporary")]
+    expected += [("rename", "temporary", "step_00000001"), ("fsync", "checkpoints")]
+    assert [call for call in made if call[0] != "unlink"] == expected
+
+
+def test_a_removal_is_durable_before_the_first_file_goes(tmp_path, calls):
+    final = save(tmp_path / "checkpoints")
+    calls.clear()
+    remove([final])
+    assert calls[:2] == [("rename", "step_00000001", ".trash-step_00000001"), ("fsync", "checkpoints")]
+    assert {call[0] for call in calls[2:]} == {"unlink"} and len(calls) == 2 + 6
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+class Disk:
+    """A disk with room for some bytes; when it is full a write takes what fits, then fails."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+
+    def open(self, path: Path, mode: str) -> Any:
+        if mode == "rb":
+            return builtins.open(path, mode)
+        return io.BufferedWriter(_FileOn(self, path, mode))
+
+
+class _FileOn(io.FileIO):
+    def __init__(self, disk: Disk, path: Path, mode: str) -> None:
+        super().__init__(path, mode)
+        self._disk = disk
+
+    def write(self, data: Any) -> int:
+        fitting = memoryview(data)[: self._disk.free_bytes]
+        if not fitting and len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._disk.free_bytes -= len(fitting)
+        return super().write(fitting) or 0
+
+
+@pytest.mark.faults
+def test_a_full_disk_at_any_write_leaves_no_step(tmp_path, monkeypatch):
+    total = sum(path.stat().st_size for path in save(tmp_path / "whole").iterdir())
+    budgets = [*range(0, total, 37), total - 1]
+    assert len(budgets) > 20
+    for free_bytes in budgets:
+        monkeypatch.setattr(storage, "open", Disk(free_bytes).open, raising=False)
+        checkpoints = tmp_path / str(free_bytes)
+        with pytest.raises(OSError) as caught:
+            save(checkpoints)
+        assert caught.value.errno == errno.ENOSPC
+        assert steps_in(checkpoints) == []
+    monkeypatch.setattr(storage, "open", Disk(total).open, raising=False)
+    assert problem(save(tmp_path / "enough")) == ""
+
+
+@pytest.mark.faults
+def test_write_file_on_a_full_disk_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    write_file(path, b"old")
+    for free_bytes in range(10):
+        monkeypatch.setattr(storage, "open", Disk(free_bytes).open, raising=False)
+        with pytest.raises(OSError, match="No space"):
+            write_file(path, b"a new line")
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(storage, "open", Disk(10).open, raising=False)
+    write_file(path, b"a new line")
+    assert path.read_bytes() == b"a new line" and list(tmp_path.iterdir()) == [path]
+
+
+def killed_at(number: int, names: tuple[str, ...], work: Callable[[], object]) -> bool:
+    """Do `work` in a child that is killed before its `number`-th call of these os functions; tell whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = number
+
+        def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **more: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return real(*args, **more)
+
+            return call
+
+        try:
+            for name in names:
+                setattr(os, name, deadly(getattr(os, name)))
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")
+
+
+@pytest.mark.faults
+def test_write_file_killed_anywhere_leaves_old_or_new(tmp_path):
+    path, seen = tmp_path / "latest", []
+    for number in range(20):
+        write_file(path, b"old")
+        killed = killed_at(number, CALLS, lambda: write_file(path, b"new"))
+        seen.append(path.read_bytes())
+        assert seen[-1] in (b"old", b"new")
+        if not killed:
+            break
+    assert seen[0] == b"old" and seen[-1] == b"new" and not killed and len(seen) > 3
+
+
+@pytest.mark.faults
+def test_save_killed_anywhere_leaves_a_whole_step_or_none(tmp_path):
+    found = []
+    for number in range(40):
+        checkpoints = tmp_path / str(number)
+        killed = killed_at(number, CALLS, lambda: save(checkpoints))  # noqa: B023  (called at once)
+        steps = steps_in(checkpoints)
+        assert all(problem(path) == "" for _, path in steps)
+        found.append(len(steps))
+        if not killed:
+            break
+    assert found[0] == 0 and found[-1] == 1 and sorted(found) == found and not killed and len(found) > 12
+
+
+@pytest.mark.faults
+def test_remove_killed_anywhere_leaves_no_half_step(tmp_path):
+    found = []
+    for number in range(40):
+        checkpoints = tmp_path / str(number)
+        save(checkpoints, 1)
+        final = save(checkpoints, 2)
+        killed = killed_at(number, CALLS, lambda: remove([final]))  # noqa: B023  (called at once)
+        steps = steps_in(checkpoints)
+        assert all(problem(path) == "" for _, path in steps)
+        found.append(len(steps))
+        if not killed:
+            break
+        save(checkpoints, 2) if len(steps) == 1 else None
+        remove([final])  # what was left does not stand in the way of the next
+        assert [number for number, _ in steps_in(checkpoints)] == [1]
+    assert found[0] == 2 and found[-1] == 1 and not killed and len(found) > 7
+
+
+def test_steps_are_listed_newest_first_and_nothing_else(tmp_path):
+    assert steps_in(tmp_path / "nowhere") == []
+    for name in (
+        "step_00000009",
+        "step_00000010",
+        "step_100000000",
+        ".tmp-step_00000011",
+        ".trash-step_00000012",
+    ):
+        (tmp_path / name).mkdir()
+    for name in ("step_", "step_x", "step_²", "step_-1", "step_00000013.bad"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000014").touch()
+    assert [step for step, _ in steps_in(tmp_path)] == [100_000_000, 10, 9]
