@@ -50,8 +50,20 @@ class Trainer:
         """Take the lock, build the model, go on from the newest good checkpoint, open the data."""
         self._resolved, self._runtime, self._places = resolved, runtime, places
         self._versions, self._stop_signals = versions, 0
+        self.step = 0
         self._tokenizer_sha256 = Tokenizer(places.tokenizer).sha256
         self._directory = self._open_directory(run_dir)
+        try:
+            self._prepare(run_dir, resume)
+        except Exception as error:
+            self.fail(error)
+            raise
+
+    # ---- beginning ------------------------------------------------------------------------------------------
+
+    def _prepare(self, run_dir: Path, resume: Path | None) -> None:
+        """Build the model, restore, open the data and the records."""
+        resolved, runtime = self._resolved, self._runtime
         self._engine = Engine(resolved, runtime)
         table = decoder_layout(resolved.run.model)
         keep = resolved.run.checkpoint.keep_last
@@ -59,7 +71,7 @@ class Trainer:
         if runtime.rank == 0:
             self._checkpointer.clean()
         state = self._checkpointer.restore(self._engine.state, self._check_same_run, resume)
-        self.step: int = state["step"] if state else 0
+        self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
         self._stream = self._open_stream(state)
         self._held_out = self._open_held_out()
@@ -69,8 +81,6 @@ class Trainer:
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
             self._begin_records(state)
-
-    # ---- beginning ------------------------------------------------------------------------------------------
 
     def _open_directory(self, run_dir: Path) -> RunDirectory | None:
         """Open the run directory on rank 0; every rank learns of a failure."""
@@ -165,12 +175,14 @@ class Trainer:
                 figures, stop = self._train_step()
                 self.step += 1
                 done = self.step == last
-                if self.step == 1 or _is_due(self.step, run.meter.log_every_steps) or done or stop:
+                saving = _is_due(self.step, run.checkpoint.every_steps) or done or stop
+                # A checkpoint carries the ledger, which is brought up to date by a log line.
+                if self.step == 1 or _is_due(self.step, run.meter.log_every_steps) or saving:
                     self._log(figures)
                 if _is_due(self.step, run.evaluate.every_steps):
                     self._evaluate()
                     evaluated = self.step
-                if _is_due(self.step, run.checkpoint.every_steps) or done or stop:
+                if saving:
                     self._save("stop" if stop else "save")
                 if stop:
                     raise Stopped(f"stopped after step {self.step}, saved; the same command goes on")
@@ -283,8 +295,11 @@ class Trainer:
             )
 
     def fail(self, error: Exception) -> None:
-        """Record a failure; no collective, as other ranks may be gone."""
-        if self._directory is not None and not isinstance(error, Stopped):
+        """Record a failure; no collective, as other ranks may be gone.
+
+        A wrong run file or flag is no failure of the run that lies here.
+        """
+        if self._directory is not None and not isinstance(error, (Stopped, ConfigError)):
             self._directory.event(self.step, "fail", str(error))
             self._directory.mark("FAILED", f"step {self.step}: {error}")
 

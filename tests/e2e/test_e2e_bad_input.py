@@ -90,6 +90,7 @@ def test_another_model_tokenizer_or_batch_at_a_resume(corpus, tmp_path, trained,
         "train.global_batch: 8 in the checkpoint, 16 now",
     )
     assert text.count("belongs to another run") == 1
+    assert (run_dir / "COMPLETE").exists(), "a wrong run file is no failure of the run that lies there"
     smaller = tmp_path / "smaller.model"
     basestone("tokenizer", "train", corpus / "shards/train", "--out", smaller, "--vocab-size", "500")
     words = ["--set", f"data.tokenizer={smaller}", "--set", "train.steps=20"]
@@ -103,3 +104,18 @@ def test_numbers_that_are_not_finite(corpus, tmp_path, basestone):
     refused(done, 76, "is not finite on rank(s)", "last good checkpoint: step_0000000", "lower optimizer.lr")
     assert (tmp_path / "run" / "FAILED").exists()
     assert "every byte matches" in basestone("checkpoint", "verify", tmp_path / "run").stdout
+
+
+@pytest.mark.faults
+def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(corpus, tmp_path, trained, basestone):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    for path in run_dir.glob("checkpoints/*/rank_00001.bin"):
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, "--set", "train.steps=20")
+    refused(done, 74, "no checkpoint is good", "does not start over", "do not match their sha256")
+    assert (run_dir / "FAILED").exists() and not (run_dir / "COMPLETE").exists()
+    assert (run_dir / "metrics.jsonl").read_bytes() == before

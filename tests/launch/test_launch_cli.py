@@ -101,7 +101,7 @@ def test_no_command_shows_the_help_and_no_error(basestone, words):
     ("words", "text"),
     [
         (("trian",), "No such command 'trian'"),
-        (("data", "veryfy"), "No such command 'veryfy'"),
+        (("data", "check"), "No such command 'check'"),
         (("train",), "Missing argument"),
         (("train", "run.toml", "--stepps", "3"), "No such option"),
         (("train", "run.toml", "extra"), "extra"),
