@@ -82,6 +82,8 @@ def prepare(
     )
     if sys.stderr.isatty():
         print(file=sys.stderr)
+    if heldout_fraction and not report.heldout_documents:
+        _say("no document was held out, there are so few; raise --heldout-fraction to have a held-out set")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.dropped.items())) or "none"
     _print(
         report.to_json(),

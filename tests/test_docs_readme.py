@@ -32,7 +32,8 @@ SMALLER = [
 
 def block(language: str, containing: str) -> str:
     """The fenced block of a language that holds a text."""
-    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.S) if containing in text]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+    found = [text for name, text in blocks if name == language and containing in text]
     assert len(found) == 1, f"one {language} block with {containing!r} was expected, {len(found)} are there"
     return found[0]
 
