@@ -5,7 +5,8 @@ Shapes: s sequence, b batch, h hidden, v vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,23 @@ def layer_spec(backend: BackendSpecProvider, *, rms_norm: bool, gated: bool) -> 
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Let a recomputed layer draw what its forward drew: torch keeps its own generator only, not Megatron's."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    before = tracker.get_states()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        after = tracker.get_states()
+        tracker.set_states(before)
+        try:
+            yield
+        finally:
+            tracker.set_states(after)
+
+    return nullcontext(), again()
 
 
 class LearnedPositions(nn.Module):
@@ -233,7 +251,12 @@ class Decoder(MegatronModule):
         for layer in self.layers.values():
             if self.recompute and self.training:
                 x_sbh, _ = torch.utils.checkpoint.checkpoint(
-                    layer, x_sbh, attention_mask=None, rotary_pos_emb=rope, use_reentrant=False
+                    layer,
+                    x_sbh,
+                    attention_mask=None,
+                    rotary_pos_emb=rope,
+                    use_reentrant=False,
+                    context_fn=_same_draws,
                 )
             else:
                 x_sbh, _ = layer(x_sbh, attention_mask=None, rotary_pos_emb=rope)

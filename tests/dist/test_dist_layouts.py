@@ -68,6 +68,13 @@ def test_recompute_changes_nothing():
     assert recomputed == plain
 
 
+def test_recompute_draws_the_same_dropout():
+    """Attention draws from Megatron's generator, which torch's checkpoint does not keep by itself."""
+    changes = {"model__dropout": 0.1, "parallel__tensor": 2, "parallel__sequence": True}
+    plain = run_ranks(curve_of, 2, run_config(**changes), 3)[0]
+    assert run_ranks(curve_of, 2, run_config(**changes, train__recompute=True), 3)[0] == plain
+
+
 def test_dropout_is_reproducible_and_differs_between_steps():
     run = run_config(model__dropout=0.1, parallel__tensor=2, parallel__sequence=True)
     first, second = (run_ranks(curve_of, 2, run, 4)[0] for _ in range(2))
