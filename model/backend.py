@@ -100,8 +100,10 @@ class DotProductAttention(MegatronModule):
         if attention_bias is not None:
             mask = attention_bias if mask is None else attention_bias.masked_fill(~mask, float("-inf"))
         dropout = self.dropout if self.training else 0.0
-        generator = tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
-        with generator:
+        # Heads are cut over tensor-parallel ranks, so masks differ. Under sequence parallel the whole layer draws
+        # from the rank's own generator already (Decoder.forward), and a fork within a fork would repeat draws.
+        own = dropout and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if own else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
                 query,
                 key,

@@ -236,6 +236,20 @@ class Decoder(MegatronModule):
         """Take what the previous stage sent; Megatron's schedules call this."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
+    def _run_layer(self, layer: nn.Module, x_sbh: Tensor, rope: Tensor | None) -> Tensor:
+        if self.recompute and self.training:
+            x_sbh, _ = torch.utils.checkpoint.checkpoint(
+                layer,
+                x_sbh,
+                attention_mask=None,
+                rotary_pos_emb=rope,
+                use_reentrant=False,
+                context_fn=_same_draws,
+            )
+        else:
+            x_sbh, _ = layer(x_sbh, attention_mask=None, rotary_pos_emb=rope)
+        return x_sbh
+
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor | None = None) -> Tensor:
         """Run the stage.
 
@@ -248,18 +262,11 @@ class Decoder(MegatronModule):
             assert self.received is not None, "the schedule hands a later stage its input"
             x_sbh = self.received
         rope = self.rotary(tokens_bs.shape[1]) if self.rotary is not None else None
-        for layer in self.layers.values():
-            if self.recompute and self.training:
-                x_sbh, _ = torch.utils.checkpoint.checkpoint(
-                    layer,
-                    x_sbh,
-                    attention_mask=None,
-                    rotary_pos_emb=rope,
-                    use_reentrant=False,
-                    context_fn=_same_draws,
-                )
-            else:
-                x_sbh, _ = layer(x_sbh, attention_mask=None, rotary_pos_emb=rope)
+        # Under sequence parallel each rank holds other tokens: their dropout masks are the rank's own.
+        own_masks = self.config.sequence_parallel and self.training
+        with tensor_parallel.get_cuda_rng_tracker().fork() if own_masks else nullcontext():
+            for layer in self.layers.values():
+                x_sbh = self._run_layer(layer, x_sbh, rope)
         if not self.last:
             return x_sbh
         weight = self.embed.word.weight if self.model.tied else None

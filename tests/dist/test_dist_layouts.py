@@ -133,3 +133,35 @@ def test_each_replica_gets_what_its_reader_read():
 def test_fp16_is_refused_on_a_cpu():
     with pytest.raises(ConfigError, match="needs a GPU"):
         run_ranks(make_engine, 1, run_config(train__dtype="fp16"))
+
+
+def _dropout_masks(run):
+    """Give, for every dropout of a training forward in order, which elements this rank dropped."""
+    import torch.nn.functional as F
+
+    engine, original, masks = make_engine(run), F.dropout, []
+
+    def seen(x, p=0.5, training=True, inplace=False):
+        out = original(x, p, training, inplace)
+        masks.append(((out == 0) & (x != 0)).numpy())
+        return out
+
+    F.dropout = seen
+    train(engine, run, range(1))
+    return masks
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_slices_of_the_tokens_have_masks_of_their_own(recompute):
+    run = run_config(
+        model__dropout=0.5, parallel__tensor=2, parallel__sequence=True, train__recompute=recompute
+    )
+    masks = list(zip(*run_ranks(_dropout_masks, 2, run), strict=True))
+    assert len(masks) >= 7
+    assert not any(np.array_equal(one, other) for one, other in masks)
+
+
+def test_whole_tokens_have_the_same_masks_on_every_rank():
+    masks = list(zip(*run_ranks(_dropout_masks, 2, run_config(model__dropout=0.5, parallel__tensor=2)), strict=True))
+    assert len(masks) >= 7
+    assert all(np.array_equal(one, other) for one, other in masks)
