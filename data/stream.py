@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from .division import num_lanes, samples_per_reader
 from .errors import DataConfigError
 from .lanes import ChunkSequence, data_fingerprint, token_dtype
 from .shards import open_filled_shard_set
 from .tokenizer import Tokenizer
 from .worker import LaneTask, LocalReader, WorkerReader
 
-MAX_LANES = 256
 STATE_VERSION = 1
 # what has to be equal for a state to be taken up, and how a message calls it
 STATE_IDENTITY = {
@@ -41,24 +41,6 @@ class StreamBatch:
     ids: np.ndarray
 
 
-def num_lanes(global_batch: int) -> int:
-    """Return the largest divisor of the global batch (in sequences) up to 256.
-
-    Open chunks and the reads before the first batch grow with the lanes, so there is an upper bound.
-    """
-    if global_batch < 1:
-        raise DataConfigError(f"global batch is {global_batch}; it must be at least 1 sequence")
-    return next(lanes for lanes in range(min(global_batch, MAX_LANES), 0, -1) if global_batch % lanes == 0)
-
-
-def samples_per_reader(global_batch: int, num_readers: int) -> int:
-    """Return how many samples, filler included, every reader delivers for a global batch."""
-    if num_readers < 1:
-        raise DataConfigError(f"number of readers is {num_readers}; it must be at least 1")
-    lanes = num_lanes(global_batch)
-    return -(-lanes // num_readers) * (global_batch // lanes)
-
-
 class TokenStream:
     """Deliver a reader's share of each global batch, endlessly, from shards of text or token blocks.
 
@@ -76,12 +58,14 @@ class TokenStream:
         seed: int,
         reader: int,
         num_readers: int,
+        lanes: int | None = None,
         workers: int = 1,
         mask_document_start: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Open the shards and start the workers, at the beginning or where ``state`` says.
 
+        ``lanes`` divides every global batch of the run; by default as many as ``global_batch`` allows.
         ``mask_document_start`` gives weight 0 to predicting a document's first token. ``state`` comes from
         ``state()`` of the only reader or from ``merge_states`` of all.
 
@@ -96,9 +80,8 @@ class TokenStream:
             raise DataConfigError(
                 f"sequence length is {sequence_length} and workers {workers}; at least 1 and 0 are needed"
             )
-        self._num_samples = samples_per_reader(global_batch, num_readers)
-        self._num_lanes = num_lanes(global_batch)
-        self._global_batch = global_batch
+        self._num_lanes = num_lanes(global_batch) if lanes is None else lanes
+        self._num_readers, self._global_batch = num_readers, global_batch
         self._sequence_length = sequence_length
         self._seed = seed
         self._mask_document_start = mask_document_start
@@ -111,7 +94,7 @@ class TokenStream:
         self._position = 0
         if state is not None:
             self._restore(state)
-        self._readers: list[tuple[LocalReader | WorkerReader, int]] = []
+        self._readers: list[tuple[LocalReader | WorkerReader, int]] = []  # and how many lanes each has
         paths = tuple(str(Path(directory).resolve()) for directory in directories)
         try:
             self._start_readers(chunks, paths, str(Path(tokenizer).resolve()), workers)
@@ -129,19 +112,23 @@ class TokenStream:
         """Return the process ids of the workers."""
         return tuple(reader.pid for reader, _ in self._readers if isinstance(reader, WorkerReader))
 
-    def next_batch(self) -> StreamBatch:
+    def next_batch(self, global_batch: int | None = None) -> StreamBatch:
         """Return this reader's share of the next global batch, sorted by global sample id, then filler.
+
+        ``global_batch``, a multiple of the lanes, takes the place of the stream's own for this once.
 
         Raises DataError where a chunk is damaged or a worker died; the stream cannot be used afterwards.
         """
+        global_batch = self._global_batch if global_batch is None else global_batch
+        num_samples = samples_per_reader(global_batch, self._num_readers, self._num_lanes)
         try:
-            groups = [reader.read(count) for reader, count in self._readers]
+            groups = [reader.read(lanes * (global_batch // self._num_lanes)) for reader, lanes in self._readers]
         except BaseException:
             self.close()
             raise
-        tokens = np.full((self._num_samples, self._sequence_length + 1), self._tokenizer.pad, np.int32)
-        weights = np.zeros((self._num_samples, self._sequence_length), np.uint8)
-        ids = np.full(self._num_samples, -1, np.int64)
+        tokens = np.full((num_samples, self._sequence_length + 1), self._tokenizer.pad, np.int32)
+        weights = np.zeros((num_samples, self._sequence_length), np.uint8)
+        ids = np.full(num_samples, -1, np.int64)
         if groups:
             found = np.concatenate([group.ids for group in groups])
             order = np.argsort(found, kind="stable")
@@ -155,8 +142,8 @@ class TokenStream:
             cursors = np.concatenate([group.cursors for group in groups])[order]
             self._cursors = cursors[real - len(self._own_lanes) :]
             assert np.array_equal(ids[real - len(self._own_lanes) : real] % self._num_lanes, self._own_lanes)
-            assert self._position <= ids[0] and ids[real - 1] < self._position + self._global_batch
-        self._position += self._global_batch
+            assert self._position <= ids[0] and ids[real - 1] < self._position + global_batch
+        self._position += global_batch
         return StreamBatch(tokens, weights, ids)
 
     def state(self) -> dict[str, Any]:
@@ -225,7 +212,7 @@ class TokenStream:
                 samples_per_batch=len(rows) * (self._global_batch // self._num_lanes),
             )
             reader = WorkerReader(task, dtype, number) if workers else LocalReader(chunks, task, dtype)
-            self._readers.append((reader, task.samples_per_batch))
+            self._readers.append((reader, len(rows)))
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

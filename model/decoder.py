@@ -5,7 +5,7 @@ Shapes: s sequence, b batch, h hidden, v vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -29,9 +29,8 @@ from torch import Tensor, nn
 
 from .backend import backend_for
 from .config import ModelConfig
-from .initial import initial_piece
-from .layout import decoder_layout
 from .loss import vocab_parallel_cross_entropy
+from .pipeline import Chunk, chunks_of_ranks
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ class LearnedPositions(nn.Module):
 class Embedding(nn.Module):
     """Token ids [b, s] -> [s, b, h], or this rank's slice of s under sequence parallel."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, *, positions: bool) -> None:
         super().__init__()
         self.config = config
         self.word = VocabParallelEmbedding(
@@ -161,7 +160,9 @@ class Embedding(nn.Module):
             reduce_scatter_embeddings=config.sequence_parallel,
         )
         self.position = (
-            LearnedPositions(model.max_sequence_length, config) if model.position == "learned" else None
+            LearnedPositions(model.max_sequence_length, config)
+            if positions and model.position == "learned"
+            else None
         )
 
     def forward(self, tokens_bs: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class Embedding(nn.Module):
 
 
 class Decoder(MegatronModule):
-    """One pipeline stage of a decoder: the given layers, the embedding on the first, norm and head on the last.
+    """One chunk of a decoder: its layers, the embedding in the first, norm and head in the last.
 
     Parameter names are the global names of `model/layout.py`.
     """
@@ -190,21 +191,21 @@ class Decoder(MegatronModule):
         self,
         model: ModelConfig,
         config: TransformerConfig,
+        chunk: Chunk | None = None,
         *,
-        layers: Sequence[int],
-        first: bool = True,
-        last: bool = True,
         recompute: bool = False,
     ) -> None:
+        """Build the parts that `chunk` names, by default the whole model."""
         super().__init__(config=config)
+        chunk = chunk or chunks_of_ranks(model.num_layers, pipeline=1)[0][0]
         self.model_type = ModelType.encoder_or_decoder
-        self.model, self.first, self.last, self.recompute = model, first, last, recompute
+        self.model, self.first, self.last, self.recompute = model, chunk.first, chunk.last, recompute
         self.received: Tensor | None = None
         backend = backend_for(model.backend)
         rms_norm = model.normalization == "rmsnorm"
         spec = layer_spec(backend, rms_norm=rms_norm, gated=model.activation == "swiglu")
-        if first:
-            self.embed = Embedding(model, config)
+        if self.first or (self.last and model.tied):  # a tied head has a copy of the word embedding
+            self.embed = Embedding(model, config, positions=self.first)
         self.rotary = (
             RotaryEmbedding(
                 model.head_dim,
@@ -216,9 +217,9 @@ class Decoder(MegatronModule):
             else None
         )
         self.layers = nn.ModuleDict(
-            {str(layer): build_module(spec, config=config, layer_number=layer + 1) for layer in layers}
+            {str(layer): build_module(spec, config=config, layer_number=layer + 1) for layer in chunk.layers}
         )
-        if last:
+        if self.last:
             self.norm = backend.layer_norm(rms_norm=rms_norm)(
                 config=config, hidden_size=model.hidden_size, eps=model.norm_epsilon
             )
@@ -284,25 +285,3 @@ class Decoder(MegatronModule):
             group=parallel_state.get_tensor_model_parallel_group(),
         )
         return losses_sb.transpose(0, 1)
-
-
-def prepare_parameters(decoder: nn.Module, model: ModelConfig, seed: int | None) -> None:
-    """Mark every parameter with its place in the layout and, with a seed, fill it with its initial values.
-
-    The marks are those that Megatron-core and DeepSpeed read: `tensor_model_parallel`, `partition_dim`,
-    `partition_stride`. Works on parameters that ZeRO-3 has already partitioned only when `seed` is None.
-    """
-    table = decoder_layout(model)
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in decoder.named_parameters():
-        row = table[name]
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        if row.axis is not None and tp_size > 1:
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-            parameter.partition_dim = row.axis  # type: ignore[attr-defined]
-            parameter.partition_stride = row.parts  # type: ignore[attr-defined]
-        if seed is not None:
-            piece = initial_piece(row, seed, tp_rank, tp_size)
-            assert piece.shape == parameter.shape, f"{name}: {tuple(piece.shape)} != {tuple(parameter.shape)}"
-            parameter.data.copy_(piece)

@@ -13,7 +13,7 @@ from basestone.trainer.batch import cut
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import Engine
 
-VOCAB, SEQUENCE, GLOBAL_BATCH = 200, 32, 8
+VOCAB, SEQUENCE, GLOBAL_BATCH, NUM_LAYERS = 200, 32, 8, 4
 LR = 1e-3
 
 
@@ -21,7 +21,7 @@ def run_config(family: str = "llama", **changes: Any) -> RunConfig:
     """Make a run file's content; `changes` are whole sections or "section.key" values."""
     model: dict[str, Any] = {
         "family": family,
-        "num_layers": 3,
+        "num_layers": NUM_LAYERS,
         "hidden_size": 64,
         "num_attention_heads": 8,
         "max_sequence_length": 64,
@@ -44,7 +44,10 @@ def run_config(family: str = "llama", **changes: Any) -> RunConfig:
 
 def make_engine(run: RunConfig) -> Engine:
     """Start this rank and build its engine."""
-    runtime = processes.start(tensor=run.parallel.tensor)
+    parallel = run.parallel
+    runtime = processes.start(
+        tensor=parallel.tensor, pipeline=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline
+    )
     return Engine(run.resolve(runtime.world_size, VOCAB), runtime)
 
 
@@ -67,7 +70,7 @@ def train(engine: Engine, run: RunConfig, steps: range) -> list[tuple[float, flo
         processes.seed_step(run.run.seed, step, runtime)
         batches = cut(torch.from_numpy(tokens[mine]), torch.from_numpy(weights[mine]), run.train.micro_batch)
         total = engine.forward_backward(batches, float(weights.sum()))
-        dist.all_reduce(total, group=runtime.dp_group)
+        dist.all_reduce(total)
         norm = engine.update(LR)
         curve.append((float(total) / float(weights.sum()), norm))
     return curve

@@ -69,13 +69,11 @@ class Checkpointer:
 
     def _write_rank(self, temporary: Path, engine_state: EngineState) -> dict[str, Any]:
         runtime = self._runtime
-        # A piece that several ranks hold is written by the first of them.
-        writes_replicas = runtime.tp_rank == 0
         idle = engine_state.is_replicated and runtime.dp_rank != 0
         fragments: list[list[int]] = []
         with RankWriter(temporary / f"rank_{runtime.rank:05d}.bin") as writer:
             for fragment in engine_state.fragments() if not idle else ():
-                if self._table[fragment.name].axis is None and not writes_replicas:
+                if not fragment.owned:
                     continue
                 number = self._numbers[fragment.name]
                 fragments.append([number, fragment.start, fragment.numel, writer.written])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.config import DataConfig
+from ..data.division import num_lanes, samples_per_reader
 from ..model.config import ModelConfig
+from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
+from .ramp import BatchSchedule, Phase
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
@@ -40,7 +43,18 @@ class ParallelSection(Section):
     """`[parallel]`: the layout. All of it may change at a resume."""
 
     tensor: int = Field(1, gt=0, description="tensor-parallel ranks", json_schema_extra=FREE)
-    pipeline: int = Field(1, gt=0, description="pipeline stages", json_schema_extra=FREE)
+    pipeline: int = Field(1, gt=0, description="pipeline-parallel ranks", json_schema_extra=FREE)
+    virtual_pipeline: int = Field(
+        1,
+        gt=0,
+        description="stages that a pipeline rank holds; above 1 they are interleaved",
+        json_schema_extra=FREE,
+    )
+    pipeline_layers: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+        None,
+        description="layers of every stage in the model's order; by default spread evenly",
+        json_schema_extra=FREE,
+    )
     sequence: bool = Field(
         False, description="Megatron sequence parallel: norms and dropout on slices", json_schema_extra=FREE
     )
@@ -50,6 +64,20 @@ class ParallelSection(Section):
     )
 
 
+class RampPhase(Section):
+    """A row of `train.ramp`: a global batch, and the step or the number of tokens at which it ends."""
+
+    global_batch: int = Field(gt=0)
+    until_step: int | None = Field(None, gt=0)
+    until_tokens: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_end(self) -> RampPhase:
+        if (self.until_step is None) == (self.until_tokens is None):
+            raise ValueError("give either until_step or until_tokens")
+        return self
+
+
 class TrainSection(Section):
     """`[train]`: how long, in what batches, in what precision."""
 
@@ -57,6 +85,11 @@ class TrainSection(Section):
     tokens: int | None = Field(None, gt=0, description="or tokens, rounded up to steps", json_schema_extra=FREE)
     global_batch: int = Field(
         gt=0, description="sequences in one step, over all ranks", json_schema_extra=FIXED
+    )
+    ramp: tuple[RampPhase, ...] = Field(
+        (),
+        description="smaller batches to begin with: a list of {global_batch, until_step or until_tokens}",
+        json_schema_extra=FIXED,
     )
     micro_batch: int = Field(1, gt=0, description="sequences in one forward of a rank", json_schema_extra=FREE)
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
@@ -178,6 +211,9 @@ class RunConfig(Section):
                 "leave it out to take the tokenizer's"
             )
         problems += model.layout_problems(parallel.tensor)
+        problems += pipeline_problems(
+            model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+        )
         problems += self._problems()
         ranks = parallel.tensor * parallel.pipeline
         if world_size % ranks:
@@ -186,21 +222,42 @@ class RunConfig(Section):
                 f"{parallel.tensor} x {parallel.pipeline}; start a multiple of {ranks}"
             )
         dp = max(1, world_size // ranks)
-        if dp > train.global_batch:
-            problems.append(
-                f"train.global_batch = {train.global_batch} is smaller than the {dp} data-parallel ranks; "
-                "raise it or start fewer processes"
-            )
+        batches = BatchSchedule(((Phase(0, train.global_batch)),), self.data.sequence_length)
+        try:
+            batches = BatchSchedule.of(train.ramp, train.global_batch, self.data.sequence_length)
+        except ValueError as error:
+            problems.append(str(error))
+        lanes = num_lanes(*(phase.global_batch for phase in batches.phases))
+        for global_batch in sorted({phase.global_batch for phase in batches.phases}):
+            problems += self._batch_problems(global_batch, dp, lanes)
         if problems:
             raise ConfigError("\n".join(problems))
-        steps = train.steps or -(-(train.tokens or 0) // (train.global_batch * self.data.sequence_length))
         return ResolvedRun(
             run=self.model_copy(update={"model": model}),
             world_size=world_size,
             data_parallel=dp,
-            steps=steps,
-            tokens_per_step=train.global_batch * self.data.sequence_length,
+            batches=batches,
+            lanes=lanes,
+            steps=train.steps or batches.steps_for(train.tokens or 0),
         )
+
+    def _batch_problems(self, global_batch: int, dp: int, lanes: int) -> list[str]:
+        """Check that a global batch gives every rank something, and the interleaved schedule what it can take."""
+        parallel, train = self.parallel, self.train
+        if dp > global_batch:
+            return [
+                f"train.global_batch = {global_batch} is smaller than the {dp} data-parallel ranks; "
+                "raise it or start fewer processes"
+            ]
+        count = -(-samples_per_reader(global_batch, dp, lanes) // train.micro_batch)
+        if parallel.virtual_pipeline == 1 or count % parallel.pipeline == 0:  # 1F1B takes any number
+            return []
+        a_rank = parallel.pipeline * -(-count // parallel.pipeline)
+        return [
+            f"parallel.virtual_pipeline > 1 takes a multiple of parallel.pipeline = {parallel.pipeline} micro-batches "
+            f"a step; train.global_batch = {global_batch} in micro-batches of {train.micro_batch} on {dp} "
+            f"data-parallel rank(s) makes {count}; train.global_batch = {train.micro_batch * dp * a_rank} would do"
+        ]
 
     def _problems(self) -> list[str]:
         """Check the rules that join two sections and need no world size."""
@@ -209,10 +266,6 @@ class RunConfig(Section):
             problems.append(
                 f"data.sequence_length = {self.data.sequence_length} exceeds model.max_sequence_length = "
                 f"{self.model.max_sequence_length}; lower the first or raise the second"
-            )
-        if parallel.pipeline > 1:
-            problems.append(
-                f"parallel.pipeline = {parallel.pipeline}: pipeline stages are not in this release; set it to 1"
             )
         if parallel.sequence and parallel.tensor == 1:
             problems.append("parallel.sequence = true needs parallel.tensor > 1; set it to false")
@@ -236,12 +289,27 @@ class ResolvedRun:
     run: RunConfig
     world_size: int
     data_parallel: int
+    batches: BatchSchedule
+    lanes: int
     steps: int
-    tokens_per_step: int
 
-    def num_micro_batches(self, samples_per_reader: int) -> int:
-        """Forwards of a rank in one step; the last one is filled up with samples of weight zero."""
-        return -(-samples_per_reader // self.run.train.micro_batch)
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.batches.tokens_before(self.steps)
+
+    def samples_per_rank(self, global_batch: int) -> int:
+        """Samples that a data-parallel rank gets of a global batch; some have weight zero where it does not divide."""
+        return samples_per_reader(global_batch, self.data_parallel, self.lanes)
+
+    def num_micro_batches(self, global_batch: int) -> int:
+        """Forwards of a rank in a step; the last one is filled up with samples of weight zero."""
+        return -(-self.samples_per_rank(global_batch) // self.run.train.micro_batch)
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Forwards of a rank in the largest step of the run."""
+        return max(self.num_micro_batches(phase.global_batch) for phase in self.batches.phases)
 
 
 def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:

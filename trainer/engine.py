@@ -1,10 +1,14 @@
 """DeepSpeed: the only module that imports it.
 
-An ordinary DeepSpeedEngine reduces, clips and steps; Megatron-core's schedule drives forward and backward. With one
-pipeline stage there are two reduction paths, chosen once:
+An ordinary DeepSpeedEngine reduces, clips and steps; Megatron-core's schedule drives forward and backward. There are
+three reduction paths, chosen once:
 
-* ZeRO 1-3: every forward goes through the engine, whose accumulation boundary is false until the last micro-batch.
-  ZeRO-2 and 3 reduce each micro-batch into their partition; ZeRO-3 needs the call for its prefetch trace.
+* one pipeline stage, ZeRO 1-3: every forward goes through the engine, whose accumulation boundary is false until the
+  last micro-batch. ZeRO-2 and 3 reduce each micro-batch into their partition; ZeRO-3 needs the call for its prefetch
+  trace.
+* several stages, ZeRO 1-3: the chunks are called directly, gradients add up whole on the rank, and one reduction
+  follows. DeepSpeed's stage 2 serves as stage 1, too: with one reduction they are the same, and stage 1 in bf16 would
+  turn into an optimizer without this path.
 * ZeRO 0 in fp32: forward and backward go around the engine, gradients are averaged once, and norm and clipping are
   ours, as DeepSpeed reports no norm there.
 """
@@ -27,14 +31,16 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from ..data.stream import samples_per_reader
-from ..model.decoder import Decoder, megatron_config, prepare_parameters
+from ..model.decoder import megatron_config
 from ..model.initial import initial_piece
 from ..model.layout import decoder_layout, has_weight_decay
+from ..model.pipeline import chunks_of_ranks
+from ..model.stage import Stage, prepare_parameters
 from .batch import MicroBatch
 from .config import ResolvedRun
 from .engine_state import MASTER, EngineState
 from .errors import ConfigError
+from .gradients import Fp32Accumulation, add_over, gradient_of
 from .runtime import Mpu, Runtime, run_schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,10 +102,16 @@ def deepspeed_config(resolved: ResolvedRun) -> dict[str, Any]:
     if train.dtype != "fp32":
         derived[train.dtype] = {"enabled": True}
         # One micro-batch adds nothing up, and DeepSpeed then reduces half the bytes.
-        if resolved.num_micro_batches(samples_per_reader(train.global_batch, resolved.data_parallel)) > 1:
+        if resolved.most_micro_batches > 1:
             derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.dtype == "bf16":
         derived["bf16"]["immediate_grad_update"] = True
+    if parallel.pipeline > 1 and parallel.zero:
+        section = {**base["zero_optimization"], "stage": max(2, parallel.zero)}
+        if parallel.zero == 3:
+            # The norm takes one reduction over the stages for every sub-group: they need equally many.
+            section["sub_group_size"] = 1 << 60
+        derived["zero_optimization"] = section
     return {**base, **derived}
 
 
@@ -125,7 +137,8 @@ class Engine:
         if run.model.compile:
             for layer in self.module.layers.values():
                 layer.compile()
-        self._hooks = self._finish_sequence_parallel() if run.parallel.sequence and self._zero else []
+        self._through_engine = self._zero > 0 and runtime.pp_size == 1
+        self._hooks = self._finish_sequence_parallel() if run.parallel.sequence and self._through_engine else []
         optimizer = self._optimizer(resolved)
         with _quiet():
             self._engine, self._deepspeed_optimizer, _, _ = deepspeed.initialize(
@@ -134,18 +147,27 @@ class Engine:
         self.state = EngineState(self.module, self._deepspeed_optimizer, runtime.dp_group)
         if self._zero == 3:
             self._initialise_stage3(run.run.seed)
-        self._chunk = _EngineChunk(self._engine, self.module) if self._zero else self.module
-        self.module.config.grad_scale_func = self._engine.scale if run.train.dtype == "fp16" else None
+        chunks = [_EngineChunk(self._engine, self.module)] if self._through_engine else self.module.chunks
+        self._chunks: list[Any] = chunks
+        self._accumulation: Fp32Accumulation | None = None
+        if runtime.pp_size > 1 and self._dtype != "fp32" and resolved.most_micro_batches > 1:
+            self._accumulation = Fp32Accumulation(
+                self.module, self._deepspeed_optimizer, stage3=self._zero == 3
+            )
+        self._chunks[0].config.grad_scale_func = self._engine.scale if run.train.dtype == "fp16" else None
 
-    def _build(self, resolved: ResolvedRun, config: dict[str, Any]) -> Decoder:
-        run, runtime = resolved.run, self.runtime
+    def _build(self, resolved: ResolvedRun, config: dict[str, Any]) -> Stage:
+        run, runtime, parallel = resolved.run, self.runtime, resolved.run.parallel
         dtype = DTYPES[run.train.dtype]
         layer_config = megatron_config(
             run.model,
             dtype=dtype,
-            sequence_parallel=run.parallel.sequence,
+            sequence_parallel=parallel.sequence,
             on_cpu=runtime.on_cpu,
             deterministic=run.run.deterministic,
+        )
+        chunks = chunks_of_ranks(
+            run.model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
         )
         partition: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._zero == 3:
@@ -154,15 +176,9 @@ class Engine:
                 data_parallel_group=runtime.dp_group, config_dict_or_path=config, dtype=dtype
             )
         with partition:
-            module = Decoder(
-                run.model, layer_config, layers=range(run.model.num_layers), recompute=run.train.recompute
-            )
-        prepare_parameters(module, run.model, None if self._zero == 3 else run.run.seed)
-        for parameter in module.parameters():
-            # DeepSpeed's norm counts what is not tensor-parallel where this says so, in every stage alike.
-            if not parameter.tensor_model_parallel:  # type: ignore[attr-defined]
-                parameter.model_parallel = runtime.tp_rank == 0  # type: ignore[attr-defined]
-        return module
+            stage = Stage(run.model, layer_config, chunks[runtime.pp_rank], recompute=run.train.recompute)
+        prepare_parameters(stage, run.model, None if self._zero == 3 else run.run.seed)
+        return stage
 
     def _optimizer(self, resolved: ResolvedRun) -> torch.optim.Optimizer:
         section, table = resolved.run.optimizer, decoder_layout(self.model)
@@ -217,21 +233,45 @@ class Engine:
             num_tokens: predictions that count, in the whole global batch.
 
         Returns:
-            The sum of this rank's losses in nats, fp32, not yet divided by `num_tokens`.
+            This rank's part of the summed loss in nats, fp32: over all ranks they add up to the global batch's.
         """
         self.module.train()
         # The schedule divides by the micro-batches and ZeRO averages over data-parallel ranks: take both back.
         scale = len(micro_batches) * self.runtime.dp_size / num_tokens
-        if isinstance(self._chunk, _EngineChunk):
-            self._chunk.begin_step(len(micro_batches))
+        if self._through_engine:
+            self._chunks[0].begin_step(len(micro_batches))
+        one_reduction = self._zero > 0 and not self._through_engine
+        with self._engine.coalesce_grad_reduction() if one_reduction else contextlib.nullcontext():
+            total = self._run(micro_batches, scale)
+            if not self._through_engine:
+                self._finish_gradients()
+        return total
+
+    def _run(self, micro_batches: Sequence[MicroBatch], scale: float, *, forward_only: bool = False) -> Tensor:
         reports = run_schedule(
             self._forward_step(scale),
-            self._chunk,
+            self._chunks,
             micro_batches,
             sequence_length=self._sequence_length,
             micro_batch=self._micro_batch,
+            forward_only=forward_only,
         )
-        return torch.stack([report["loss_sum"] for report in reports]).sum()
+        total = torch.zeros((), device=self.runtime.device)
+        if self.runtime.tp_rank == 0:  # its tensor-parallel neighbours have the same sums, earlier stages none
+            for report in reports:
+                total += report["loss_sum"]
+        return total
+
+    def _finish_gradients(self) -> None:
+        """Add up, once a step, the gradients that several ranks of a replica have parts of."""
+        runtime = self.runtime
+        if self._accumulation is not None:
+            self._accumulation.hand_over()
+        if self.module.chunks[0].config.sequence_parallel:
+            gradients = [gradient_of(parameter) for parameter in self._sequence_parallel_parameters()]
+            add_over(gradients, runtime.tp_group)
+        for parameter in self.module.tied_copies:
+            add_over([gradient_of(parameter)], runtime.embedding_group)
 
     def _forward_step(self, scale: float) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
         def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> Any:
@@ -256,17 +296,13 @@ class Engine:
         return float(reported)
 
     def _reduce_plain(self) -> float:
-        """ZeRO-0: finish the gradients, compute their norm over all ranks, clip."""
+        """ZeRO-0: average the gradients, compute their norm over all ranks, clip."""
         runtime = self.runtime
-        if self.module.config.sequence_parallel:
-            for parameter in self._sequence_parallel_parameters():
-                dist.all_reduce(parameter.grad, group=runtime.tp_group)
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
         square = torch.zeros((), dtype=torch.float64, device=runtime.device)
         for parameter in self.module.parameters():
-            counts = parameter.tensor_model_parallel or runtime.tp_rank == 0  # type: ignore[attr-defined]
-            if counts and parameter.grad is not None:
+            if parameter.owned and parameter.grad is not None:  # type: ignore[attr-defined]
                 square += parameter.grad.double().square().sum()
         dist.all_reduce(square, group=runtime.model_group)
         norm = float(square.sqrt())
@@ -278,30 +314,23 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Give the summed loss in nats of this rank's micro-batches, without dropout and z-loss."""
+        """Give this rank's part of the summed loss in nats, without dropout and z-loss; like `forward_backward`."""
         self.module.eval()
-        reports = run_schedule(
-            self._forward_step(1.0),
-            self._chunk,
-            micro_batches,
-            sequence_length=self._sequence_length,
-            micro_batch=self._micro_batch,
-            forward_only=True,
-        )
-        return torch.stack([report["loss_sum"] for report in reports]).sum()
+        return self._run(micro_batches, 1.0, forward_only=True)
 
 
 class _EngineChunk(nn.Module):
     """What the schedule calls in place of the model, so that each forward passes through DeepSpeed's engine."""
 
     engine: Any
-    stage: Decoder
+    stage: Stage
 
-    def __init__(self, engine: Any, module: Decoder) -> None:
+    def __init__(self, engine: Any, module: Stage) -> None:
         super().__init__()
         object.__setattr__(self, "engine", engine)  # not a sub-module: the engine owns the parameters
         object.__setattr__(self, "stage", module)  # "decoder" would mean something to the schedule
-        self.config, self.model_type = module.config, module.model_type
+        (chunk,) = module.chunks
+        self.config, self.model_type = chunk.config, chunk.model_type
         self._remaining = 0
 
     def begin_step(self, num_micro_batches: int) -> None:
@@ -310,7 +339,7 @@ class _EngineChunk(nn.Module):
 
     def set_input_tensor(self, tensor: Any) -> None:
         """Pass on what the schedule hands over."""
-        self.stage.set_input_tensor(tensor)
+        self.stage.chunks[0].set_input_tensor(tensor)
 
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor) -> Tensor:
         """Run one micro-batch; the last one of a step is the accumulation boundary."""

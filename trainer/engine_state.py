@@ -27,12 +27,13 @@ class Fragment(NamedTuple):
     """A flat range of a parameter's tensor-parallel piece, owned by this rank.
 
     `tensors` maps "master" and each optimizer state to a 1-D fp32 view of `numel` elements; writing to a view
-    writes to the optimizer.
+    writes to the optimizer. `owned` is true on one of the ranks that hold the same piece.
     """
 
     name: str
     start: int
     numel: int
+    owned: bool
     tensors: dict[str, Tensor]
 
 
@@ -64,7 +65,7 @@ class EngineState:
             tensors = {MASTER: flat.detach().view(-1).narrow(0, offset, numel)}
             for key in STATE_KEYS:
                 tensors[key] = self._inner.state[flat][key].view(-1).narrow(0, offset, numel)
-            yield Fragment(name, start, numel, tensors)
+            yield Fragment(name, start, numel, parameter.owned, tensors)
 
     @property
     def steps(self) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..data.heldout import load_heldout
 from .batch import cut, share
@@ -63,7 +62,7 @@ class HeldOut:
     def measure(self, engine: Engine, micro_batch: int) -> HeldOutLoss:
         """Run the model over the set; the same result on every rank."""
         total = engine.evaluate(cut(self._tokens, self._weights, micro_batch)).double()
-        total = sum_over_replicas(total, self._runtime)
+        dist.all_reduce(total)
         nats = float(total)
         loss = nats / max(1, self.num_tokens)
         return HeldOutLoss(
@@ -72,10 +71,3 @@ class HeldOut:
             bits_per_byte=nats / math.log(2) / max(1, self.num_bytes),
             tokens=self.num_tokens,
         )
-
-
-def sum_over_replicas(values: Tensor, runtime: Runtime) -> Tensor:
-    """Add up over data-parallel ranks what each model replica has; the ranks of a replica hold the same."""
-    values = values.clone()
-    dist.all_reduce(values, group=runtime.dp_group)
-    return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
@@ -12,13 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from ..data.stream import TokenStream, merge_states, samples_per_reader
+from ..data.stream import TokenStream, merge_states
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
-from .batch import cut, share
 from .checkpoint import Checkpointer
 from .config import ResolvedRun
 from .console import RunConsole
@@ -30,8 +25,8 @@ from .meters import Meters
 from .places import DataPlaces
 from .record import Recorder
 from .rundir import RunDirectory
-from .runtime import Runtime, seed_step
-from .schedule import learning_rate
+from .runtime import Runtime
+from .step import StepFigures, TrainingStep
 
 
 class Trainer:
@@ -74,6 +69,7 @@ class Trainer:
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
         self._stream = self._open_stream(state)
+        self._training_step = TrainingStep(self._engine, resolved, runtime, self._stream)
         self._held_out = self._open_held_out()
         self._meters = Meters(resolved, runtime)
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
@@ -136,6 +132,7 @@ class Trainer:
             self._places.tokenizer,
             sequence_length=run.data.sequence_length,
             global_batch=run.train.global_batch,
+            lanes=self._resolved.lanes,
             seed=run.run.seed,
             reader=runtime.dp_rank,
             num_readers=runtime.dp_size,
@@ -172,8 +169,9 @@ class Trainer:
         self._meters.restart()
         with self._signals():
             while self.step < last:
-                figures, stop = self._train_step()
+                figures = self._train_step()
                 self.step += 1
+                stop = figures.asked
                 done = self.step == last
                 saving = _is_due(self.step, run.checkpoint.every_steps) or done or stop
                 # A checkpoint carries the ledger, which is brought up to date by a log line.
@@ -190,70 +188,38 @@ class Trainer:
                 self._evaluate()
         self._finish()
 
-    def _train_step(self) -> tuple[dict[str, float], bool]:
-        """Do one optimizer step: read, forward and backward, check, update."""
-        run, runtime = self._resolved.run, self._runtime
-        started_s = time.perf_counter()
-        tokens, weights = self._read()
-        # Tokens that count, and who was asked to stop: one small reduction over all ranks.
-        counted = float(weights.sum()) if runtime.reads_data else 0.0
-        num_tokens, stop = self._sum_over_ranks(counted, float(self._stop_signals > 0))
-        read_s = time.perf_counter()
-        seed_step(run.run.seed, self.step, runtime)
-        loss_sum = self._engine.forward_backward(
-            cut(tokens, weights, run.train.micro_batch), max(1.0, num_tokens)
-        )
-        own = float(loss_sum)
-        (total,) = self._sum_over_ranks(own if runtime.tp_rank == 0 else 0.0)
-        loss = total / max(1.0, num_tokens)
-        if not math.isfinite(loss):
-            self._refuse("loss", own)
-        forward_s = time.perf_counter()
-        lr = learning_rate(self.step, self._resolved.steps, run.optimizer.lr, run.schedule)
-        norm = self._engine.update(lr)
-        if not math.isfinite(norm) and run.train.dtype != "fp16":  # fp16 skips the step and lowers its scale
-            self._refuse("gradient norm", norm)
-        updated_s = time.perf_counter()
-        self._meters.phase("data", read_s - started_s)
-        self._meters.phase("forward_backward", forward_s - read_s)
-        self._meters.phase("optimizer", updated_s - forward_s)
-        self._meters.step(int(num_tokens))
-        self._tokens += int(num_tokens)
-        return {"loss": loss, "grad_norm": norm, "lr": lr}, stop > 0
-
-    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        run, runtime = self._resolved.run, self._runtime
-        batch = self._stream.next_batch() if self._stream is not None else None
-        return share(
-            batch.tokens if batch else None,
-            batch.weights if batch else None,
-            samples_per_reader(run.train.global_batch, runtime.dp_size),
-            run.data.sequence_length,
-            runtime,
-        )
-
-    def _sum_over_ranks(self, *values: float) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self._runtime.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def _refuse(self, what: str, own: float) -> None:
-        """Stop a run whose numbers are not finite; every rank sees it, so a last exchange is safe."""
-        values = self._runtime.gather_all(own)
-        ranks = [rank for rank, value in enumerate(values) if not math.isfinite(value)] or "all"
-        steps = sorted(self._checkpointer.directory.glob("step_*"))
-        good = steps[-1].name if steps else "none yet"
-        raise NumericsError(
-            f"step {self.step + 1}: the {what} is not finite on rank(s) {ranks}; last good checkpoint: {good}; "
-            "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step"
-        )
+    def _train_step(self) -> StepFigures:
+        try:
+            figures = self._training_step.run(self.step, asked=self._stop_signals > 0)
+        except NumericsError as error:
+            steps = sorted(self._checkpointer.directory.glob("step_*"))
+            good = steps[-1].name if steps else "none yet"
+            raise NumericsError(
+                f"{error}; last good checkpoint: {good}; "
+                "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step"
+            ) from error
+        self._meters.phase("data", figures.data_s)
+        self._meters.phase("forward_backward", figures.forward_backward_s)
+        self._meters.phase("optimizer", figures.optimizer_s)
+        self._meters.step(figures.num_tokens)
+        self._tokens += figures.num_tokens
+        return figures
 
     # ---- between steps --------------------------------------------------------------------------------------
 
-    def _log(self, figures: dict[str, float]) -> None:
+    def _log(self, figures: StepFigures) -> None:
         ledger = self._directory.ledger if self._directory is not None else None
         line = self._meters.line(ledger)
-        record = {"kind": "step", "step": self.step, **figures, "tokens": self._tokens, **line}
+        record = {
+            "kind": "step",
+            "step": self.step,
+            "loss": figures.loss,
+            "grad_norm": figures.grad_norm,
+            "lr": figures.lr,
+            "global_batch": self._resolved.batches.global_batch(self.step - 1),
+            "tokens": self._tokens,
+            **line,
+        }
         self._recorder.step(record)
 
     def _evaluate(self) -> None:

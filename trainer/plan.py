@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..data.stream import num_lanes, samples_per_reader
 from ..model.flops import decoder_flops_per_token
 from ..model.layout import Parameter, decoder_layout, has_weight_decay
+from ..model.pipeline import Chunk, chunks_of_ranks, held_by
 from .config import ResolvedRun
+from .ramp import Phase
 
 GIB = 1 << 30
 WORKING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -21,8 +22,8 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
     rows = decoder_layout(model).values()
     total = sum(row.numel for row in rows)
     decayed = sum(row.numel for row in rows if run.optimizer.decay_all or has_weight_decay(row))
-    samples = samples_per_reader(train.global_batch, resolved.data_parallel)
-    memory = memory_bytes(resolved)
+    memories = [memory_bytes(resolved, rank) for rank in range(parallel.pipeline)]
+    memory = max(memories, key=lambda kinds: sum(kinds.values()))
     schedule = run.schedule
     return [
         ("run directory", str(run_dir)),
@@ -32,24 +33,26 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
             f"{model.num_attention_heads} heads in {model.num_query_groups} groups, "
             f"vocabulary {model.vocab_size} (padded to {model.padded_vocab_size})",
         ),
-        ("parameters", f"{total:,}, {local_parameters(resolved):,} on a rank"),
+        (
+            "parameters",
+            f"{total:,}, {max(local_parameters(resolved, rank) for rank in range(parallel.pipeline)):,} on a rank",
+        ),
         (
             "layout",
             f"{resolved.world_size} process(es) = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
             f"x data {resolved.data_parallel}; ZeRO-{parallel.zero}, {train.dtype}"
+            + (f", {_stages(resolved)}" if parallel.pipeline > 1 else "")
             + (", sequence parallel" if parallel.sequence else "")
             + (", activation checkpointing" if train.recompute else ""),
         ),
         (
             "batch",
-            f"{train.global_batch} sequences of {run.data.sequence_length} = {resolved.tokens_per_step:,} "
-            f"tokens a step; {resolved.num_micro_batches(samples)} micro-batch(es) of {train.micro_batch} "
-            f"on a rank; {num_lanes(train.global_batch)} data lanes",
+            "; ".join(_batch(resolved, phase) for phase in resolved.batches.phases)
+            + f"; {resolved.lanes} data lanes",
         ),
         (
             "length",
-            f"{resolved.steps:,} steps, {resolved.steps * resolved.tokens_per_step:,} tokens "
-            f"({resolved.steps * resolved.tokens_per_step / total:.1f} a parameter), "
+            f"{resolved.steps:,} steps, {resolved.tokens:,} tokens ({resolved.tokens / total:.1f} a parameter), "
             f"{total_flops(resolved):.2e} FLOPs",
         ),
         (
@@ -87,41 +90,101 @@ def total_flops(resolved: ResolvedRun) -> float:
     run = resolved.run
     convention = run.meter.attention_flops
     a_token = decoder_flops_per_token(run.model, run.data.sequence_length, convention)
-    return a_token * resolved.steps * resolved.tokens_per_step
+    return a_token * resolved.tokens
 
 
 def _piece(row: Parameter, tp: int) -> int:
     return row.numel if row.axis is None else row.numel // tp
 
 
-def local_parameters(resolved: ResolvedRun) -> int:
-    """Count the elements of one tensor-parallel rank's pieces, before ZeRO."""
-    tp = resolved.run.parallel.tensor
-    return sum(_piece(row, tp) for row in decoder_layout(resolved.run.model).values())
+def _batch(resolved: ResolvedRun, phase: Phase) -> str:
+    tokens = phase.global_batch * resolved.run.data.sequence_length
+    since = f"from step {phase.first_step} " if phase.first_step else ""
+    count, size = resolved.num_micro_batches(phase.global_batch), resolved.run.train.micro_batch
+    return (
+        f"{since}{phase.global_batch} sequences of {resolved.run.data.sequence_length} = {tokens:,} tokens a step, "
+        f"{count} micro-batch(es) of {size} on a rank"
+    )
 
 
-def memory_bytes(resolved: ResolvedRun) -> dict[str, float]:
+def _stages(resolved: ResolvedRun) -> str:
+    ranks = _chunks(resolved)
+    layers = " | ".join("+".join(str(len(chunk.layers)) for chunk in chunks) for chunks in ranks)
+    virtual = resolved.run.parallel.virtual_pipeline
+    micro_batches = resolved.num_micro_batches(resolved.run.train.global_batch)
+    bubble = bubble_share(len(ranks), virtual, micro_batches)
+    return f"{'1F1B' if virtual == 1 else 'interleaved'} over layers {layers}, bubble {bubble:.0%}"
+
+
+def bubble_share(pipeline: int, virtual: int, micro_batches: int) -> float:
+    """Give the share of a step in which a pipeline rank waits (Narayanan et al. 2021, section 2.2).
+
+    Idle over useful time is (p - 1) / (v m) for p ranks, v virtual stages on each and m micro-batches.
+    """
+    idle = (pipeline - 1) / (virtual * micro_batches)
+    return idle / (1 + idle)
+
+
+def _chunks(resolved: ResolvedRun) -> list[list[Chunk]]:
+    parallel = resolved.run.parallel
+    return chunks_of_ranks(
+        resolved.run.model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+    )
+
+
+def local_parameters(resolved: ResolvedRun, pipeline_rank: int) -> int:
+    """Count the elements of a pipeline rank's tensor-parallel pieces, before ZeRO."""
+    model, tp = resolved.run.model, resolved.run.parallel.tensor
+    rows = held_by(decoder_layout(model), _chunks(resolved)[pipeline_rank], tied=model.tied)
+    return sum(_piece(row, tp) for row in rows)
+
+
+def memory_bytes(resolved: ResolvedRun, pipeline_rank: int) -> dict[str, float]:
     """Estimate a rank's memory by kind.
 
-    Weights, gradients (fp32 accumulation) and optimizer follow the ZeRO stage (Rajbhandari et al. 2020, figure 1);
-    activations follow Korthikanti et al. 2022, equation 2 without the attention scores, which SDPA does not keep.
+    Weights, gradients (fp32 accumulation) and optimizer follow the ZeRO stage (Rajbhandari et al. 2020, figure 1).
+    With several pipeline stages gradients stay whole until the one reduction of a step. Activations follow
+    Korthikanti et al. 2022, equation 2 without the attention scores, which SDPA does not keep, for as many
+    micro-batches as the schedule has in flight.
     """
-    run = resolved.run
-    model, stage, dp = run.model, run.parallel.zero, resolved.data_parallel
-    local = local_parameters(resolved)
+    run, parallel = resolved.run, resolved.run.parallel
+    model, stage, dp = run.model, parallel.zero, resolved.data_parallel
+    local = local_parameters(resolved, pipeline_rank)
     tokens = run.train.micro_batch * run.data.sequence_length
     working = WORKING_BYTES[run.train.dtype]
-    tp = run.parallel.tensor
-    cut = tp if run.parallel.sequence else 1
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    gates = 3 if model.activation == "swiglu" else 2
-    inner = (2 * model.num_attention_heads * model.head_dim + 2 * model.num_query_groups * model.head_dim) / tp
-    a_layer = tokens * working * (4 * hidden / cut + inner + gates * ffn / tp)
-    kept = tokens * working * hidden / cut
-    layers = model.num_layers * kept + a_layer if run.train.recompute else model.num_layers * a_layer
+    chunks = _chunks(resolved)[pipeline_rank]
+    layers = _layers_in_flight(resolved, pipeline_rank)
+    a_layer = _layer_bytes(resolved)
+    kept = tokens * working * model.hidden_size / (parallel.tensor if parallel.sequence else 1)
+    activations = layers * kept + a_layer if run.train.recompute else layers * a_layer
+    if any(chunk.last for chunk in chunks):
+        activations += 2 * tokens * working * model.padded_vocab_size / parallel.tensor
     return {
         "weights": local * working / (dp if stage == 3 else 1),
-        "gradients": local * 4 / (dp if stage >= 2 else 1),
+        "gradients": local * 4 / (dp if stage >= 2 and parallel.pipeline == 1 else 1),
         "optimizer": local * (MASTER_AND_MOMENTS_BYTES if stage >= 1 else 8) / (dp if stage >= 1 else 1),
-        "activations": layers + 2 * tokens * working * model.padded_vocab_size / tp,
+        "activations": activations,
     }
+
+
+def _layers_in_flight(resolved: ResolvedRun, rank: int) -> int:
+    """Count the layers whose activations a pipeline rank keeps at a time, over its micro-batches."""
+    parallel, chunks = resolved.run.parallel, _chunks(resolved)[rank]
+    micro_batches, ahead = resolved.most_micro_batches, parallel.pipeline - rank - 1
+    if parallel.virtual_pipeline == 1:
+        return len(chunks[0].layers) * min(ahead + 1, micro_batches)
+    # Warm-up of the interleaved schedule: Narayanan et al. 2021, section 2.2, as Megatron-core counts it.
+    warm_up = 2 * ahead + (len(chunks) - 1) * parallel.pipeline
+    chunk_layers = max(len(chunk.layers) for chunk in chunks)
+    return chunk_layers * min(warm_up + 1, micro_batches * len(chunks))
+
+
+def _layer_bytes(resolved: ResolvedRun) -> float:
+    """Estimate what one layer keeps of one micro-batch for its backward pass."""
+    run, model, tp = resolved.run, resolved.run.model, resolved.run.parallel.tensor
+    tokens = run.train.micro_batch * run.data.sequence_length
+    cut = tp if run.parallel.sequence else 1
+    gates = 3 if model.activation == "swiglu" else 2
+    inner = (2 * model.num_attention_heads * model.head_dim + 2 * model.num_query_groups * model.head_dim) / tp
+    per_token = 4 * model.hidden_size / cut + inner + gates * model.ffn_hidden_size / tp
+    return tokens * WORKING_BYTES[run.train.dtype] * per_token

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..model.decoder import Decoder, megatron_config, prepare_parameters
+from ..model.decoder import Decoder, megatron_config
 from .runtime import Runtime
 
 
@@ -28,8 +28,7 @@ class Weights(Protocol):
 def load_decoder(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_to: torch.dtype) -> Decoder:
     """Build a whole fp32 decoder whose weights were rounded to `rounded_to` on the way."""
     config = megatron_config(model, dtype=torch.float32, sequence_parallel=False, on_cpu=runtime.on_cpu)
-    decoder = Decoder(model, config, layers=range(model.num_layers))
-    prepare_parameters(decoder, model, None)
+    decoder = Decoder(model, config)
     for name, parameter in decoder.named_parameters():
         parameter.data.copy_(weights.read(name).to(rounded_to))
     return decoder.eval()

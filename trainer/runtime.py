@@ -30,7 +30,8 @@ RENDEZVOUS = "BASESTONE_RENDEZVOUS"  # a file that local workers meet at: no por
 class Runtime:
     """Who this worker is and the groups it belongs to.
 
-    `control` is a CPU group over all ranks for small objects; `readers` joins the first rank of every model replica.
+    `embedding_group` joins the ranks of the first and the last stage with the same piece, and is None on others;
+    `model_group` joins the ranks of a model replica; `control` is a CPU group over all ranks for small objects.
     """
 
     rank: int
@@ -38,9 +39,12 @@ class Runtime:
     device: torch.device
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
+    embedding_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     control: dist.ProcessGroup
@@ -148,7 +152,9 @@ class Mpu:
         return parallel_state.get_pipeline_model_parallel_world_size()
 
 
-def start(*, tensor: int = 1, pipeline: int = 1, deterministic: bool = False) -> Runtime:
+def start(
+    *, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, deterministic: bool = False
+) -> Runtime:
     """Join the processes that a launcher started (or be the only one) and make Megatron's groups.
 
     A launcher is seen by RANK and WORLD_SIZE in the environment: our own, torchrun, deepspeed and srun set them.
@@ -165,7 +171,7 @@ def start(*, tensor: int = 1, pipeline: int = 1, deterministic: bool = False) ->
         torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():
         _join("gloo" if on_cpu else "cpu:gloo,cuda:nccl", device)
-    join_groups(tensor=tensor, pipeline=pipeline)
+    join_groups(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
     return _runtime(device)
 
 
@@ -185,13 +191,21 @@ def _join(backend: str, device: torch.device) -> None:
         )
 
 
-def join_groups(*, tensor: int, pipeline: int = 1) -> None:
+def become_rank(rank: int, size: int, rendezvous: Path) -> None:
+    """Make this process, forked from one that belongs to no group, rank `rank` of `size` local ones."""
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)})
+    os.environ[RENDEZVOUS] = str(rendezvous)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def join_groups(*, tensor: int, pipeline: int = 1, virtual_pipeline: int = 1) -> None:
     """Make Megatron's groups for a layout, replacing those of an earlier one."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
@@ -204,9 +218,12 @@ def _runtime(device: torch.device) -> Runtime:
         device=device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         dp_group=parallel_state.get_data_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
         control=dist.new_group(backend="gloo", timeout=TIMEOUT),
@@ -224,7 +241,8 @@ def seed_step(seed: int, step: int, runtime: Runtime) -> None:
 
     So nothing random has to be saved, and a resumed run draws what an uninterrupted one would.
     """
-    shared = _hash(seed, step, runtime.dp_rank)  # the same on the ranks that cut one replica's layers
+    place = (runtime.dp_rank, runtime.pp_rank)
+    shared = _hash(seed, step, *place)  # the same on the ranks that cut the same layers
     random.seed(shared)
     torch.manual_seed(shared)
     tracker = tensor_parallel.get_cuda_rng_tracker()
@@ -233,7 +251,7 @@ def seed_step(seed: int, step: int, runtime: Runtime) -> None:
     if not runtime.on_cpu:
         torch.cuda.manual_seed(shared)
     tracker.add(names._DATA_PARALLEL_RNG_TRACKER_NAME, shared)
-    tracker.add(names._MODEL_PARALLEL_RNG_TRACKER_NAME, _hash(seed, step, runtime.dp_rank, runtime.tp_rank, 1))
+    tracker.add(names._MODEL_PARALLEL_RNG_TRACKER_NAME, _hash(seed, step, *place, runtime.tp_rank))
 
 
 def _hash(*values: int) -> int:
@@ -243,18 +261,23 @@ def _hash(*values: int) -> int:
 
 def run_schedule(
     forward_step: Callable[[Iterator[Any], nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict]]]],
-    chunk: nn.Module,
+    chunks: Sequence[nn.Module],
     micro_batches: Sequence[Any],
     *,
     sequence_length: int,
     micro_batch: int,
     forward_only: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Run Megatron-core's schedule over the micro-batches; give what the loss function reported for each."""
+    """Run Megatron-core's schedule over the micro-batches: none, 1F1B or interleaved, as the groups are.
+
+    Returns:
+        What the loss function reported for each; nothing on ranks without the last stage.
+    """
+    iterators = [iter(micro_batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=chunk,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(micro_batches),
         seq_length=sequence_length,
         micro_batch_size=micro_batch,

@@ -89,7 +89,10 @@ def train(arguments: argparse.Namespace) -> None:
     places = locate(run.data, processes.cache_dir())
     resolved = run.resolve(processes.world_size(), vocab_size(places))
     runtime = processes.start(
-        tensor=run.parallel.tensor, pipeline=run.parallel.pipeline, deterministic=run.run.deterministic
+        tensor=run.parallel.tensor,
+        pipeline=run.parallel.pipeline,
+        virtual_pipeline=run.parallel.virtual_pipeline,
+        deterministic=run.run.deterministic,
     )
     from .loop import Trainer
 

@@ -15,9 +15,10 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from basestone.data.division import num_lanes, samples_per_reader
 from basestone.data.errors import DataConfigError
 from basestone.data.order import hash_integers, permute_all, permute_index
-from basestone.data.stream import StreamBatch, TokenStream, merge_states, num_lanes, samples_per_reader
+from basestone.data.stream import StreamBatch, TokenStream, merge_states
 from basestone.data.tokenizer import Tokenizer
 
 LENGTH = 48

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from procs import run_ranks
+from basestone.trainer.forks import run_ranks
 from small import VOCAB, curve_of, make_engine, relative_difference, run_config, train
 
 from basestone.model.initial import initial_piece

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import pytest
-from procs import run_ranks
-from small import SEQUENCE, curve_of, make_engine, relative_difference, run_config, train
+from basestone.trainer.forks import run_ranks
+from small import NUM_LAYERS, SEQUENCE, curve_of, make_engine, relative_difference, run_config, train
 
 from basestone.trainer.batch import share
+from basestone.trainer.config import RunConfig
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.layouts import all_layouts, parse_layout
 
 pytestmark = pytest.mark.dist
 STEPS = 20
@@ -23,29 +26,93 @@ def serial(family: str, steps: int = STEPS) -> list[tuple[float, float]]:
 
 
 CELLS = [
-    # processes, tensor, zero, sequence, family
-    (2, 2, 1, False, "llama"),
-    (2, 2, 2, True, "llama"),
-    (2, 2, 3, True, "llama"),
-    (2, 2, 0, True, "llama"),
-    (2, 1, 1, False, "llama"),
-    (2, 1, 2, False, "gpt2"),
-    (2, 1, 3, False, "llama"),
-    (2, 2, 1, True, "gpt2"),
-    (2, 2, 3, False, "gpt2"),
-    (1, 1, 3, False, "llama"),
-    (4, 2, 1, True, "llama"),
-    (4, 2, 3, True, "gpt2"),
-    (4, 4, 2, True, "llama"),
+    ("llama", "tp2-z1"),
+    ("llama", "tp2-sp-z2"),
+    ("llama", "tp2-sp-z3"),
+    ("llama", "tp2-sp-z0"),
+    ("llama", "dp2-z1"),
+    ("gpt2", "dp2-z2"),
+    ("llama", "dp2-z3"),
+    ("gpt2", "tp2-sp-z1"),
+    ("gpt2", "tp2-z3"),
+    ("llama", "dp1-z3"),
+    ("llama", "tp2-sp-dp2-z1"),
+    ("gpt2", "tp2-sp-dp2-z3"),
+    ("llama", "tp4-sp-z2"),
+    ("llama", "pp2-z0"),
+    ("gpt2", "pp2-z1"),
+    ("llama", "pp2-z2"),
+    ("gpt2", "pp2-z3"),
+    ("gpt2", "pp2-vp2-z1"),
+    ("llama", "pp2-vp2-z3"),
+    ("llama", "pp4-z1"),
+    ("gpt2", "tp2-sp-pp2-z1"),
+    ("llama", "tp2-sp-pp2-z3"),
+    ("gpt2", "tp2-pp2-vp2-z2"),
+    ("gpt2", "pp2-dp2-z1"),
+    ("llama", "pp2-vp2-dp2-z2"),
+    ("gpt2", "pp2-dp2-z0"),
 ]
 
 
-@pytest.mark.parametrize(("size", "tensor", "zero", "sequence", "family"), CELLS)
-def test_layout_equals_serial(size, tensor, zero, sequence, family):
-    run = run_config(family, parallel__tensor=tensor, parallel__zero=zero, parallel__sequence=sequence)
+def layout_of(name: str, family: str = "llama", **changes) -> tuple[int, RunConfig]:
+    """Give the processes of a layout's name and a run laid out like it."""
+    layout = parse_layout(name, _processes(name))
+    return layout.processes, layout.of(run_config(family, **changes))
+
+
+def _processes(name: str) -> int:
+    return math.prod(int(part[2:]) for part in name.split("-") if part[:2] in ("tp", "pp", "dp"))
+
+
+@pytest.mark.parametrize(("family", "name"), CELLS)
+def test_layout_equals_serial(family, name):
+    size, run = layout_of(name, family)
     steps = STEPS if size < 4 else 5
     curve = run_ranks(curve_of, size, run, steps)[0]
     assert relative_difference(curve, serial(family)[:steps]) < 1e-5
+
+
+SLOW_CELLS = [
+    (family, str(layout))
+    for family in ("llama", "gpt2")
+    for processes in (2, 4)
+    for layout in all_layouts(processes)
+    if layout.virtual_pipeline * layout.pipeline <= NUM_LAYERS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "name"), SLOW_CELLS)
+def test_every_layout_equals_serial(family, name):
+    size, run = layout_of(name, family)
+    assert relative_difference(run_ranks(curve_of, size, run, 5)[0], serial(family)[:5]) < 1e-5
+
+
+UNEVEN = [
+    ("gpt2", "pp2-z1", (4, 2)),
+    ("llama", "pp2-vp2-z2", (1, 1, 3, 1)),
+    ("gpt2", "pp2-z3", (1, 5)),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "counts"), UNEVEN)
+def test_uneven_stages_equal_serial(family, name, counts):
+    changes = {"parallel__pipeline_layers": counts, "model__num_layers": sum(counts)}
+    size, run = layout_of(name, family, **changes)
+    whole = run_config(family, parallel__zero=0, model__num_layers=sum(counts))
+    reference = run_ranks(curve_of, 1, whole, 5)[0]
+    assert relative_difference(run_ranks(curve_of, size, run, 5)[0], reference) < 1e-5
+
+
+# Fewer micro-batches than stages, as many, more, and a last one that is filled up.
+MICRO_BATCHES = [("pp2-z1", 8), ("pp2-z2", 3), ("pp4-z1", 4), ("pp4-z2", 1), ("pp2-vp2-z1", 4), ("pp2-dp2-z3", 3)]
+
+
+@pytest.mark.parametrize(("name", "micro_batch"), MICRO_BATCHES)
+def test_any_number_of_micro_batches(name, micro_batch):
+    size, run = layout_of(name, "gpt2", train__micro_batch=micro_batch)
+    assert relative_difference(run_ranks(curve_of, size, run, 5)[0], serial("gpt2")[:5]) < 1e-5
 
 
 def test_serial_learns():

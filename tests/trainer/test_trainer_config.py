@@ -64,7 +64,7 @@ def test_tokens_are_rounded_up_to_steps():
     batch = 8 * 32
     for tokens, steps in ((1, 1), (batch, 1), (batch + 1, 2), (10 * batch - 1, 10), (10 * batch, 10)):
         resolved = run_of(train__steps=None, train__tokens=tokens).resolve(1, VOCAB)
-        assert (resolved.steps, resolved.tokens_per_step) == (steps, batch)
+        assert (resolved.steps, resolved.tokens) == (steps, steps * batch)
 
 
 def test_steps_are_taken_as_given():
@@ -82,7 +82,7 @@ def test_the_vocabulary_is_the_tokenizers_unless_given_larger():
 
 def test_micro_batches_are_filled_up():
     resolved = run_of(train__micro_batch=3).resolve(1, VOCAB)
-    assert [resolved.num_micro_batches(samples) for samples in (1, 3, 4, 8)] == [1, 1, 2, 3]
+    assert [resolved.num_micro_batches(samples) for samples in (8, 16, 24)] == [3, 6, 8]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ TOTAL = MATRICES + 2 * EMBEDDING + NORMS
 
 
 def test_parameters_of_a_rank_by_hand():
-    assert local_parameters(resolved()) == TOTAL
-    assert local_parameters(resolved(4, parallel__tensor=2)) == (TOTAL - NORMS) // 2 + NORMS
+    assert local_parameters(resolved(), 0) == TOTAL
+    assert local_parameters(resolved(4, parallel__tensor=2), 0) == (TOTAL - NORMS) // 2 + NORMS
 
 
 def test_flops_of_a_run_by_hand():
@@ -43,20 +43,20 @@ def test_flops_of_a_run_by_hand():
 )
 def test_memory_follows_the_stage(zero, weights, gradients, optimizer):
     """Bytes a parameter in bf16 on four data-parallel ranks: 2 + 4 + 12, each cut where the stage cuts it."""
-    memory = memory_bytes(resolved(4, train__dtype="bf16", parallel__zero=zero))
+    memory = memory_bytes(resolved(4, train__dtype="bf16", parallel__zero=zero), 0)
     assert memory["weights"] == TOTAL * weights
     assert memory["gradients"] == TOTAL * gradients
     assert memory["optimizer"] == TOTAL * optimizer
 
 
 def test_memory_of_stage_0_is_whole_on_every_rank():
-    memory = memory_bytes(resolved(4, parallel__zero=0))
+    memory = memory_bytes(resolved(4, parallel__zero=0), 0)
     assert [memory[name] / TOTAL for name in ("weights", "gradients", "optimizer")] == [4, 4, 8]
 
 
 def test_activations_shrink_with_tensor_and_sequence_parallel_and_recompute():
     def activations(world_size: int, **changes: object) -> float:
-        return memory_bytes(resolved(world_size, **changes))["activations"]
+        return memory_bytes(resolved(world_size, **changes), 0)["activations"]
 
     plain = activations(1)
     assert activations(1, train__micro_batch=4) == 2 * plain
@@ -82,7 +82,7 @@ def test_the_plan_says_what_will_be():
     )
     # 8 sequences over 2 readers, 2 in a forward
     assert got["batch"].startswith(
-        "8 sequences of 32 = 256 tokens a step; 2 micro-batch(es) of 2 on a rank; 8 data"
+        "8 sequences of 32 = 256 tokens a step, 2 micro-batch(es) of 2 on a rank; 8 data"
     )
     assert got["length"].startswith("20 steps, 5,120 tokens (")
     assert (
@@ -112,7 +112,7 @@ def test_the_plan_of_other_choices():
 
 
 def test_fp32_under_zero_has_masters_of_its_own():
-    memory = memory_bytes(resolved(1, parallel__zero=1, train__dtype="fp32"))
+    memory = memory_bytes(resolved(1, parallel__zero=1, train__dtype="fp32"), 0)
     assert memory["optimizer"] == 12 * TOTAL
 
 

@@ -1,0 +1,103 @@
+"""What one pipeline rank holds: its chunks of the model, and the marks that Megatron-core and DeepSpeed read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .decoder import Decoder
+from .initial import initial_piece
+from .layout import decoder_layout
+from .pipeline import Chunk
+
+
+class Stage(nn.Module):
+    """A rank's chunks as one module, whose parameters carry their global names."""
+
+    chunks: list[Decoder]
+
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, chunks: Sequence[Chunk], *, recompute: bool = False
+    ) -> None:
+        """Build the chunks of this rank; `config` is that of one layer."""
+        super().__init__()
+        built = [Decoder(model, config, chunk, recompute=recompute) for chunk in chunks]
+        schedule = _schedule_config(config, len(built))
+        self.layers = nn.ModuleDict()
+        for number, chunk in enumerate(built):
+            chunk.config = schedule
+            chunk.vp_stage = number if len(built) > 1 else None
+            self.layers.update(chunk.layers)
+            for name in ("embed", "norm", "head"):
+                if hasattr(chunk, name):
+                    setattr(self, name, getattr(chunk, name))
+        object.__setattr__(self, "chunks", built)  # not sub-modules: their names would depend on the layout
+
+    @property
+    def tied_copies(self) -> list[nn.Parameter]:
+        """The word embedding, where the first and the last stage each have a copy of it and this is one of them."""
+        model = self.chunks[0].model
+        apart = parallel_state.get_pipeline_model_parallel_world_size() > 1
+        return [self.embed.word.weight] if model.tied and apart and hasattr(self, "embed") else []
+
+    def train(self, mode: bool = True) -> Stage:
+        """Switch every chunk, too: they draw dropout and recompute by their own flag."""
+        for chunk in self.chunks:
+            chunk.training = mode
+        return super().train(mode)
+
+    def forward(self, tokens_bs: Tensor, labels_bs: Tensor | None = None) -> Tensor:
+        """Run a stage that is the whole model; Megatron-core's schedules call the chunks of others."""
+        (chunk,) = self.chunks
+        return chunk(tokens_bs, labels_bs)
+
+
+def _schedule_config(config: TransformerConfig, num_chunks: int) -> TransformerConfig:
+    """Give the schedule's view of a layer's configuration, which knows of no pipeline.
+
+    A pipeline size in a layer's own would make Megatron add the stage's offset to numbers that are global here.
+    """
+    schedule = copy.copy(config)
+    schedule.pipeline_model_parallel_size = parallel_state.get_pipeline_model_parallel_world_size()
+    schedule.microbatch_group_size_per_vp_stage = schedule.pipeline_model_parallel_size
+    if num_chunks > 1:
+        schedule.virtual_pipeline_model_parallel_size = num_chunks
+        schedule.overlap_p2p_comm = True
+    return schedule
+
+
+def prepare_parameters(stage: nn.Module, model: ModelConfig, seed: int | None) -> None:
+    """Mark every parameter with its place in the layout and, with a seed, fill it with its initial values.
+
+    Megatron-core and DeepSpeed read `tensor_model_parallel`, `partition_dim`, `partition_stride`. `owned` is ours: of
+    several ranks with the same piece it is true on one, which counts it in the gradient norm and writes it to the
+    checkpoint; the marks by which DeepSpeed's norm decides follow from it. Works on parameters that ZeRO-3 has
+    already partitioned only when `seed` is None.
+    """
+    table = decoder_layout(model)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    second_copy = {id(copy) for copy in getattr(stage, "tied_copies", []) if not stage.chunks[0].first}
+    for name, parameter in stage.named_parameters():
+        row = table[name]
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        cut = row.axis is not None and tp_size > 1
+        if cut:
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim = row.axis
+            parameter.partition_stride = row.parts
+        parameter.owned = (cut or tp_rank == 0) and id(parameter) not in second_copy
+        if id(parameter) in second_copy:
+            parameter.ds_pipe_replicated = True
+            parameter.tensor_model_parallel = False
+        if not parameter.tensor_model_parallel:
+            parameter.model_parallel = parameter.owned
+        if seed is not None:
+            piece = initial_piece(row, seed, tp_rank, tp_size)
+            assert piece.shape == parameter.shape, f"{name}: {tuple(piece.shape)} != {tuple(parameter.shape)}"
+            parameter.data.copy_(piece)

@@ -1,0 +1,100 @@
+"""Run a function as several ranks that are forked from this process, which has imported everything once.
+
+For work in many layouts, one after another: a layout costs no new start of torch. The parent itself must never join
+a process group nor touch a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .runtime import become_rank
+
+TIMEOUT_S = 600.0
+PR_SET_PDEATHSIG = 1
+
+
+class RankDied(RuntimeError):
+    """A rank ended without an answer, or gave none in time."""
+
+    exit_code = 76
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    """Give what `function(*args)` returned on each of `size` ranks.
+
+    Raises:
+        RankDied: a rank was killed or gave no answer in time.
+        Exception: what the first rank raised that failed, with its traceback as a note. The others are stopped.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="basestone-") as folder:
+        store = Path(folder) / "store"
+        pipes: list[Connection] = []
+        children: list[BaseProcess] = []
+        try:
+            for rank in range(size):
+                parent, child = context.Pipe(duplex=False)
+                process = context.Process(target=_be_rank, args=(function, rank, size, store, child, args))
+                process.start()
+                child.close()
+                pipes.append(parent)
+                children.append(process)
+            return _collect(pipes, children, timeout_s)
+        finally:
+            for process in children:
+                process.kill()
+                process.join()
+
+
+def _be_rank(
+    function: Callable[..., Any], rank: int, size: int, store: Path, pipe: Connection, args: Sequence[Any]
+) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    become_rank(rank, size, store)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException as error:  # a failing rank must answer, or the parent waits
+        pipe.send((False, (error, traceback.format_exc())))
+    pipe.close()
+    os._exit(0)  # no atexit: groups may be half gone
+
+
+def _collect(pipes: Sequence[Connection], children: Sequence[BaseProcess], timeout_s: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    deadline_s = time.monotonic() + timeout_s
+    while len(answers) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
+        ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
+        if not ready:
+            raise RankDied(f"rank {min(waiting.values())} gave no answer within {timeout_s:.0f} s")
+        died = None
+        for pipe in ready:
+            rank = waiting[pipe]  # type: ignore[index]
+            try:
+                good, answers[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                died = rank
+                continue
+            if not good:
+                error, text = answers[rank]
+                error.add_note(text)  # a note of the rank's own would not survive the pipe
+                raise error
+        if died is not None:
+            children[died].join()
+            raise RankDied(f"rank {died} died without an answer (exit code {children[died].exitcode})")
+    return [answers[rank] for rank in range(len(pipes))]
