@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +44,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
 TokenizerPath = Annotated[
     Path | None, typer.Option("--tokenizer", help="The tokenizer, where it is not in the run directory.")
 ]
+
+
+class Precision(enum.StrEnum):
+    """What `verify` compares in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 def _print_version(wanted: bool) -> None:
@@ -111,6 +119,37 @@ def train(
             _say(f"{label}: {text}")
     make_run_directory(directory)
     raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
+
+
+@app.command(epilog="Example: basestone verify recipes/quickstart.toml --layouts tp2-sp-pp2-z1,pp4-z3")
+def verify(
+    run: RunFile,
+    overrides: Override = None,
+    num_processes: Annotated[int, typer.Option("--processes", help="Local ranks of each layout.", min=1)] = 4,
+    layouts: Annotated[
+        str, typer.Option(help="Names of layouts, with commas between; by default every legal one.")
+    ] = "",
+    steps: Annotated[int, typer.Option(help="Steps to compare.", min=1)] = 5,
+    dtype: Annotated[Precision, typer.Option(help="bf16 has tolerances of its own.")] = Precision.fp32,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prove that layouts compute what one process computes: losses, norms, every gradient and update.
+
+    Runs the file's model on the file's data in small batches, first in one process, then in each layout. A layout is
+    named like tp2-sp-pp2-vp2-dp1-z1: tensor, sequence, pipeline, virtual stages, data, ZeRO stage.
+    """
+    arguments = ["verify", str(run), "--processes", str(num_processes), "--steps", str(steps)]
+    arguments += ["--dtype", dtype.value]
+    for name, values in (
+        ("--set", overrides or []),
+        ("--layout", [text for text in layouts.split(",") if text]),
+    ):
+        for value in values:
+            arguments += [name, value]
+    arguments += ["--json"] if as_json else []
+    arguments += ["--debug"] if debug else []
+    raise typer.Exit(local.run_workers(arguments, 1))
 
 
 @app.command(epilog="Example: basestone evaluate runs/quickstart")

@@ -6,6 +6,7 @@ Arguments come from our own command line (launch/), which has checked them; this
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s")
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "evaluate": evaluate, "generate": generate, "export": export}
+    commands = {"train": train, "verify": verify, "evaluate": evaluate, "generate": generate, "export": export}
     try:
         commands[arguments.command](arguments)
     except Exception as error:
@@ -46,6 +47,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--run-dir", type=Path, required=True)
     one.add_argument("--set", action="append", default=[], dest="overrides")
     one.add_argument("--resume", type=Path)
+    one = commands.add_parser("verify", parents=[common])
+    one.add_argument("run", type=Path)
+    one.add_argument("--set", action="append", default=[], dest="overrides")
+    one.add_argument("--processes", type=int, required=True)
+    one.add_argument("--layout", action="append", default=[])
+    one.add_argument("--steps", type=int, required=True)
+    one.add_argument("--dtype", required=True)
+    one.add_argument("--json", action="store_true")
     one = commands.add_parser("evaluate", parents=[common])
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--data", action="append", default=[])
@@ -107,6 +116,46 @@ def train(arguments: argparse.Namespace) -> None:
     finally:
         trainer.close()
     processes.stop()
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Compare layouts with one process; the ranks are forked from here."""
+    from . import runtime as processes
+    from .errors import ConfigError, NumericsError
+    from .layouts import all_layouts, parse_layout
+    from .load import load_run
+    from .places import locate
+
+    run = load_run(arguments.run, arguments.overrides)
+    places = locate(run.data, processes.cache_dir())
+    given = [parse_layout(text, arguments.processes) for text in arguments.layout]
+    from . import verify as proof
+
+    checked = proof.Verification(
+        run, places, num_processes=arguments.processes, steps=arguments.steps, dtype=arguments.dtype
+    )
+    problems = {layout: checked.problems(layout) for layout in given or all_layouts(arguments.processes)}
+    illegal = {layout: text for layout, text in problems.items() if text}
+    if given and illegal:
+        raise ConfigError("\n".join(f"{layout}: {text}" for layout, text in illegal.items()))
+    legal = [layout for layout, text in problems.items() if not text]
+    if not legal:
+        raise ConfigError(f"no layout of {arguments.processes} processes is legal for {arguments.run}")
+    say = (lambda _: None) if arguments.json else functools.partial(print, flush=True)
+    say(proof.HEADER)
+    verdicts = []
+    for verdict in checked.run(legal):
+        say(proof.row(verdict))
+        verdicts.append(verdict)
+    if arguments.json:
+        print(json.dumps([proof.as_json(verdict) for verdict in verdicts], indent=1))
+    for layout, text in illegal.items():
+        say(f"not legal: {layout}: {text.splitlines()[0]}")
+    misses = [verdict for verdict in verdicts if not verdict.equal]
+    if misses:
+        lines = "\n".join(f"  {verdict.layout}: {verdict.first}" for verdict in misses)
+        raise NumericsError(f"{len(misses)} of {len(verdicts)} layouts differ from one process:\n{lines}")
+    say(f"{len(verdicts)} layouts equal one process ({arguments.dtype}, {arguments.steps} steps)")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,250 @@
+"""Prove that every layout computes what one process computes: `basestone verify`.
+
+From one seed, a serial reference trains a few steps on the run's own model and data; then each layout does, on the
+same global batches. Losses and gradient norms are compared as numbers, gradients and updates parameter by parameter
+under their global names. Ranks are forked from this process, so a layout costs no new start of torch.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.stream import TokenStream
+from ..model.layout import decoder_layout
+from . import runtime as processes
+from .config import ResolvedRun, RunConfig
+from .engine import Engine
+from .errors import ConfigError
+from .forks import run_ranks
+from .layouts import Layout
+from .places import DataPlaces, vocab_size
+from .step import TrainingStep
+from .trace import Difference, PieceWatch, Trace
+
+EPSILON = 1e-5
+GRADIENT_FLOOR = 1e-3  # of the model's largest gradient: under it, a parameter's own largest is rounding noise
+
+
+class Tolerance(NamedTuple):
+    """Largest relative differences from the serial run that still count as equal."""
+
+    loss: float
+    norm: float
+    tensor: float  # of a parameter's gradient and update
+
+
+# In fp32 only the order of additions differs between layouts. bf16 keeps 8 bits: a layout that cuts or regroups a
+# matrix product rounds its activations elsewhere, and every weight that rounds the other way is off by 2^-8.
+TOLERANCES = {"fp32": Tolerance(1e-5, 1e-5, 1e-5), "bf16": Tolerance(1e-3, 1e-2, 5e-2)}
+# Before any update, a pipeline sees the serial run's bf16 numbers, and adds them up in fp32.
+SAME_ARITHMETIC_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one layout compares: the largest relative differences over all steps.
+
+    `first` names where the first miss was seen: the step (from 1), then the parameter or the number.
+    """
+
+    layout: str
+    equal: bool
+    loss: float
+    norm: float
+    gradient: float
+    update: float
+    first: str
+    seconds: float
+
+
+class _Reference(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    largest: list[dict[str, tuple[float, float]]]  # of each step and parameter: its gradient and root
+
+
+class Verification:
+    """One model, one set of batches, one serial reference; any number of layouts to compare with it."""
+
+    def __init__(
+        self, run: RunConfig, places: DataPlaces, *, num_processes: int, steps: int, dtype: str
+    ) -> None:
+        """Cut the run down to what is compared: so many steps, a small batch, no dropout.
+
+        A step takes two micro-batches of one sequence on each rank of a purely data-parallel layout, and more on
+        others. Masks of dropout depend on the layout by design. AdamW's epsilon is raised: at 1e-8 it makes whole
+        steps of gradients that are rounding noise, and after two steps the noise is ten times as large.
+        """
+        train = {
+            "dtype": dtype,
+            "global_batch": 2 * num_processes,
+            "micro_batch": 1,
+            "ramp": (),
+            "tokens": None,
+        }
+        self._run = run.model_copy(
+            update={
+                "model": run.model.model_copy(update={"dropout": 0.0}),
+                "optimizer": run.optimizer.model_copy(update={"eps": max(EPSILON, run.optimizer.eps)}),
+                "train": run.train.model_copy(update={**train, "steps": run.train.steps or steps}),
+            }
+        )
+        self._places, self._steps, self._dtype = places, steps, dtype
+        self._num_processes, self._vocab = num_processes, vocab_size(places)
+
+    def problems(self, layout: Layout) -> str:
+        """Say what makes a layout illegal for this run; nothing where it is legal."""
+        try:
+            layout.of(self._run).resolve(layout.processes, self._vocab)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def run(self, layouts: Sequence[Layout]) -> Iterator[Verdict]:
+        """Run the reference, then each layout; give each verdict as it is reached."""
+        with tempfile.TemporaryDirectory(prefix="basestone-verify-") as folder:
+            serial = Layout(zero=0 if self._dtype == "fp32" else 1)
+            reference = _Reference(
+                *run_ranks(_record, 1, self._resolved(serial), self._places, Path(folder), self._steps)[0]
+            )
+            for layout in layouts:
+                yield self._compare(layout, reference, Path(folder))
+
+    def _resolved(self, layout: Layout) -> ResolvedRun:
+        return layout.of(self._run).resolve(layout.processes, self._vocab)
+
+    def _compare(self, layout: Layout, reference: _Reference, folder: Path) -> Verdict:
+        started_s = time.perf_counter()
+        try:
+            ranks = run_ranks(
+                _measure, layout.processes, self._resolved(layout), self._places, folder, self._steps
+            )
+        except Exception as error:
+            text = f"failed: {type(error).__name__}: {error}"
+            nan = math.nan
+            return Verdict(str(layout), False, nan, nan, nan, nan, text, time.perf_counter() - started_s)
+        return self._judge(layout, reference, ranks, time.perf_counter() - started_s)
+
+    def _judge(self, layout: Layout, reference: _Reference, ranks: list[Any], seconds: float) -> Verdict:
+        limits, worst = TOLERANCES[self._dtype], dict.fromkeys(("loss", "norm", "gradient", "update"), 0.0)
+        first = ""
+        for step in range(self._steps):
+            loss, norm = ranks[0][step][:2]
+            found = {
+                ("loss", "the loss"): (_relative(loss, reference.losses[step]), limits.loss),
+                ("norm", "the gradient norm"): (_relative(norm, reference.norms[step]), limits.norm),
+            }
+            same = self._dtype != "fp32" and step == 0 and layout.tensor * layout.data == 1 and layout.zero < 3
+            limit = SAME_ARITHMETIC_TOLERANCE if same else limits.tensor
+            model_gradient = max(gradient for gradient, _ in reference.largest[step].values())
+            model_root = max(root for _, root in reference.largest[step].values())
+            for name, (gradient, root) in reference.largest[step].items():
+                pieces = [rank[step][2][name] for rank in ranks if name in rank[step][2]]
+                apart = _worst(piece.gradient for piece in pieces) / max(
+                    gradient, GRADIENT_FLOOR * model_gradient
+                )
+                found["gradient", f"the gradient of {name}"] = apart, limit
+                lr = ranks[0][step][3]
+                apart = _worst(piece.update for piece in pieces) / (lr * max(root, GRADIENT_FLOOR * model_root))
+                found["update", f"the update of {name}"] = apart, limit
+            for (kind, what), (apart, bound) in found.items():
+                worst[kind] = _worst((worst[kind], apart))
+                if not apart <= bound and not first:
+                    first = f"step {step + 1}: {what} is off by {apart:.1e} (limit {bound:.0e})"
+        return Verdict(str(layout), not first, **worst, first=first, seconds=seconds)
+
+
+def _relative(value: float, expected: float) -> float:
+    return abs(value - expected) / abs(expected) if expected else abs(value)
+
+
+def _worst(values: Any) -> float:
+    """Give the largest; what is not a number is worse than any."""
+    largest = 0.0
+    for value in values:
+        if not value <= largest:
+            largest = value
+    return largest
+
+
+def _steps(
+    resolved: ResolvedRun, places: DataPlaces, num_steps: int
+) -> Iterator[tuple[int, Any, PieceWatch, Any]]:
+    """Train on this rank; give each step's number, its figures, the watch over its fragments and the runtime."""
+    run, parallel = resolved.run, resolved.run.parallel
+    runtime = processes.start(
+        tensor=parallel.tensor, pipeline=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline
+    )
+    engine = Engine(resolved, runtime)
+    stream = None
+    if runtime.reads_data:
+        stream = TokenStream(
+            places.train,
+            places.tokenizer,
+            sequence_length=run.data.sequence_length,
+            global_batch=run.train.global_batch,
+            seed=run.run.seed,
+            reader=runtime.dp_rank,
+            num_readers=runtime.dp_size,
+            workers=0,
+            mask_document_start=run.data.mask_document_start,
+        )
+    training_step = TrainingStep(engine, resolved, runtime, stream)
+    watch = PieceWatch(engine.state, run.optimizer)
+    for step in range(num_steps):
+        yield step, training_step.run(step), watch, runtime
+
+
+def _record(
+    resolved: ResolvedRun, places: DataPlaces, folder: Path, num_steps: int
+) -> tuple[list[float], list[float], list[dict[str, tuple[float, float]]]]:
+    trace = Trace(folder, decoder_layout(resolved.run.model))
+    losses, norms, largest = [], [], []
+    for step, figures, watch, _ in _steps(resolved, places, num_steps):
+        losses.append(figures.loss)
+        norms.append(figures.grad_norm)
+        largest.append(trace.write(step, watch.pieces()))
+    return losses, norms, largest
+
+
+def _measure(
+    resolved: ResolvedRun, places: DataPlaces, folder: Path, num_steps: int
+) -> list[tuple[float, float, dict[str, Difference], float]]:
+    trace = Trace(folder, decoder_layout(resolved.run.model))
+    return [
+        (
+            figures.loss,
+            figures.grad_norm,
+            trace.differences(step, watch.pieces(), runtime.tp_rank, runtime.tp_size),
+            figures.lr,
+        )
+        for step, figures, watch, runtime in _steps(resolved, places, num_steps)
+    ]
+
+
+HEADER = f"{'layout':<26}{'loss':>10}{'norm':>10}{'gradient':>10}{'update':>10}  {'verdict':<8}{'seconds':>8}"
+
+
+def row(verdict: Verdict) -> str:
+    """Give a line of the table: largest relative differences over all steps, and what was seen first."""
+    apart = "".join(
+        f"{value:>10.1e}" for value in (verdict.loss, verdict.norm, verdict.gradient, verdict.update)
+    )
+    word = "equal" if verdict.equal else "DIFFERS"
+    return f"{verdict.layout:<26}{apart}  {word:<8}{verdict.seconds:>8.1f}" + (
+        f"\n  {verdict.first}" if verdict.first else ""
+    )
+
+
+def as_json(verdict: Verdict) -> dict[str, Any]:
+    """Give a verdict for machines; differences that are not numbers are null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(verdict).items()
+    }
