@@ -51,21 +51,29 @@ class Checkpointer:
         """
         runtime, final = self._runtime, self.directory / step_name(step)
         temporary = runtime.broadcast(self.directory / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")
-        if runtime.rank == 0:
-            temporary.mkdir(parents=True, exist_ok=True)
-        runtime.gather_all(None)  # nobody writes before the directory is there
-        try:
-            report: dict[str, Any] | str = self._write_rank(temporary, engine_state)
-        except OSError as error:
-            report = f"rank {runtime.rank}: {error}"
-        reports = runtime.gather(report)
-        problem = None
-        if runtime.rank == 0:
-            problem = self._commit(temporary, step, reports or [], state)
-        problem = runtime.broadcast(problem)
+        problem = self._make(temporary) if runtime.rank == 0 else None
+        problem = runtime.broadcast(problem)  # nobody writes before the directory is there
+        if problem is None:
+            try:
+                report: dict[str, Any] | str = self._write_rank(temporary, engine_state)
+            except OSError as error:
+                report = f"rank {runtime.rank}: {error}"
+            reports = runtime.gather(report)
+            if runtime.rank == 0:
+                problem = self._commit(temporary, step, reports or [], state)
+            problem = runtime.broadcast(problem)
         if problem:
             raise CheckpointError(f"the checkpoint of step {step} was not written: {problem}")
         return final
+
+    @staticmethod
+    def _make(temporary: Path) -> str | None:
+        """Make the directory to write in; give what went wrong, or None."""
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            return f"rank 0: {error}"
+        return None
 
     def _write_rank(self, temporary: Path, engine_state: EngineState) -> dict[str, Any]:
         runtime = self._runtime

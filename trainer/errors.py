@@ -5,11 +5,17 @@ BasestoneError            1
 |- CheckpointError       74   storage failed, or no good checkpoint is left
 |- NumericsError         76   data or numbers failed
 `- Stopped               75   stopped on request; can go on
+
+An OSError that speaks of files counts as 74, too: `exit_code_of`, `message_of`.
 """
 
 from __future__ import annotations
 
+import errno
+
 EXIT_USER, EXIT_STORAGE, EXIT_STOPPED, EXIT_NUMERICS = 64, 74, 75, 76
+EXIT_FAULT = 1  # of the program, or the loss of contact with another rank
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 class BasestoneError(Exception):
@@ -40,3 +46,21 @@ class Stopped(BasestoneError):
     """The run stopped on request after saving; the same command goes on."""
 
     exit_code = EXIT_STOPPED
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Give the code to leave with: the error's own, 74 for an OSError about a file or a disk, else 1."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
+        return EXIT_STORAGE
+    return getattr(error, "exit_code", EXIT_FAULT)
+
+
+def message_of(error: BaseException) -> str:
+    """Give what to tell the user about an error."""
+    if isinstance(error, OSError) and exit_code_of(error) == EXIT_STORAGE:
+        place = "" if error.filename is None else f": {error.filename}"
+        return (
+            f"storage failed: {error.strerror or error}{place}; check free space, permissions and the state of "
+            "the storage"
+        )
+    return str(error)

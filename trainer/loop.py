@@ -266,8 +266,7 @@ class Trainer:
         A wrong run file or flag is no failure of the run that lies here.
         """
         if self._directory is not None and not isinstance(error, (Stopped, ConfigError)):
-            self._directory.event(self.step, "fail", str(error))
-            self._directory.mark("FAILED", f"step {self.step}: {error}")
+            self._directory.fail(self.step, error)
 
     def close(self) -> None:
         """Stop readers and sampling, close files; safe after an exception."""
@@ -277,7 +276,6 @@ class Trainer:
         if self._stream is not None:
             self._stream.close()
         if self._directory is not None:
-            self._directory.save_ledger()
             self._directory.close()
 
     @contextmanager

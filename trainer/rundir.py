@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, message_of
 from .storage import write_file
 
+log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
 
 
@@ -102,8 +106,8 @@ class RunDirectory:
         os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
         self.ledger = self._load_ledger()
         self.ledger.attempts += 1
-        self._metrics = _open_lines(path / "metrics.jsonl")
-        self._events = _open_lines(path / "events.jsonl")
+        self._metrics = _Lines(path / "metrics.jsonl")
+        self._events = _Lines(path / "events.jsonl")
 
     def _load_ledger(self) -> Ledger:
         try:
@@ -119,23 +123,24 @@ class RunDirectory:
 
     def metric(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        _append(self._metrics, {**record, "attempt": self.attempt, "time": _now()})
+        self._metrics.append({**record, "attempt": self.attempt, "time": _now()})
 
     def event(self, step: int, event: str, message: str = "") -> None:
         """Append one line to events.jsonl."""
         record = {"time": _now(), "attempt": self.attempt, "step": step, "event": event, "message": message}
-        _append(self._events, record)
+        self._events.append(record)
 
     def save_ledger(self, durable: bool = False) -> None:
         """Write the ledger; `durable` waits for the disk."""
         body = json.dumps(dataclasses.asdict(self.ledger), indent=1).encode()
         path = self.path / "ledger.json"
-        if durable:
-            write_file(path, body)
-            return
-        temporary = path.with_name(".ledger.json")
-        temporary.write_bytes(body)  # a killed process leaves the old or the new one
-        os.replace(temporary, path)
+        with _named(path):
+            if durable:
+                write_file(path, body)
+                return
+            temporary = path.with_name(".ledger.json")
+            temporary.write_bytes(body)  # a killed process leaves the old or the new one
+            os.replace(temporary, path)
 
     def mark(self, marker: str | None, text: str = "") -> None:
         """Leave exactly one of COMPLETE, RESUME, FAILED behind, or with None none."""
@@ -143,25 +148,64 @@ class RunDirectory:
             if name != marker:
                 (self.path / name).unlink(missing_ok=True)
         if marker is not None:
-            write_file(self.path / marker, f"{text}\n".encode())
+            with _named(self.path / marker):
+                write_file(self.path / marker, f"{text}\n".encode())
+
+    def fail(self, step: int, error: Exception) -> None:
+        """Record a failure as far as the disk still lets it: never raises over the error that is on its way."""
+        text = message_of(error)
+        with warned_of("the failure was not recorded in events.jsonl"):
+            self.event(step, "fail", text)
+        try:
+            self.mark("FAILED", f"step {step}: {text}")
+        except OSError:
+            with warned_of("the failure was not marked"):
+                (self.path / "FAILED").touch()  # a full disk often still takes a name
 
     def close(self) -> None:
-        """Release the lock and the files."""
-        for descriptor in (self._metrics, self._events, self._lock):
+        """Save the ledger where the disk lets it, release the lock and the files."""
+        with warned_of("the ledger was not saved"):
+            self.save_ledger()
+        for descriptor in (self._metrics.descriptor, self._events.descriptor, self._lock):
             os.close(descriptor)
 
 
-def _append(descriptor: int, record: dict[str, Any]) -> None:
-    os.write(descriptor, json.dumps(record, allow_nan=True).encode() + b"\n")  # one write: lines never mix
+class _Lines:
+    """A file of JSON lines, open for appending; a line that a killed attempt left torn is closed first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self.descriptor).st_size
+        if size and os.pread(self.descriptor, 1, size - 1) != b"\n":
+            self._write(b"\n")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, by one write: lines never mix."""
+        self._write(json.dumps(record, allow_nan=True).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        with _named(self._path):
+            while data:  # a disk that fills up takes a part, and says so at the next write only
+                data = data[os.write(self.descriptor, data) :]
 
 
-def _open_lines(path: Path) -> int:
-    """Open a file of JSON lines for appending; a line that a killed attempt left torn is closed first."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        os.write(descriptor, b"\n")
-    return descriptor
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an OSError the path that a failed write to an open file does not know."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def warned_of(loss: str) -> Iterator[None]:
+    """Let an OSError cost no more than a warning that begins with `loss`."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: %s", loss, message_of(error))
 
 
 def _now() -> str:

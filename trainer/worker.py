@@ -16,6 +16,8 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+from .errors import EXIT_FAULT, EXIT_STOPPED, exit_code_of, message_of
+
 warnings.filterwarnings("ignore")  # of libraries, at import; what users must know is said by ourselves
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
@@ -27,10 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         commands[arguments.command](arguments)
     except Exception as error:
-        code = getattr(error, "exit_code", 1)
-        if arguments.debug or code == 1:
+        code = exit_code_of(error)
+        if arguments.debug or code == EXIT_FAULT:
             traceback.print_exc()
-        print(f"{'' if code == 75 else 'error: '}{error}", file=sys.stderr, flush=True)
+        print(f"{'' if code == EXIT_STOPPED else 'error: '}{message_of(error)}", file=sys.stderr, flush=True)
         os._exit(
             code
         )  # no collectives after an exception: atexit handlers of process groups would wait for others

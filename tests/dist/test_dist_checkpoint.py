@@ -177,3 +177,20 @@ def test_a_full_disk_on_one_rank_is_named_on_every_rank(tmp_path):
     assert all("rank 1" in text and "step 2" in text for text in answers)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
+
+
+def _no_directory(run, folder):
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=5)
+    try:
+        keeper.save(1, engine.state, {"step": 1, "optimizer_steps": 0})
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.faults
+def test_a_directory_that_cannot_be_made_is_told_on_every_rank(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    answers = run_ranks(_no_directory, 2, layout(2, 1), str(tmp_path))
+    assert answers[0] == answers[1] and "step 1 was not written: rank 0: " in answers[0]

@@ -230,3 +230,12 @@ def test_readers_take_the_newest_with_a_good_structure(run):
     (run.step(2) / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)index\.json is missing.*state\.json is missing"):
         newest_good(run.path, attempts=1)
+
+
+@pytest.mark.faults
+def test_a_directory_that_cannot_be_made_is_a_checkpoint_that_was_not_written(run):
+    (run.path / "checkpoints").touch()
+    with pytest.raises(
+        CheckpointError, match=r"the checkpoint of step 2 was not written: rank 0: .*checkpoints"
+    ):
+        run.save(2)

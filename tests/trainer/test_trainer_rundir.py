@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basestone.trainer.errors import ConfigError
+from basestone.trainer.errors import ConfigError, NumericsError, exit_code_of, message_of
 from basestone.trainer.rundir import Ledger, RunDirectory, make_run_directory
 
 
@@ -283,3 +284,73 @@ def test_exactly_one_mark_is_left(tmp_path):
     directory.mark(None)
     assert marks() == {}
     directory.close()
+
+
+# ---- a disk that is full ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_record_that_finds_no_space_names_its_file(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/full")
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(OSError) as caught:
+        directory.metric({"step": 1}) if name == "metrics.jsonl" else directory.event(1, "save")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / name)
+    assert exit_code_of(caught.value) == 74
+    assert message_of(caught.value) == (
+        f"storage failed: No space left on device: {tmp_path / name}; check free space, permissions and the state "
+        "of the storage"
+    )
+    directory.close()
+
+
+@pytest.mark.faults
+def test_a_record_that_fits_in_part_is_an_error(tmp_path):
+    """A disk that fills up takes the beginning of a line without an error."""
+
+    def write() -> str:
+        directory = RunDirectory(tmp_path)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
+        try:
+            directory.metric({"step": 1})
+        except OSError as error:
+            return os.strerror(error.errno)
+        return "written"
+
+    child, text = in_child(write)
+    kill(child)
+    assert text == os.strerror(errno.EFBIG) and (tmp_path / "metrics.jsonl").stat().st_size == 10
+
+
+@pytest.mark.faults
+def test_recording_a_failure_never_raises(tmp_path, caplog):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    directory = RunDirectory(tmp_path)
+    directory.fail(7, NumericsError("the loss is not finite"))
+    assert (tmp_path / "FAILED").read_text() == "step 7: the loss is not finite\n"
+    assert "the failure was not recorded in events.jsonl: storage failed: No space" in caplog.text
+    (tmp_path / f".FAILED.{os.getpid()}").symlink_to("/dev/full")
+    (tmp_path / "FAILED").unlink()
+    directory.fail(7, NumericsError("the loss is not finite"))
+    assert (tmp_path / "FAILED").read_text() == "", "its name at least is there"
+    directory.close()
+
+
+@pytest.mark.faults
+def test_closing_saves_the_ledger_and_never_raises(tmp_path, caplog):
+    directory = RunDirectory(tmp_path)
+    directory.close()
+    assert json.loads((tmp_path / "ledger.json").read_text())["attempts"] == 1
+    (tmp_path / ".ledger.json").symlink_to("/dev/full")
+    RunDirectory(tmp_path).close()
+    assert "the ledger was not saved: storage failed: No space left on device" in caplog.text
+    RunDirectory(tmp_path).close()  # the lock is free
+
+
+def test_only_errors_of_files_are_storages():
+    assert exit_code_of(OSError(errno.ENOSPC, "full")) == exit_code_of(FileNotFoundError(2, "no", "file")) == 74
+    assert exit_code_of(ConnectionResetError(errno.ECONNRESET, "reset")) == exit_code_of(RuntimeError("x")) == 1
+    assert exit_code_of(ConfigError("x")) == 64 and exit_code_of(NumericsError("x")) == 76
+    assert message_of(ConnectionResetError(errno.ECONNRESET, "reset")) == "[Errno 104] reset"
