@@ -19,6 +19,8 @@ from .environ import worker_environment
 
 GRACE_S = 10.0  # between the first failure and a SIGTERM to the others, then again before a SIGKILL
 EXIT_STOPPED = 75
+EXITS_THAT_SAY_WHY = (64, 74, 76)  # this rank knew what was wrong; others may only have lost contact with it
+EXITS_THAT_SAY_WHY = (64, 74, 76)  # this rank knew what was wrong; others may only have lost contact with it
 PR_SET_PDEATHSIG = 1
 
 
@@ -40,7 +42,7 @@ def run_workers(arguments: Sequence[str], num_workers: int, log_dir: Path | None
     as SIGTERM. When one fails the others are stopped. A killed parent takes its workers with it.
 
     Returns:
-        0, or the exit code of the rank that failed first; 75 when they stopped on request.
+        0, or the exit code of the rank that is the cause; 75 when they stopped on request.
     """
     meeting = Path(tempfile.mkdtemp(prefix="basestone-"))
     workers: list[subprocess.Popen[bytes]] = []
@@ -119,10 +121,14 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None, aske
         if first is None:
             first = _first_failure(workers)
             failed_s = time.monotonic()
-        elif time.monotonic() - failed_s > GRACE_S * (sent + 1) and sent < 2:
+            continue
+        if not sent:  # what they say after a signal of ours is no cause
+            first = _first_failure(workers, first)
+        if time.monotonic() - failed_s > GRACE_S * (sent + 1) and sent < 2:
             _send(workers, (signal.SIGTERM, signal.SIGKILL)[sent])
             sent += 1
-    first = _first_failure(workers) if first is None else first
+    if not sent:
+        first = _first_failure(workers, first)
     if first is None:
         return 0
     code = workers[first].returncode
@@ -133,10 +139,22 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None, aske
     return code if code > 0 else 1
 
 
-def _first_failure(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+def _first_failure(workers: Sequence[subprocess.Popen[bytes]], known: int | None = None) -> int | None:
+    """Give the rank that is the cause, as far as can be seen; `known` gives way only to one that says why."""
+
+    def suspicion(rank: int) -> tuple[int, int]:
+        code = workers[rank].returncode
+        if code in EXITS_THAT_SAY_WHY:
+            return 0, rank
+        # Seen in one look: one that was killed is the cause, and those that lost contact with it the effect.
+        return 1 if code == EXIT_STOPPED else 2 if code < 0 else 3, rank
+
     failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
-    # Seen in one look: one that was killed is the cause, and those that lost contact with it the effect.
-    return min(failed, key=lambda rank: (workers[rank].returncode > 0, rank), default=None)
+    worst = min(failed, key=suspicion, default=None)
+    if known is None or worst is None:
+        return worst
+    known_says_why, worst_says_why = (workers[rank].returncode in EXITS_THAT_SAY_WHY for rank in (known, worst))
+    return worst if worst_says_why and not known_says_why else known
 
 
 def _explain(rank: int, code: int, log_dir: Path | None) -> None:

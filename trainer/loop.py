@@ -18,13 +18,13 @@ from .checkpoint import Checkpointer
 from .config import ResolvedRun
 from .console import RunConsole
 from .engine import Engine
-from .errors import EXIT_STOPPED, ConfigError, NumericsError, Stopped
+from .errors import EXIT_STOPPED, EXIT_USER, ConfigError, NumericsError, Stopped, exit_code_of
 from .evaluate import HeldOut
 from .load import fixed_differences
 from .meters import Meters
 from .places import DataPlaces
 from .record import Recorder
-from .rundir import RunDirectory
+from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
 from .step import StepFigures, TrainingStep
 
@@ -45,7 +45,7 @@ class Trainer:
         """Take the lock, build the model, go on from the newest good checkpoint, open the data."""
         self._resolved, self._runtime, self._places = resolved, runtime, places
         self._versions, self._stop_signals = versions, 0
-        self.step = 0
+        self.step, self._run_dir = 0, run_dir
         self._tokenizer_sha256 = Tokenizer(places.tokenizer).sha256
         self._directory = self._open_directory(run_dir)
         try:
@@ -265,8 +265,12 @@ class Trainer:
 
         A wrong run file or flag is no failure of the run that lies here.
         """
-        if self._directory is not None and not isinstance(error, (Stopped, ConfigError)):
+        if exit_code_of(error) in (EXIT_USER, EXIT_STOPPED):
+            return
+        if self._directory is not None:
             self._directory.fail(self.step, error)
+        else:
+            tell_failure(self._run_dir, self._runtime.rank, self.step, error)
 
     def close(self) -> None:
         """Stop readers and sampling, close files; safe after an exception."""

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, message_of
+from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
 from .storage import write_file
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class RunDirectory:
         os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
         self.ledger = self._load_ledger()
         self.ledger.attempts += 1
+        self._old_failure = _identity(path / "FAILED")
         self._metrics = _Lines(path / "metrics.jsonl")
         self._events = _Lines(path / "events.jsonl")
 
@@ -152,12 +153,17 @@ class RunDirectory:
                 write_file(self.path / marker, f"{text}\n".encode())
 
     def fail(self, step: int, error: Exception) -> None:
-        """Record a failure as far as the disk still lets it: never raises over the error that is on its way."""
-        text = message_of(error)
+        """Record a failure as far as the disk still lets it: never raises over the error that is on its way.
+
+        Where another rank has said why, this one only lost contact with it, and its words count.
+        """
+        reason, marker = message_of(error), self.path / "FAILED"
+        if exit_code_of(error) == EXIT_FAULT and _identity(marker) not in (None, self._old_failure):
+            reason = _text_of(marker).partition(": ")[2] or reason
         with warned_of("the failure was not recorded in events.jsonl"):
-            self.event(step, "fail", text)
+            self.event(step, "fail", reason)
         try:
-            self.mark("FAILED", f"step {step}: {text}")
+            self.mark("FAILED", f"step {step}: {reason}")
         except OSError:
             with warned_of("the failure was not marked"):
                 (self.path / "FAILED").touch()  # a full disk often still takes a name
@@ -168,6 +174,29 @@ class RunDirectory:
             self.save_ledger()
         for descriptor in (self._metrics.descriptor, self._events.descriptor, self._lock):
             os.close(descriptor)
+
+
+def tell_failure(run_dir: Path, rank: int, step: int, error: Exception) -> None:
+    """Say in FAILED why a rank other than 0 fails, before rank 0 loses contact with it; never raises."""
+    if exit_code_of(error) != EXIT_FAULT:
+        with warned_of("the failure was not marked"):
+            write_file(run_dir / "FAILED", f"step {step}: rank {rank}: {message_of(error)}\n".encode())
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tell one writing of a file from another; None where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 class _Lines:

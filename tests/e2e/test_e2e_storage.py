@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+
+from basestone.data.errors import DataError
+from basestone.data.stream import TokenStream
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -35,3 +39,48 @@ def test_a_full_disk_at_a_record(tmp_path, corpus, basestone):
 
 def test_a_full_disk_at_the_ledger(tmp_path, corpus, basestone):
     run_on_a_full_disk(".ledger.json", corpus, tmp_path / "run", basestone)
+
+
+def batches(shards: Path, tokenizer: Path, seed: int, reader: int) -> int:
+    """Count what a reader of two gives before it comes to the damage."""
+    stream = TokenStream(
+        (shards,),
+        tokenizer,
+        sequence_length=64,
+        global_batch=8,
+        seed=seed,
+        reader=reader,
+        num_readers=2,
+        workers=0,
+    )
+    for number in range(400):
+        try:
+            stream.next_batch()
+        except DataError:
+            return number
+    return 400
+
+
+def test_the_rank_that_knows_why_is_heard(tmp_path, corpus, basestone):
+    """Rank 1 reads a damaged shard; rank 0, which owns the records, only loses contact with it."""
+    damaged, run_dir = tmp_path / "train", tmp_path / "run"
+    shutil.copytree(corpus / "shards" / "train", damaged)
+    shard = next(damaged.glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    tokenizer = corpus / "tokenizer.model"
+    seed = next(
+        seed
+        for seed in range(99)
+        if batches(damaged, tokenizer, seed, 1) < batches(damaged, tokenizer, seed, 0)
+    )
+    words = [f"data.train={damaged}", "parallel.tensor=1", "train.steps=400", f"run.seed={seed}"]
+    words = [word for change in words for word in ("--set", change)]
+    done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, *words)
+    assert done.returncode == 76, done.stderr
+    assert "rank 1 failed first" in done.stderr and shard.name in done.stderr.splitlines()[-1]
+    text = (run_dir / "FAILED").read_text()
+    assert ": rank 1: " in text and shard.name in text
+    event = json.loads((run_dir / "events.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "fail" and event["message"] == text.strip().partition(": ")[2]

@@ -170,6 +170,55 @@ def test_a_killed_rank_is_the_cause_of_what_its_peers_say(run, tmp_path, capfd):
     assert "error: rank 1 was killed by SIGKILL (out of memory?)\n" in seen
 
 
+class Ended:
+    """A worker that has ended, or with None still runs."""
+
+    def __init__(self, returncode: int | None) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ([0, None, 0], None),
+        ([1, 76], 1),  # rank 0 only lost contact
+        ([1, 1, 74], 2),
+        ([-6, 1, 64], 2),  # a communication library aborts where a peer is gone
+        ([76, 76], 0),
+        ([75, 74], 1),
+        ([75, 1], 0),
+        ([1, -9], 1),
+        ([1, 1], 0),
+        ([None, 1, None], 1),
+    ],
+)
+def test_the_rank_that_says_why_is_the_cause(codes, cause):
+    assert local._first_failure([Ended(code) for code in codes]) == cause
+
+
+@pytest.mark.parametrize(("codes", "cause"), [([1, 76], 1), ([1, -9], 0), ([74, 76], 1), ([64, 1], 0)])
+def test_a_cause_gives_way_only_to_one_that_says_why(codes, cause):
+    """Rank 1, or rank 0 where it says why, was seen before the other had ended."""
+    known = codes.index(76) if codes == [74, 76] else 0
+    assert local._first_failure([Ended(code) for code in codes], known) == cause
+
+
+def test_a_rank_that_says_why_is_heard_after_one_that_lost_contact(run, tmp_path, capfd):
+    program = """
+        import os, sys, time
+        if os.environ["RANK"] == "1":
+            time.sleep(0.2)
+            print("the shard is damaged")
+            sys.exit(76)
+        sys.exit(1)
+    """
+    assert run(program, 2, tmp_path / "logs") == 76
+    assert capfd.readouterr().err.splitlines()[1:] == ["  the shard is damaged"]
+
+
 @pytest.mark.faults
 def test_a_worker_that_will_not_stop_is_killed(run, tmp_path):
     started_s = time.monotonic()

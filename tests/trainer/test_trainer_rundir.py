@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basestone.trainer.errors import ConfigError, NumericsError, exit_code_of, message_of
-from basestone.trainer.rundir import Ledger, RunDirectory, make_run_directory
+from basestone.trainer.rundir import Ledger, RunDirectory, make_run_directory, tell_failure
 
 
 def in_child(work: Callable[[], str]) -> tuple[int, str]:
@@ -354,3 +354,33 @@ def test_only_errors_of_files_are_storages():
     assert exit_code_of(ConnectionResetError(errno.ECONNRESET, "reset")) == exit_code_of(RuntimeError("x")) == 1
     assert exit_code_of(ConfigError("x")) == 64 and exit_code_of(NumericsError("x")) == 76
     assert message_of(ConnectionResetError(errno.ECONNRESET, "reset")) == "[Errno 104] reset"
+
+
+# ---- why a run failed ---------------------------------------------------------------------------------------------
+
+
+def test_the_rank_that_knows_why_is_kept_by_one_that_lost_contact(tmp_path):
+    directory = RunDirectory(tmp_path)
+    tell_failure(tmp_path, 1, 7, NumericsError("a shard is damaged"))
+    directory.fail(7, RuntimeError("Connection closed by peer"))
+    assert (tmp_path / "FAILED").read_text() == "step 7: rank 1: a shard is damaged\n"
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (event["event"], event["message"]) == ("fail", "rank 1: a shard is damaged")
+    directory.fail(7, NumericsError("mine"))
+    assert (tmp_path / "FAILED").read_text() == "step 7: mine\n", "its own cause it knows better"
+    directory.close()
+
+
+def test_what_an_earlier_attempt_left_is_not_taken_for_the_cause(tmp_path):
+    tell_failure(tmp_path, 1, 7, NumericsError("long ago"))
+    directory = RunDirectory(tmp_path)
+    directory.fail(8, RuntimeError("Connection closed by peer"))
+    assert (tmp_path / "FAILED").read_text() == "step 8: Connection closed by peer\n"
+    directory.close()
+
+
+def test_a_rank_that_knows_nothing_says_nothing(tmp_path, caplog):
+    tell_failure(tmp_path, 1, 7, RuntimeError("Connection closed by peer"))
+    assert list(tmp_path.iterdir()) == []
+    tell_failure(tmp_path / "gone", 1, 7, NumericsError("damaged"))
+    assert "the failure was not marked: storage failed: No such file" in caplog.text
