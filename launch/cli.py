@@ -104,6 +104,7 @@ def train(
     from ..trainer.places import locate, vocab_size
     from ..trainer.plan import describe
     from ..trainer.rundir import make_run_directory
+    from .gpus import check_gpus
 
     config = load_run(run, overrides or [])
     num_workers = config.run.processes or max(1, environ.num_gpus())
@@ -117,6 +118,7 @@ def train(
     for label, text in lines:
         if label in ("model", "parameters", "layout", "batch", "length"):
             _say(f"{label}: {text}")
+    check_gpus(config, num_workers)
     make_run_directory(directory)
     raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
 

@@ -23,7 +23,8 @@ from ..data.builtin import prepare_builtin
 from ..trainer.errors import ConfigError
 from ..trainer.load import load_run
 from ..trainer.run_records import RunRecords, number, read_records
-from .environ import cache_dir, child_environment
+from .environ import cache_dir, child_environment, num_gpus
+from .gpus import quickstart_keys
 
 PROMPT = "The following functions are"
 # What a user of transformers types; nothing of Basestone is imported.
@@ -64,10 +65,17 @@ def run_quickstart(out: Path, fresh: bool) -> int:
         f"{corpus.report['heldout_documents']} held out; shards and tokenizer in {corpus.train.parent}",
         soft_wrap=True,
     )
-    train = ["train", str(recipe), "--run-dir", str(run)]
-    halfway = (load_run(recipe).train.steps or 0) // 2
+    keys = [word for key in quickstart_keys(load_run(recipe)) for word in ("--set", key)]
+    train = ["train", str(recipe), "--run-dir", str(run), *keys]
+    config = load_run(recipe, keys[1::2])
+    halfway = (config.train.steps or 0) // 2
 
-    _heading(console, 2, f"training on 2 processes (gloo), to be killed with SIGKILL after step {halfway}")
+    backend, many = ("nccl" if num_gpus() else "gloo"), "es" if config.run.processes != 1 else ""
+    _heading(
+        console,
+        2,
+        f"training on {config.run.processes} process{many} ({backend}), to be killed with SIGKILL after step {halfway}",
+    )
     if not (run / "COMPLETE").exists():
         _train_and_kill(train, run, halfway, console)
     _heading(console, 3, "the same command again: it goes on from the newest good checkpoint")
@@ -83,7 +91,7 @@ def run_quickstart(out: Path, fresh: bool) -> int:
     _run(["report", str(run)], quiet=True)
     console.print()
     console.print(_summary(read_records(run), out, time.monotonic() - started_s))
-    console.print(_next_steps(out, recipe), markup=False, soft_wrap=True)
+    console.print(_next_steps(out, [str(recipe), *keys]), markup=False, soft_wrap=True)
     return 0
 
 
@@ -155,11 +163,11 @@ def _summary(records: RunRecords, out: Path, elapsed_s: float) -> Table:
     return table
 
 
-def _next_steps(out: Path, recipe: Path) -> str:
+def _next_steps(out: Path, recipe: list[str]) -> str:
     return (
         "what to type next:\n"
         f'  basestone generate {out / "run"} --prompt "def main("\n'
-        f"  basestone train {recipe} --run-dir runs/longer --set train.steps=500\n"
+        f"  basestone train {' '.join(recipe)} --run-dir runs/longer --set train.steps=500\n"
         "  basestone prepare YOUR_TEXT/ --out shards/yours\n"
         "  basestone --help"
     )
