@@ -18,7 +18,7 @@ import torch
 
 from ..model.layout import Parameter
 from .engine_state import MASTER, STATE_KEYS, EngineState
-from .errors import CheckpointError
+from .errors import CheckpointError, message_of
 from .runtime import Runtime
 from .storage import RankWriter, Reader, commit, remove, steps_in, write_file
 from .weights import FP32_BYTES, CheckpointTensors, index_of
@@ -107,24 +107,31 @@ class Checkpointer:
             if final.exists():  # left by an attempt that was rolled back behind it
                 remove([final])
             commit(temporary, final, index_of(self._table, TENSORS, reports), state)
-            write_file(self._run_dir / "latest", f"{final.name}\n".encode())
         except (OSError, CheckpointError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             return str(error)
+        self._hint(final)
         self._prune(saved)
         return None
 
+    def _hint(self, final: Path) -> None:
+        """Write `latest`, by which nothing is decided: a failure costs the hint, not the checkpoint."""
+        try:
+            write_file(self._run_dir / "latest", f"{final.name}\n".encode())
+        except OSError as error:
+            log.warning("latest was not written: %s", message_of(error))
+
     def _prune(self, saved: int) -> None:
         """Remove what the run no longer goes on from; a failure costs space, not the checkpoint."""
-        steps = steps_in(self.directory)
-        # Later steps are damaged, or of a line that was left: a resume must not go on from them, and they must not
-        # push out the ones that it needs.
-        later = [path for step, path in steps if step > saved]
-        older = [path for step, path in steps if step <= saved][self._keep_last :]
         try:
+            steps = steps_in(self.directory)
+            # Later steps are damaged, or of a line that was left: a resume must not go on from them, and they must
+            # not push out the ones that it needs.
+            later = [path for step, path in steps if step > saved]
+            older = [path for step, path in steps if step <= saved][self._keep_last :]
             remove([*later, *older])
         except OSError as error:
-            log.warning("old checkpoints were not removed: %s", error)
+            log.warning("old checkpoints were not removed: %s", message_of(error))
 
     def clean(self) -> None:
         """Remove what killed attempts left; only the holder of the run's lock may call this, on rank 0."""

@@ -152,6 +152,16 @@ def test_a_failed_removal_does_not_fail_the_save(run, monkeypatch, caplog):
     assert "old checkpoints were not removed: " in caplog.text
 
 
+@pytest.mark.faults
+def test_latest_that_cannot_be_written_does_not_fail_the_save(run, caplog):
+    run.save(1)
+    (run.path / "latest").unlink()
+    (run.path / "latest").mkdir()
+    run.save(2)
+    assert run.steps == [2, 1] and run.restore() == 2
+    assert "latest was not written: storage failed: Is a directory" in caplog.text
+
+
 def test_a_failed_write_is_named_and_changes_nothing(run, monkeypatch):
     run.save(1)
 
