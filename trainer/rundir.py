@@ -25,6 +25,7 @@ from .storage import write_file
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
+FILES = ("run.toml", "metrics.jsonl", "events.jsonl", "ledger.json", "tokenizer.model", "latest", *MARKERS)
 
 
 @dataclass
@@ -66,7 +67,7 @@ def make_run_directory(path: Path) -> None:
     """Make the folders of a run and check that they can be written.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they cannot, or a folder lies where a file of the run belongs.
     """
     try:
         for folder in (path, path / "checkpoints", path / "logs"):
@@ -74,6 +75,11 @@ def make_run_directory(path: Path) -> None:
         os.close(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
     except OSError as error:
         raise ConfigError(f"run directory {path}: cannot be written ({error}); choose another") from error
+    if folders := [name for name in FILES if (path / name).is_dir()]:
+        raise ConfigError(
+            f"run directory {path}: {', '.join(folders)} must be a file and is a directory; move it away, or choose "
+            "another run directory"
+        )
 
 
 class RunDirectory:
@@ -83,7 +89,7 @@ class RunDirectory:
         """Create the directory where needed, check that it can be written, take the lock.
 
         Raises:
-            ConfigError: it cannot be written, or another run holds it.
+            ConfigError: it cannot be written, another run holds it, or what lies in it is no run's.
         """
         self.path = path
         make_run_directory(path)
@@ -102,20 +108,38 @@ class RunDirectory:
             raise ConfigError(
                 f"run directory {path}: its file system gives no locks ({error.strerror}); choose another directory"
             ) from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
-        self.ledger = self._load_ledger()
-        self.ledger.attempts += 1
-        self._old_failure = _identity(path / "FAILED")
-        self._metrics = _Lines(path / "metrics.jsonl")
-        self._events = _Lines(path / "events.jsonl")
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+            self.ledger = self._load_ledger()
+            self.ledger.attempts += 1
+            self._old_failure = _identity(path / "FAILED")
+            self._metrics = _Lines(path / "metrics.jsonl")
+            self._events = _Lines(path / "events.jsonl")
+        except Exception:
+            os.close(self._lock)
+            raise
 
     def _load_ledger(self) -> Ledger:
+        """Read the ledger; one that is not there or torn begins anew, from the checkpoint's figures.
+
+        Raises:
+            ConfigError: it holds something else than figures: it was edited, and is not thrown away silently.
+        """
+        path = self.path / "ledger.json"
         try:
-            values = json.loads((self.path / "ledger.json").read_text())
-            return Ledger(**{f.name: values[f.name] for f in dataclasses.fields(Ledger) if f.name in values})
-        except (OSError, ValueError, TypeError):
+            values = json.loads(path.read_text())
+        except (OSError, ValueError):
             return Ledger()
+        if not isinstance(values, dict):
+            return Ledger()
+        known = {field.name: values[field.name] for field in dataclasses.fields(Ledger) if field.name in values}
+        if bad := [f"{name} = {json.dumps(value)}" for name, value in known.items() if not _fits(name, value)]:
+            raise ConfigError(
+                f"{path}: {', '.join(bad)} is no figure of a ledger; put it right, or move the file away: the totals "
+                "then begin at the checkpoint's"
+            )
+        return Ledger(**known)
 
     @property
     def attempt(self) -> int:
@@ -174,6 +198,15 @@ class RunDirectory:
             self.save_ledger()
         for descriptor in (self._metrics.descriptor, self._events.descriptor, self._lock):
             os.close(descriptor)
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Tell whether a value of ledger.json can stand in the ledger."""
+    if name == "joules_source":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return name == "joules" and value is None
+    return isinstance(value, int) or name not in ("attempts", "tokens", "wasted_tokens")
 
 
 def tell_failure(run_dir: Path, rank: int, step: int, error: Exception) -> None:

@@ -233,6 +233,56 @@ def test_a_damaged_ledger_does_not_stop_a_run(tmp_path, body):
     directory.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attempts", "two"),
+        ("attempts", 1.5),
+        ("attempts", None),
+        ("joules", "many"),
+        ("train_s", True),
+        ("wasted_s", None),
+        ("tokens", [1]),
+        ("joules_source", 7),
+    ],
+)
+def test_a_ledger_of_other_types_is_refused_and_kept(tmp_path, name, value):
+    body = json.dumps({"attempts": 3, "tokens": 70, name: value})
+    (tmp_path / "ledger.json").write_text(body)
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'ledger.json'}: {name} = {json.dumps(value)} is no figure of a ledger; put it right, or move the "
+        "file away: the totals then begin at the checkpoint's"
+    )
+    assert (tmp_path / "ledger.json").read_text() == body
+    (tmp_path / "ledger.json").unlink()
+    RunDirectory(tmp_path).close()  # the lock is free
+
+
+def test_a_ledger_without_energy_is_taken(tmp_path):
+    (tmp_path / "ledger.json").write_text(json.dumps({"attempts": 3, "joules": None, "train_s": 7}))
+    directory = RunDirectory(tmp_path)
+    assert directory.ledger == Ledger(attempts=4, train_s=7)
+    directory.close()
+
+
+@pytest.mark.parametrize("make", [make_run_directory, RunDirectory])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "events.jsonl", "ledger.json", "COMPLETE", "FAILED", "latest", "run.toml"]
+)
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path, make, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError) as caught:
+        make(tmp_path)
+    assert str(caught.value) == (
+        f"run directory {tmp_path}: {name} must be a file and is a directory; move it away, or choose another run "
+        "directory"
+    )
+    (tmp_path / name).rmdir()
+    RunDirectory(tmp_path).close()
+
+
 # ---- records ------------------------------------------------------------------------------------------------------
 
 
