@@ -79,7 +79,11 @@ def train(
     ] = None,
     overrides: Override = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on from this step directory and no other.")
+        Path | None,
+        typer.Option(
+            "--resume",
+            help="Go on from this step directory and no other, or from the newest good one of this run directory.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved run and leave; starts no process group.")

@@ -18,7 +18,7 @@ import torch
 
 from ..model.layout import Parameter
 from .engine_state import MASTER, STATE_KEYS, EngineState
-from .errors import CheckpointError, message_of
+from .errors import CheckpointError, ConfigError, message_of
 from .runtime import Runtime
 from .storage import RankWriter, Reader, commit, remove, steps_in, write_file
 from .weights import FP32_BYTES, CheckpointTensors, index_of
@@ -146,14 +146,15 @@ class Checkpointer:
 
         Args:
             accept: raises ConfigError where a checkpoint belongs to another run than this one.
-            explicit: this step directory and no other.
+            explicit: this step directory and no other, or the newest good one of this run directory.
 
         Raises:
+            ConfigError: `explicit` is neither.
             CheckpointError: there are checkpoints, but none is good. A run never starts over silently.
         """
-        candidates = self._runtime.broadcast(
-            [explicit] if explicit else [p for _, p in steps_in(self.directory)]
-        )
+        candidates = self._runtime.broadcast(self._candidates(explicit))
+        if isinstance(candidates, str):
+            raise ConfigError(candidates)
         problems = []
         for path in candidates:
             outcome = self._try(path, engine_state, accept)
@@ -162,6 +163,8 @@ class Checkpointer:
             problems.append(outcome)
             if self._runtime.rank == 0:
                 log.warning("skipping a checkpoint that is not good: %s", outcome)
+        if problems and explicit is not None:
+            raise CheckpointError(f"--resume {explicit}: is not good:\n  " + "\n  ".join(problems))
         if problems:
             raise CheckpointError(
                 "no checkpoint is good, and a run with checkpoints does not start over by itself:\n  "
@@ -169,6 +172,18 @@ class Checkpointer:
                 + f"\nmove {self.directory} away to start over"
             )
         return None
+
+    def _candidates(self, explicit: Path | None) -> list[Path] | str:
+        """List the step directories to try, in this order; or give what is wrong with the path that was named."""
+        if explicit is None:
+            return [path for _, path in steps_in(self.directory)]
+        if not explicit.is_dir():
+            return f"--resume {explicit}: there is no such directory; name a step directory or a run directory"
+        if not (explicit / "checkpoints").is_dir():
+            return [explicit]
+        if steps := steps_in(explicit / "checkpoints"):
+            return [path for _, path in steps]
+        return f"--resume {explicit}: the run directory holds no checkpoint; leave --resume out to start it"
 
     def _try(
         self, path: Path, engine_state: EngineState, accept: Callable[[dict[str, Any]], None]

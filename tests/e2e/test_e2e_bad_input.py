@@ -115,6 +115,13 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(corpus, tmp_pat
         data[100] ^= 1
         path.write_bytes(data)
     before = (run_dir / "metrics.jsonl").read_bytes()
+    nowhere = tmp_path / "nowhere"
+    text = refused(
+        basestone("train", corpus / "run.toml", "--run-dir", run_dir, "--resume", nowhere),
+        64,
+        f"error: --resume {nowhere}: there is no such directory",
+    )
+    assert "move" not in text and (run_dir / "COMPLETE").exists()
     done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, "--set", "train.steps=20")
     refused(done, 74, "no checkpoint is good", "does not start over", "do not match their sha256")
     assert (run_dir / "FAILED").exists() and not (run_dir / "COMPLETE").exists()

@@ -69,8 +69,8 @@ class Run:
             self.state.set(step)
             self.keeper.save(step, self.state, {"step": step, "optimizer_steps": step})  # type: ignore[arg-type]
 
-    def restore(self, explicit: int | None = None) -> int | None:
-        path = None if explicit is None else self.step(explicit)
+    def restore(self, explicit: int | Path | None = None) -> int | None:
+        path = self.step(explicit) if isinstance(explicit, int) else explicit
         state = self.keeper.restore(self.state, lambda _: None, path)  # type: ignore[arg-type]
         return state["step"] if state else None
 
@@ -194,10 +194,40 @@ def test_all_bad_is_an_error_that_names_each(run):
 def test_an_explicit_step_that_is_bad_is_never_replaced_by_another(run):
     run.save(2, 4)
     run.damage(4)
-    with pytest.raises(CheckpointError, match="step_00000004"):
+    with pytest.raises(CheckpointError, match=r"(?s)--resume .*step_00000004: is not good:.*sha256") as caught:
         run.restore(explicit=4)
-    with pytest.raises(CheckpointError, match="there is no such checkpoint directory"):
-        run.restore(explicit=7)
+    assert "move" not in str(caught.value) and "start over" not in str(caught.value)
+    assert run.restore(explicit=2) == 2
+
+
+def test_a_path_that_is_not_there_is_the_users(run):
+    run.save(2)
+    (run.path / "file").touch()
+    for path in (run.step(7), run.path / "file"):
+        with pytest.raises(ConfigError) as caught:
+            run.restore(explicit=path)
+        assert str(caught.value) == (
+            f"--resume {path}: there is no such directory; name a step directory or a run directory"
+        )
+        assert caught.value.exit_code == 64
+
+
+def test_a_run_directory_stands_for_its_newest_good_step(run, tmp_path_factory, caplog):
+    run.save(2, 4, 6)
+    run.damage(6)
+    other = Run(tmp_path_factory.mktemp("other"))
+    assert other.restore(explicit=run.path) == 4
+    assert "skipping a checkpoint that is not good" in caplog.text and "step_00000006" in caplog.text
+    run.damage(4)
+    run.damage(2)
+    with pytest.raises(CheckpointError, match=r"(?s)is not good:.*step_00000006.*step_00000004.*step_00000002"):
+        other.restore(explicit=run.path)
+    (other.path / "checkpoints").mkdir()
+    with pytest.raises(
+        ConfigError, match="the run directory holds no checkpoint; leave --resume out to start it"
+    ):
+        run.restore(explicit=other.path)
+    assert run.steps == [6, 4, 2]
 
 
 def test_another_run_is_refused_and_older_steps_are_not_tried(run):
