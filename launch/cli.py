@@ -164,13 +164,16 @@ def evaluate(
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Held-out shards; by default the run's own. Repeatable.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each set.", min=1)] = 65536,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each set; by default the run's evaluate.max_tokens.", min=1)
+    ] = None,
     tokenizer: TokenizerPath = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte on held-out text."""
-    arguments = ["evaluate", str(checkpoint), "--max-tokens", str(max_tokens)]
+    arguments = ["evaluate", str(checkpoint)]
+    arguments += [] if max_tokens is None else ["--max-tokens", str(max_tokens)]
     for place in data or []:
         arguments += ["--data", str(place)]
     arguments += ["--json"] if as_json else []

@@ -21,7 +21,7 @@ from .config import RunConfig
 from .errors import ConfigError
 from .export import DTYPES, export_checkpoint
 from .load import validate_run
-from .places import locate
+from .places import locate_heldout
 from .reference import generate, load_decoder, logits_of
 from .run_records import RunRecords, number, read_records
 from .weights import CheckpointTensors
@@ -66,8 +66,13 @@ class OpenCheckpoint:
     def _working_dtype(self) -> torch.dtype:
         return DTYPES[self.run.train.dtype]
 
-    def evaluate(self, directories: list[Path], max_tokens: int) -> dict[str, dict[str, float]]:
-        """Measure on shard directories; without any, on the run's own held-out sets."""
+    def evaluate(self, directories: list[Path], max_tokens: int | None = None) -> dict[str, dict[str, float]]:
+        """Measure on shard directories; without any, on the run's own held-out sets.
+
+        Args:
+            max_tokens: of each set; by default as many as the run itself took.
+        """
+        max_tokens = max_tokens or self.run.evaluate.max_tokens
         names = [path.name for path in directories]
         places = {
             path.name if names.count(path.name) == 1 else str(path): path for path in directories
@@ -95,7 +100,7 @@ class OpenCheckpoint:
         return results
 
     def _own_heldout(self) -> dict[str, Path]:
-        return locate(self.run.data, processes.cache_dir()).heldout
+        return locate_heldout(self.run.data, processes.cache_dir())
 
     def generate(self, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
         """Continue a prompt, as the beginning of a document."""

@@ -60,7 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one = commands.add_parser("evaluate", parents=[common])
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--data", action="append", default=[])
-    one.add_argument("--max-tokens", type=int, default=65536)
+    one.add_argument("--max-tokens", type=int)
     one.add_argument("--tokenizer", type=Path)
     one.add_argument("--json", action="store_true")
     one = commands.add_parser("generate", parents=[common])

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.dist
 
 
 def test_evaluate_equals_the_training_runs_own(trained, basestone):
-    done = basestone("evaluate", trained, "--json", "--max-tokens", "2000")
+    done = basestone("evaluate", trained, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["topics"]
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -19,6 +19,17 @@ def test_evaluate_equals_the_training_runs_own(trained, basestone):
     assert result["tokens"] == last["tokens"]
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert result[name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_evaluate_needs_the_held_out_shards_alone(trained, corpus, basestone):
+    shards = corpus / "shards" / "train"
+    shards.rename(corpus / "away")
+    try:
+        done = basestone("evaluate", trained, "--max-tokens", "500")
+    finally:
+        (corpus / "away").rename(shards)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("topics: loss ")
 
 
 def test_generate_continues_a_prompt(trained, basestone):

@@ -161,7 +161,20 @@ PROMPT = "--help\n $(x) {0..9} '\"* é"
 
 def test_evaluate_generate_and_export_reach_the_worker_as_typed(basestone, asked, tmp_path):
     assert (
-        basestone("evaluate", tmp_path, "--data", "a b", "--data", "c", "--json", "--tokenizer", "t").code == 7
+        basestone(
+            "evaluate",
+            tmp_path,
+            "--data",
+            "a b",
+            "--data",
+            "c",
+            "--json",
+            "--tokenizer",
+            "t",
+            "--max-tokens",
+            99,
+        ).code
+        == 7
     )
     words = ("--max-new-tokens", 3, "--temperature", 0, "--top-k", 0, "--seed", 9, "--debug")
     assert basestone("generate", tmp_path, "--prompt", PROMPT, *words).code == 7
@@ -170,7 +183,7 @@ def test_evaluate_generate_and_export_reach_the_worker_as_typed(basestone, asked
     assert [call[1:] for call in asked] == [(1,)] * 3
     evaluate, generate, export = (worker._parse(call[0]) for call in asked)
     assert (evaluate.command, evaluate.checkpoint, evaluate.tokenizer) == ("evaluate", tmp_path, Path("t"))
-    assert (evaluate.data, evaluate.json, evaluate.max_tokens) == (["a b", "c"], True, 65536)
+    assert (evaluate.data, evaluate.json, evaluate.max_tokens) == (["a b", "c"], True, 99)
     assert generate.prompt == PROMPT and generate.debug
     assert (generate.max_new_tokens, generate.temperature, generate.top_k, generate.seed) == (3, 0.0, 0, 9)
     assert (export.out, export.dtype, export.no_verify) == (tmp_path / "out", "fp32", True)
