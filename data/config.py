@@ -15,10 +15,11 @@ FREE: dict[str, Any] = {"on_resume": "free"}
 class DataConfig(BaseModel):
     """Say what a run is trained on and measured on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     train: tuple[str, ...] = Field(
         ...,
+        strict=False,  # TOML has lists
         description="Shard directories to train on (each holds a manifest.json), or builtin:python",
         json_schema_extra=FIXED,
     )

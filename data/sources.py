@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,17 +40,25 @@ def find_source_files(sources: Sequence[str]) -> list[Path]:
     """Return the files that paths, folders and glob patterns name, each once, in the order given.
 
     In a folder, hidden files and files that are no text by their suffix are passed over; a file named
-    itself is always taken. Raises DataConfigError for what names nothing.
+    itself is always taken. Pipes and devices, which may never end, are passed over, and refused where one is
+    named itself. Raises DataConfigError for what names nothing.
     """
     found: dict[Path, None] = {}
     for source in sources:
+        if not source.strip():
+            raise DataConfigError(f"source {source!r} is empty; give a file, a folder or a pattern")
         path = Path(source)
         if path.is_dir():
             files = list(_folder_files(path))
+        elif _is_special(path):
+            raise DataConfigError(
+                f"source {source!r} is neither a regular file nor a folder; write what it gives into a file"
+            )
         elif path.exists():
             files = [path]
         else:
             matches = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+            matches = [match for match in matches if not _is_special(match)]
             files = [
                 file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])
             ]
@@ -91,8 +100,18 @@ def _folder_files(folder: Path) -> Iterator[Path]:
         for name in sorted(files):
             file = Path(root, name)
             suffix = _content_suffix(file)
-            if not name.startswith(".") and (suffix in TEXT_SUFFIXES or suffix in JSON_LINES_SUFFIXES):
+            is_text = suffix in TEXT_SUFFIXES or suffix in JSON_LINES_SUFFIXES
+            if is_text and not name.startswith(".") and not _is_special(file):
                 yield file
+
+
+def _is_special(path: Path) -> bool:
+    """Tell a pipe, socket or device from a file, a folder and what is not there."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _content_suffix(file: Path) -> str:

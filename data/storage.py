@@ -7,14 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import DataStorageError
+from .errors import DataConfigError, DataStorageError
 
 
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block into a ``DataStorageError`` that says what was being done."""
+    """Turn an ``OSError`` inside the block into a ``DataStorageError`` that says what was being done.
+
+    A path that leads through a file, or to one where a directory belongs, is the user's: a ``DataConfigError``.
+    """
     try:
         yield
+    except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        raise DataConfigError(
+            f"{doing} failed: {error.strerror}{f': {error.filename}' if error.filename else ''}; choose another path"
+        ) from error
     except OSError as error:
         raise DataStorageError(
             f"{doing} failed: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from . import environ, local
 from .data_commands import data_app, prepare, tokenizer_app
 
 EXIT_USER, EXIT_INTERRUPTED = 64, 130
+MAX_SEED = (1 << 63) - 1  # what torch's generators take
+MAX_TEMPERATURE = 1e6  # and not nan: there every token is as likely as any other
 
 app = typer.Typer(
     name="basestone",
@@ -185,9 +188,11 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token.", min=0.0, max=MAX_TEMPERATURE)
+    ] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 from all.", min=0)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0, max=MAX_SEED)] = 0,
     tokenizer: TokenizerPath = None,
     debug: Debug = False,
 ) -> None:
@@ -314,17 +319,18 @@ def main() -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except Exception as error:
-        if debug:
-            raise
         if hasattr(error, "format_message"):  # a wrong flag or command
             if message := error.format_message():  # none where the help was the answer
                 _say(f"error: {message}\ntry: basestone --help")
-            code = EXIT_USER
-        elif isinstance(error, typer.Abort):
-            code = EXIT_INTERRUPTED
-        elif hasattr(error, "exit_code"):
-            _say(f"error: {error}")
-            code = error.exit_code
-        else:
+            sys.exit(EXIT_USER)
+        if isinstance(error, typer.Abort):
+            sys.exit(EXIT_INTERRUPTED)
+        from ..trainer.errors import EXIT_FAULT, exit_code_of, message_of
+
+        code = exit_code_of(error)
+        if code == EXIT_FAULT:
             raise
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {message_of(error)}")
     sys.exit(code or 0)

@@ -143,7 +143,6 @@ def tokenizer_export(
     """Write a Hugging Face tokenizer with the same ids."""
     from ..data.hf_tokenizer import write_hf_tokenizer
 
-    out.mkdir(parents=True, exist_ok=True)
     write_hf_tokenizer(model, out, model_max_length=model_max_length)
     print(out)
 

@@ -18,7 +18,7 @@ class ModelConfig(BaseModel):
     `preset` names a published size, `family` a style; a field given in the file wins over both.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     preset: str | None = Field(
         None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE

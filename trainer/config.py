@@ -20,9 +20,9 @@ FREE: dict[str, Any] = {"on_resume": "free"}
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, and an unknown key is an error."""
+    """Base of every section: immutable; an unknown key is an error, and so is `true` or "8" for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class RunSection(Section):
@@ -111,7 +111,9 @@ class OptimizerSection(Section):
     """`[optimizer]`: AdamW (Loshchilov & Hutter 2019)."""
 
     lr: float = Field(gt=0, allow_inf_nan=False, description="peak learning rate", json_schema_extra=FREE)
-    betas: tuple[float, float] = Field((0.9, 0.95), description="moment decays", json_schema_extra=FREE)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), strict=False, description="moment decays", json_schema_extra=FREE
+    )
     eps: float = Field(
         1e-8, gt=0, allow_inf_nan=False, description="denominator epsilon", json_schema_extra=FREE
     )

@@ -193,10 +193,11 @@ class Trainer:
             figures = self._training_step.run(self.step, asked=self._stop_signals > 0)
         except NumericsError as error:
             steps = sorted(self._checkpointer.directory.glob("step_*"))
-            good = steps[-1].name if steps else "none yet"
+            newest = steps[-1].name if steps else "none yet"
             raise NumericsError(
-                f"{error}; last good checkpoint: {good}; "
-                "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step"
+                f"{error}; newest checkpoint: {newest}; "
+                "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step; "
+                "--resume goes on from an older checkpoint"
             ) from error
         self._meters.phase("data", figures.data_s)
         self._meters.phase("forward_backward", figures.forward_backward_s)

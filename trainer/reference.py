@@ -64,7 +64,8 @@ def generate(
     for _ in range(max_new_tokens):
         last = logits(ids[:, -max_sequence_length:])[:, -1]
         if temperature > 0:
-            scaled = last / temperature
+            # From the largest downwards, in fp64: however small the temperature, the likeliest stays finite.
+            scaled = (last - last.amax()).double() / temperature
             if top_k:
                 scaled[scaled < scaled.topk(min(top_k, scaled.shape[-1])).values[:, -1:]] = float("-inf")
             token = torch.multinomial(scaled.softmax(-1), 1, generator=generator)

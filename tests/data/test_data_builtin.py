@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from basestone.data.builtin import prepare_builtin
-from basestone.data.errors import DataConfigError, DataStorageError
+from basestone.data.errors import DataConfigError
 from basestone.data.heldout import load_heldout
 from basestone.data.shards import open_shard_set
 from basestone.data.stream import TokenStream
@@ -112,5 +112,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     ):
         prepare_builtin("builtin:perl", tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataStorageError, match=r"preparing builtin:python in .* failed"):
+    with pytest.raises(
+        DataConfigError, match=r"preparing builtin:python in .* failed: .*; choose another path"
+    ):
         prepare_builtin("builtin:python", tmp_path / "file", **SMALL)

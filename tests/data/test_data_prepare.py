@@ -16,6 +16,7 @@ from basestone.data.cleaning import CleanDocument, clean_document, document_dige
 from basestone.data.errors import DataConfigError, DataError, DataStorageError
 from basestone.data.prepare import PrepareProgress, prepare
 from basestone.data.shards import open_shard_set
+from basestone.data.sources import find_source_files
 from basestone.data.storage import storage_errors, write_atomic
 
 LONG = "words enough to be kept, as this line is longer than the least number of letters\n"
@@ -189,6 +190,31 @@ def test_sources_that_name_nothing(tmp_path: Path) -> None:
         prepare([str(tmp_path / "folder")], tmp_path / "out")
     with pytest.raises(DataConfigError, match="no sources; give at least one"):
         prepare([], tmp_path / "out")
+    for source in ("", " "):  # an empty path would be the working directory
+        with pytest.raises(DataConfigError, match=f"source '{source}' is empty; give a file, a folder"):
+            prepare([source], tmp_path / "out")
+
+
+def test_pipes_and_devices_are_refused_and_passed_over_in_folders(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for source in (str(tmp_path / "pipe.txt"), "/dev/zero"):
+        with pytest.raises(
+            DataConfigError, match="is neither a regular file nor a folder; write what it gives"
+        ):
+            find_source_files([source])
+    (tmp_path / "a.txt").write_text(LONG)
+    assert find_source_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    assert find_source_files([f"{tmp_path}/*.txt"]) == [tmp_path / "a.txt"]
+
+
+def test_a_place_that_leads_through_a_file_is_the_users(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "below" / "out"):
+        with pytest.raises(
+            DataConfigError, match=r"writing .* failed: .*file.*; choose another path"
+        ) as caught:
+            prepare([str(sources)], out)
+        assert caught.value.exit_code == 64
 
 
 def test_zst_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,32 +225,32 @@ def test_zst_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 PREPARE = """
-import sys
+import sys, time
 from pathlib import Path
 from basestone.data.prepare import prepare
-prepare([sys.argv[1]], Path(sys.argv[2]))
+out = Path(sys.argv[2])
+def wait_in_the_middle(progress):
+    if (out.parent / ".out.unfinished" / "train" / "00000.tar").exists():
+        time.sleep(600)
+prepare([sys.argv[1]], out, progress=wait_in_the_middle)
 """
 
 
 @pytest.mark.faults
 def test_a_killed_preparation_leaves_nothing_and_can_be_run_again(tmp_path: Path) -> None:
-    """The source is a pipe that never ends, so that the kill falls in the middle of writing."""
-    pipe, out = tmp_path / "in.jsonl", tmp_path / "out"
-    os.mkfifo(pipe)
-    process = subprocess.Popen([sys.executable, "-c", PREPARE, str(pipe), str(out)])
-    with open(pipe, "w") as stream:
-        for number in range(3000):
-            stream.write(json.dumps({"text": f"{LONG} {number}"}) + "\n")
-        stream.flush()
-        unfinished = tmp_path / ".out.unfinished"
-        end = time.monotonic() + 20
-        while not (unfinished / "train" / "00000.tar").exists() and time.monotonic() < end:
-            time.sleep(0.02)
-        assert (unfinished / "train" / "00000.tar").exists() and not out.exists()
-        with pytest.raises(DataConfigError, match="another process is writing"):
-            prepare([str(Path(__file__))], out)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    """It waits once it has begun to write, so that the kill falls in the middle."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps({"text": f"{LONG} {number}"}) + "\n" for number in range(3000)))
+    process = subprocess.Popen([sys.executable, "-c", PREPARE, str(source), str(out)])
+    unfinished = tmp_path / ".out.unfinished"
+    end = time.monotonic() + 20
+    while not (unfinished / "train" / "00000.tar").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert (unfinished / "train" / "00000.tar").exists() and not out.exists()
+    with pytest.raises(DataConfigError, match="another process is writing"):
+        prepare([str(Path(__file__))], out)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     prepare([str(Path(__file__))], out, heldout_fraction=0)
     assert texts(out / "train") == [Path(__file__).read_text()] and not unfinished.exists()
 

@@ -101,7 +101,14 @@ def test_numbers_that_are_not_finite(corpus, tmp_path, basestone):
     changes = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "train.clip=0", "checkpoint.every_steps=1"]
     words = [word for change in changes for word in ("--set", change)]
     done = basestone("train", corpus / "run.toml", "--run-dir", tmp_path / "run", *words)
-    refused(done, 76, "is not finite on rank(s)", "last good checkpoint: step_0000000", "lower optimizer.lr")
+    refused(
+        done,
+        76,
+        "is not finite on rank(s)",
+        "; newest checkpoint: step_0000000",
+        "lower optimizer.lr",
+        "--resume goes on from an older",
+    )
     assert (tmp_path / "run" / "FAILED").exists()
     assert "every byte matches" in basestone("checkpoint", "verify", tmp_path / "run").stdout
 

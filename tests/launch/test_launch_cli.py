@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +111,10 @@ def test_no_command_shows_the_help_and_no_error(basestone, words):
         (("evaluate", "x", "--max-tokens", "many"), "max-tokens"),
         (("generate", "x"), "prompt"),
         (("generate", "x", "--prompt", "a", "--temperature", "-1"), "temperature"),
+        (("generate", "x", "--prompt", "a", "--temperature", "nan"), "temperature"),
+        (("generate", "x", "--prompt", "a", "--temperature", "inf"), "temperature"),
+        (("generate", "x", "--prompt", "a", "--seed", str(1 << 63)), "seed"),
+        (("train", "run.toml", "--stepps", "3", "--debug"), "No such option"),
         (("prepare", "x"), "out"),
         (("prepare", "x", "--out", "y", "--heldout-fraction", "1"), "heldout-fraction"),
         (("tokenizer", "train", "x", "--out", "y", "--vocab-size", "299"), "vocab-size"),
@@ -137,10 +143,22 @@ def test_ctrl_c_is_130(basestone, monkeypatch, tmp_path):
     assert basestone("evaluate", tmp_path).code == 130
 
 
-def test_debug_shows_where(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["basestone", "train", str(tmp_path / "no.toml"), "--debug"])
-    with pytest.raises(ValueError, match="there is no such run file"):
-        cli.main()
+def test_debug_shows_where_and_changes_no_code(basestone, tmp_path):
+    done = basestone("train", tmp_path / "no.toml", "--debug")
+    lines = done.err.splitlines()
+    assert done.code == 64 and lines[0] == "Traceback (most recent call last):" and "load_run" in done.err
+    assert lines[-1] == f"error: {tmp_path / 'no.toml'}: there is no such run file"
+
+
+@pytest.mark.faults
+def test_storage_that_fails_here_is_74(basestone, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/run/logs")
+
+    monkeypatch.setattr(local, "run_workers", fail)
+    refused(
+        basestone("evaluate", tmp_path), 74, "storage failed: No space left on device: runs/run/logs; check"
+    )
 
 
 def test_what_is_no_users_error_is_not_hidden(monkeypatch, tmp_path):

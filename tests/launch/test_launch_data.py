@@ -75,6 +75,19 @@ def test_tokenizer_inspect_and_export(basestone, tmp_path, shards, tokenizer):
     assert len(json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["vocab"]) == 400
 
 
+def test_an_output_on_or_below_a_file_is_refused(basestone, tmp_path, shards, tokenizer):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below"):
+        refused(
+            basestone("tokenizer", "export", tokenizer, out), 64, f"tokenizer into {out} failed", "another path"
+        )
+    words = ("tokenizer", "train", shards / "train", "--vocab-size", "400", "--out")
+    refused(basestone(*words, file / "below"), 64, "failed", "choose another path")
+    refused(basestone(*words, tmp_path), 64, "failed", "choose another path")
+    assert file.read_text() == "kept"
+
+
 def test_tokenizer_commands_refuse_what_is_no_model(basestone, tmp_path):
     (tmp_path / "not.model").write_text("not a model")
     (tmp_path / "text.txt").write_text("text")

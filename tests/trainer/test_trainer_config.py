@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from run_files import run_of
+from run_files import run_of, run_values
 
 from basestone.trainer.config import RunConfig, resolve_paths
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.load import validate_run
 
 VOCAB = 200
 
@@ -198,3 +199,38 @@ def test_the_home_directory_is_expanded(monkeypatch):
 @pytest.mark.parametrize("values", [{}, {"data": {}}, {"data": 3, "parallel": "x"}, {"data": {"train": 3}}])
 def test_what_is_no_path_is_left_for_the_check_of_types(values):
     assert resolved(values) == values
+
+
+# ---- types --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train__steps", True, "train.steps: Input should be a valid integer (got True)"),
+        ("train__steps", "20", "train.steps: Input should be a valid integer (got '20')"),
+        ("train__steps", 20.0, "train.steps: Input should be a valid integer (got 20.0)"),
+        ("train__clip", True, "train.clip: Input should be a valid number (got True)"),
+        ("train__recompute", 1, "train.recompute: Input should be a valid boolean (got 1)"),
+        ("train__recompute", "yes", "train.recompute: Input should be a valid boolean (got 'yes')"),
+        ("optimizer__betas", [True, 0.9], "optimizer.betas.0: Input should be a valid number (got True)"),
+        ("data__sequence_length", "32", "data.sequence_length: Input should be a valid integer (got '32')"),
+        ("data__train", [1], "data.train.0: Input should be a valid string (got 1)"),
+        ("model__dropout", "0.1", "model.dropout: Input should be a valid number (got '0.1')"),
+        ("model__tied", 1, "model.tied: Input should be a valid boolean (got 1)"),
+    ],
+)
+def test_a_value_of_another_type_is_not_guessed_at(name, value, message):
+    with pytest.raises(ConfigError) as caught:
+        validate_run(run_values(**{name: value}), "run.toml")
+    assert str(caught.value) == f"run.toml: 1 error(s)\n  {message}"
+
+
+def test_an_integer_is_a_number_and_a_list_is_what_toml_has():
+    changes = {"optimizer__lr": 1, "optimizer__betas": [0, 0.5], "train__clip": 1, "data__train": ["/a", "/b"]}
+    run = validate_run(run_values(**changes), "run.toml")
+    assert (run.optimizer.lr, run.optimizer.betas, run.train.clip) == (1.0, (0.0, 0.5), 1.0)
+    assert run.data.train == ("/a", "/b")
+    assert validate_run(run.model_dump(mode="json"), "state.json") == run, (
+        "what a checkpoint keeps is read back"
+    )
