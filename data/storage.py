@@ -38,18 +38,31 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file's content as a whole: temporary name, fsync, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an ``OSError`` inside the block this path, which a failed write to an open file does not know."""
     try:
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_directory(path.parent)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file's content as a whole, and survive a power cut: temporary name, fsync, rename.
+
+    Raises OSError that names ``path``.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with naming(path):
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_directory(path.parent)
 
 
 def rename_directory(source: Path, target: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from ..data.storage import write_atomic
 from ..model.layout import Parameter
 from .engine_state import MASTER, STATE_KEYS, EngineState
 from .errors import CheckpointError, ConfigError, message_of
 from .runtime import Runtime
-from .storage import RankWriter, Reader, commit, remove, steps_in, write_file
+from .storage import RankWriter, Reader, commit, remove, steps_in
 from .weights import FP32_BYTES, CheckpointTensors, index_of
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Checkpointer:
     def _hint(self, final: Path) -> None:
         """Write `latest`, by which nothing is decided: a failure costs the hint, not the checkpoint."""
         try:
-            write_file(self._run_dir / "latest", f"{final.name}\n".encode())
+            write_atomic(self._run_dir / "latest", f"{final.name}\n".encode())
         except OSError as error:
             log.warning("latest was not written: %s", message_of(error))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..data.storage import write_atomic
 from .config import ResolvedRun
 from .console import RunConsole
 from .load import run_to_toml
 from .rundir import RunDirectory, warned_of
-from .storage import write_file
 
 STEP_SCALARS = ("loss", "grad_norm", "lr", "tokens_per_s", "tflops_per_device", "mfu", "memory_gib", "joules")
 EVAL_SCALARS = ("loss", "perplexity", "bits_per_byte")
@@ -33,7 +33,7 @@ class Recorder:
         if self._directory is not None:
             comments = ["resolved by basestone", *(f"{name} {version}" for name, version in versions.items())]
             text = run_to_toml(resolved.run.model_dump(mode="json"), comments)
-            write_file(self._directory.path / "run.toml", text.encode())
+            write_atomic(self._directory.path / "run.toml", text.encode())
 
     def step(self, record: dict[str, Any]) -> None:
         """Take a step's line."""

@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..data.storage import naming, write_atomic
 from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
-from .storage import write_file
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
@@ -159,11 +159,11 @@ class RunDirectory:
         """Write the ledger; `durable` waits for the disk."""
         body = json.dumps(dataclasses.asdict(self.ledger), indent=1).encode()
         path = self.path / "ledger.json"
-        with _named(path):
-            if durable:
-                write_file(path, body)
-                return
-            temporary = path.with_name(".ledger.json")
+        if durable:
+            write_atomic(path, body)
+            return
+        temporary = path.with_name(".ledger.json")
+        with naming(path):
             temporary.write_bytes(body)  # a killed process leaves the old or the new one
             os.replace(temporary, path)
 
@@ -173,8 +173,7 @@ class RunDirectory:
             if name != marker:
                 (self.path / name).unlink(missing_ok=True)
         if marker is not None:
-            with _named(self.path / marker):
-                write_file(self.path / marker, f"{text}\n".encode())
+            write_atomic(self.path / marker, f"{text}\n".encode())
 
     def fail(self, step: int, error: Exception) -> None:
         """Record a failure as far as the disk still lets it: never raises over the error that is on its way.
@@ -213,7 +212,7 @@ def tell_failure(run_dir: Path, rank: int, step: int, error: Exception) -> None:
     """Say in FAILED why a rank other than 0 fails, before rank 0 loses contact with it; never raises."""
     if exit_code_of(error) != EXIT_FAULT:
         with warned_of("the failure was not marked"):
-            write_file(run_dir / "FAILED", f"step {step}: rank {rank}: {message_of(error)}\n".encode())
+            write_atomic(run_dir / "FAILED", f"step {step}: rank {rank}: {message_of(error)}\n".encode())
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -247,18 +246,9 @@ class _Lines:
         self._write(json.dumps(record, allow_nan=True).encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
-        with _named(self._path):
+        with naming(self._path):
             while data:  # a disk that fills up takes a part, and says so at the next write only
                 data = data[os.write(self.descriptor, data) :]
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Give an OSError the path that a failed write to an open file does not know."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..data.storage import sync_directory, write_atomic
 from .errors import CheckpointError
 
 FORMAT = 1
@@ -75,29 +76,6 @@ class _Manifest(_Strict):
 
 
 Checked = TypeVar("Checked", bound=BaseModel)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames and new names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that it survives a power cut, or does not appear under this name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_directory(path.parent)
 
 
 @dataclass
@@ -157,14 +135,14 @@ def commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str,
     manifest: dict[str, Any] = {"format": FORMAT, "files": dict(announced), "sha256": {}}
     for name, value in ((INDEX, index), (STATE, state)):
         body = json.dumps(value, separators=(",", ":")).encode()
-        write_file(temporary / name, body)
+        write_atomic(temporary / name, body)
         manifest["files"][name] = len(body)
         manifest["sha256"][name] = hashlib.sha256(body).hexdigest()
-    write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
     if final.exists():
         raise CheckpointError(f"{final}: exists already; a step directory is never written twice")
     os.rename(temporary, final)
-    fsync_directory(final.parent)
+    sync_directory(final.parent)
 
 
 class Reader:
@@ -345,5 +323,5 @@ def remove(paths: Iterable[Path]) -> None:
         trash = path.with_name(f".trash-{path.name}")
         shutil.rmtree(trash, ignore_errors=True)
         os.rename(path, trash)
-        fsync_directory(path.parent)  # or a power cut keeps the old name and loses some of the files
+        sync_directory(path.parent)  # or a power cut keeps the old name and loses some of the files
         shutil.rmtree(trash, ignore_errors=True)

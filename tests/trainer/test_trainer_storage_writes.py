@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from step_files import BLOCK_BYTES, problem, save, write_ranks
 
+from basestone.data import storage as files
+from basestone.data.storage import write_atomic
 from basestone.trainer import storage
 from basestone.trainer.errors import CheckpointError
-from basestone.trainer.storage import commit, remove, steps_in, write_file
+from basestone.trainer.storage import commit, remove, steps_in
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,6 +101,11 @@ class Disk:
     def __init__(self, free_bytes: int) -> None:
         self.free_bytes = free_bytes
 
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let everything that a checkpoint writes go to this disk."""
+        for module in (storage, files):
+            monkeypatch.setattr(module, "open", self.open, raising=False)
+
     def open(self, path: Path, mode: str) -> Any:
         if mode == "rb":
             return builtins.open(path, mode)
@@ -124,27 +131,27 @@ def test_a_full_disk_at_any_write_leaves_no_step(tmp_path, monkeypatch):
     budgets = [*range(0, total, 37), total - 1]
     assert len(budgets) > 20
     for free_bytes in budgets:
-        monkeypatch.setattr(storage, "open", Disk(free_bytes).open, raising=False)
+        Disk(free_bytes).install(monkeypatch)
         checkpoints = tmp_path / str(free_bytes)
         with pytest.raises(OSError) as caught:
             save(checkpoints)
         assert caught.value.errno == errno.ENOSPC
         assert steps_in(checkpoints) == []
-    monkeypatch.setattr(storage, "open", Disk(total).open, raising=False)
+    Disk(total).install(monkeypatch)
     assert problem(save(tmp_path / "enough")) == ""
 
 
 @pytest.mark.faults
-def test_write_file_on_a_full_disk_keeps_the_old_content(tmp_path, monkeypatch):
+def test_write_atomic_on_a_full_disk_keeps_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "latest"
-    write_file(path, b"old")
+    write_atomic(path, b"old")
     for free_bytes in range(10):
-        monkeypatch.setattr(storage, "open", Disk(free_bytes).open, raising=False)
+        Disk(free_bytes).install(monkeypatch)
         with pytest.raises(OSError, match="No space"):
-            write_file(path, b"a new line")
+            write_atomic(path, b"a new line")
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setattr(storage, "open", Disk(10).open, raising=False)
-    write_file(path, b"a new line")
+    Disk(10).install(monkeypatch)
+    write_atomic(path, b"a new line")
     assert path.read_bytes() == b"a new line" and list(tmp_path.iterdir()) == [path]
 
 
@@ -180,11 +187,11 @@ CALLS = ("fsync", "rename", "replace", "unlink", "rmdir")
 
 
 @pytest.mark.faults
-def test_write_file_killed_anywhere_leaves_old_or_new(tmp_path):
+def test_write_atomic_killed_anywhere_leaves_old_or_new(tmp_path):
     path, seen = tmp_path / "latest", []
     for number in range(20):
-        write_file(path, b"old")
-        killed = killed_at(number, CALLS, lambda: write_file(path, b"new"))
+        write_atomic(path, b"old")
+        killed = killed_at(number, CALLS, lambda: write_atomic(path, b"new"))
         seen.append(path.read_bytes())
         assert seen[-1] in (b"old", b"new")
         if not killed:
