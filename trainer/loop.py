@@ -177,11 +177,13 @@ class Trainer:
                 # A checkpoint carries the ledger, which is brought up to date by a log line.
                 if self.step == 1 or _is_due(self.step, run.meter.log_every_steps) or saving:
                     self._log(figures)
+                if stop:  # before an evaluation: whoever asked may not wait for it
+                    self._save("stop")
                 if _is_due(self.step, run.evaluate.every_steps):
                     self._evaluate()
                     evaluated = self.step
-                if saving:
-                    self._save("stop" if stop else "save")
+                if saving and not stop:
+                    self._save("save")
                 if stop:
                     raise Stopped(f"stopped after step {self.step}, saved; the same command goes on")
             if evaluated != self.step:

@@ -113,6 +113,23 @@ def test_sigterm_saves_and_another_layout_goes_on(tmp_path, corpus, trained, bas
     assert losses_of(run_dir) == pytest.approx(losses_of(trained), rel=1e-5)
 
 
+@pytest.mark.faults
+def test_sigterm_saves_before_an_evaluation_that_is_due(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    changes = ["evaluate.every_steps=1", "checkpoint.every_steps=0", "train.steps=400"]
+    process = start(
+        "train", corpus / "run.toml", "--run-dir", run_dir, *(w for c in changes for w in ("--set", c))
+    )
+    wait_for_step(process, run_dir, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    stop = json.loads((run_dir / "events.jsonl").read_text().splitlines()[-1])
+    evaluation = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (stop["event"], evaluation["kind"]) == ("stop", "eval")
+    assert stop["step"] == evaluation["step"] and stop["time"] <= evaluation["time"]
+
+
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_python"],
