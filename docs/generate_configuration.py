@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -48,8 +48,12 @@ def type_text(annotation: Any) -> str:
         return " or ".join(type_text(one) for one in arguments if one is not type(None))
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"list of {type_text(arguments[0])}, or one"
+            return f"list of {type_text(arguments[0])}" + (", or one" if arguments[0] is str else "")
         return f"list of {len(arguments)} {type_text(arguments[0])}s"
+    if origin is Annotated:
+        return type_text(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{ " + ", ".join(f"`{name}`" for name in annotation.model_fields) + " }"
     if origin is dict:
         return f"table of {type_text(arguments[1])}"
     return NAMES[annotation]

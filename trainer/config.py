@@ -50,8 +50,9 @@ class ParallelSection(Section):
         description="stages that a pipeline rank holds; above 1 they are interleaved",
         json_schema_extra=FREE,
     )
-    pipeline_layers: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+    pipeline_layers: tuple[Annotated[int, Field(gt=0, strict=True)], ...] | None = Field(
         None,
+        strict=False,  # TOML has lists
         description="layers of every stage in the model's order; by default spread evenly",
         json_schema_extra=FREE,
     )
@@ -88,6 +89,7 @@ class TrainSection(Section):
     )
     ramp: tuple[RampPhase, ...] = Field(
         (),
+        strict=False,  # TOML has lists
         description="smaller batches to begin with: a list of {global_batch, until_step or until_tokens}",
         json_schema_extra=FIXED,
     )

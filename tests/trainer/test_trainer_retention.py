@@ -51,7 +51,7 @@ class Tensors:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, tensors in self.values.items():
-            yield Fragment(name, 0, TABLE[name].numel, tensors)
+            yield Fragment(name, 0, TABLE[name].numel, True, tensors)
 
     def refresh(self) -> None:
         self.refreshed += 1
