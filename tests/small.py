@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ def run_config(family: str = "llama", **changes: Any) -> RunConfig:
     return RunConfig(**values)
 
 
+def processes_of(name: str) -> int:
+    """Count the processes of a layout's name."""
+    return math.prod(int(part[2:]) for part in name.split("-") if part[:2] in ("tp", "pp", "dp"))
+
+
 def make_engine(run: RunConfig) -> Engine:
     """Start this rank and build its engine."""
     parallel = run.parallel
@@ -74,6 +80,17 @@ def train(engine: Engine, run: RunConfig, steps: range) -> list[tuple[float, flo
         norm = engine.update(LR)
         curve.append((float(total) / float(weights.sum()), norm))
     return curve
+
+
+def held_out_loss(engine: Engine, run: RunConfig) -> float:
+    """Give the loss of a batch that no step trains on, in a number of micro-batches that no schedule likes."""
+    tokens, weights = batch_of(1000)
+    mine = slice(engine.runtime.dp_rank, 6, engine.runtime.dp_size)
+    total = engine.evaluate(
+        cut(torch.from_numpy(tokens[mine]), torch.from_numpy(weights[mine]), 2, engine.micro_batch_multiple)
+    ).double()
+    dist.all_reduce(total)
+    return float(total) / float(weights[:6].sum())
 
 
 def curve_of(run: RunConfig, steps: int) -> list[tuple[float, float]]:

@@ -55,9 +55,9 @@ def share(
     return buffer[:, : sequence_length + 1], buffer[:, sequence_length + 1 :]
 
 
-def cut(tokens: Tensor, weights: Tensor, micro_batch: int) -> list[MicroBatch]:
-    """Cut a rank's samples into micro-batches; the last one is filled up with samples that do not count."""
-    missing = -len(tokens) % micro_batch
+def cut(tokens: Tensor, weights: Tensor, micro_batch: int, multiple: int = 1) -> list[MicroBatch]:
+    """Cut a rank's samples into micro-batches, a multiple of `multiple`; samples that do not count fill them up."""
+    missing = -len(tokens) % (micro_batch * multiple)
     if missing:
         tokens = torch.cat((tokens, tokens.new_zeros(missing, tokens.shape[1])))
         weights = torch.cat((weights, weights.new_zeros(missing, weights.shape[1])))

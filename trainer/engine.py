@@ -222,6 +222,11 @@ class Engine:
 
         return [parameter.register_hook(add_up) for parameter in self._sequence_parallel_parameters()]
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of micro-batches must be a multiple of: the interleaved schedule has a say in it."""
+        return self.runtime.pp_size if len(self.module.chunks) > 1 else 1
+
     def _sequence_parallel_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if getattr(p, "sequence_parallel", False)]
 

@@ -61,7 +61,8 @@ class HeldOut:
 
     def measure(self, engine: Engine, micro_batch: int) -> HeldOutLoss:
         """Run the model over the set; the same result on every rank."""
-        total = engine.evaluate(cut(self._tokens, self._weights, micro_batch)).double()
+        batches = cut(self._tokens, self._weights, micro_batch, engine.micro_batch_multiple)
+        total = engine.evaluate(batches).double()
         dist.all_reduce(total)
         nats = float(total)
         loss = nats / max(1, self.num_tokens)

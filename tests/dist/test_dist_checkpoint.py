@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from basestone.trainer.forks import run_ranks
-from small import VOCAB, curve_of, make_engine, relative_difference, run_config, train
+from small import VOCAB, curve_of, make_engine, processes_of, relative_difference, run_config, train
 
 from basestone.model.initial import initial_piece
 from basestone.model.layout import decoder_layout
 from basestone.trainer.checkpoint import Checkpointer
 from basestone.trainer.errors import CheckpointError
+from basestone.trainer.layouts import parse_layout
 from basestone.trainer.storage import Reader
 from basestone.trainer.weights import CheckpointTensors
 
@@ -23,7 +24,7 @@ SAVED_AT, STEPS = 4, 9
 
 
 def table_of(run):
-    return decoder_layout(run.resolve(run.parallel.tensor, VOCAB).run.model)
+    return decoder_layout(run.resolve(run.parallel.tensor * run.parallel.pipeline, VOCAB).run.model)
 
 
 def _train_and_save(run, folder):
@@ -54,20 +55,50 @@ def serial(family):
     return run_ranks(curve_of, 1, layout(1, 0, family=family), STEPS)[0]
 
 
-SAVES = [(4, 2, 1, True, "llama"), (2, 1, 3, False, "llama"), (2, 2, 3, True, "gpt2"), (1, 1, 0, False, "llama")]
-LOADS = [(1, 1, 2, False), (2, 2, 1, False), (2, 1, 3, False), (2, 2, 0, True), (4, 2, 3, True)]
+SAVES = [
+    ("llama", "tp2-sp-dp2-z1", ("dp1-z2", "pp4-z3")),
+    ("llama", "dp2-z3", ("tp2-z1", "pp2-vp2-z0")),
+    ("gpt2", "tp2-sp-z3", ("dp2-z3", "pp2-z1")),
+    ("llama", "dp1-z0", ("tp2-sp-dp2-z3", "pp2-z1")),
+    ("gpt2", "pp2-vp2-dp2-z1", ("dp1-z2", "tp2-sp-z0")),
+    ("gpt2", "tp2-sp-pp2-z3", ("dp2-z3", "pp2-vp2-z0")),
+]
+LOADS = ["dp1-z2", "tp2-z1", "dp2-z3", "tp2-sp-z0", "tp2-sp-dp2-z3", "pp2-z1", "pp4-z3", "pp2-vp2-z0"]
 
 
-@pytest.mark.parametrize(("size", "tensor", "zero", "sequence", "family"), SAVES)
-def test_saved_in_one_layout_goes_on_in_any(tmp_path, size, tensor, zero, sequence, family):
-    saved = run_ranks(_train_and_save, size, layout(tensor, zero, sequence, family), str(tmp_path))[0]
+def run_of(family, name, **changes):
+    found = parse_layout(name, processes_of(name))
+    return found.processes, found.of(run_config(family, **changes))
+
+
+@pytest.mark.parametrize(("family", "name", "loads"), SAVES)
+def test_saved_in_one_layout_goes_on_in_others(tmp_path, family, name, loads):
+    _save_and_load(tmp_path, family, name, loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "name", "loads"), SAVES)
+def test_saved_in_one_layout_goes_on_in_any(tmp_path, family, name, loads):
+    _save_and_load(tmp_path, family, name, [other for other in LOADS if other not in loads])
+
+
+def _save_and_load(folder, family, name, loads):
+    size, run = run_of(family, name)
+    saved = run_ranks(_train_and_save, size, run, str(folder))[0]
     assert relative_difference(saved, serial(family)) < 1e-5
-    same = run_ranks(_load_and_train, size, layout(tensor, zero, sequence, family), str(tmp_path))[0]
+    same = run_ranks(_load_and_train, size, run, str(folder))[0]
     assert same == saved[SAVED_AT:], "the same layout must go on bit for bit"
-    for other_size, other_tensor, other_zero, other_sequence in LOADS:
-        other = layout(other_tensor, other_zero, other_sequence, family)
-        curve = run_ranks(_load_and_train, other_size, other, str(tmp_path))[0]
-        assert relative_difference(curve, serial(family)[SAVED_AT:]) < 1e-5
+    for other in loads:
+        size, run = run_of(family, other)
+        curve = run_ranks(_load_and_train, size, run, str(folder))[0]
+        assert relative_difference(curve, serial(family)[SAVED_AT:]) < 1e-5, other
+
+
+@pytest.mark.parametrize("name", ["pp2-z1", "pp2-vp2-z3"])
+def test_a_pipeline_in_bf16_goes_on_bit_for_bit(tmp_path, name):
+    size, run = run_of("gpt2", name, train__dtype="bf16")
+    saved = run_ranks(_train_and_save, size, run, str(tmp_path))[0]
+    assert run_ranks(_load_and_train, size, run, str(tmp_path))[0] == saved[SAVED_AT:]
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -83,9 +114,9 @@ def _save_initial(run, folder):
     keeper.save(0, engine.state, {"step": 0, "optimizer_steps": 0})
 
 
-@pytest.mark.parametrize(("size", "tensor", "zero"), [(2, 2, 1), (2, 1, 3), (2, 2, 3), (1, 1, 0)])
-def test_initial_weights_are_the_tables_in_every_layout(tmp_path, size, tensor, zero):
-    run = layout(tensor, zero)
+@pytest.mark.parametrize("name", ["tp2-z1", "dp2-z3", "tp2-z3", "dp1-z0", "pp2-vp2-z1", "tp2-pp2-z3"])
+def test_initial_weights_are_the_tables_in_every_layout(tmp_path, name):
+    size, run = run_of("gpt2", name)
     run_ranks(_save_initial, size, run, str(tmp_path))
     table = table_of(run)
     tensors = CheckpointTensors(Reader(tmp_path / "checkpoints" / "step_00000000"), table)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import pytest
 from basestone.trainer.forks import run_ranks
-from small import NUM_LAYERS, SEQUENCE, curve_of, make_engine, relative_difference, run_config, train
+from small import (
+    NUM_LAYERS,
+    SEQUENCE,
+    curve_of,
+    held_out_loss,
+    make_engine,
+    processes_of,
+    relative_difference,
+    run_config,
+    train,
+)
 
 from basestone.trainer.batch import share
 from basestone.trainer.config import RunConfig
@@ -57,12 +66,8 @@ CELLS = [
 
 def layout_of(name: str, family: str = "llama", **changes) -> tuple[int, RunConfig]:
     """Give the processes of a layout's name and a run laid out like it."""
-    layout = parse_layout(name, _processes(name))
+    layout = parse_layout(name, processes_of(name))
     return layout.processes, layout.of(run_config(family, **changes))
-
-
-def _processes(name: str) -> int:
-    return math.prod(int(part[2:]) for part in name.split("-") if part[:2] in ("tp", "pp", "dp"))
 
 
 @pytest.mark.parametrize(("family", "name"), CELLS)
@@ -113,6 +118,42 @@ MICRO_BATCHES = [("pp2-z1", 8), ("pp2-z2", 3), ("pp4-z1", 4), ("pp4-z2", 1), ("p
 def test_any_number_of_micro_batches(name, micro_batch):
     size, run = layout_of(name, "gpt2", train__micro_batch=micro_batch)
     assert relative_difference(run_ranks(curve_of, size, run, 5)[0], serial("gpt2")[:5]) < 1e-5
+
+
+def _evaluate_between(run):
+    """Train, evaluate, train on: the forward-only schedule must leave no trace in what follows."""
+    engine = make_engine(run)
+    before = train(engine, run, range(3))
+    loss = held_out_loss(engine, run)
+    again = held_out_loss(engine, run)
+    return before + train(engine, run, range(3, 5)), loss, again
+
+
+EVALUATED = ["pp2-z1", "pp2-z3", "pp2-z0", "pp2-vp2-z1", "pp2-vp2-z3", "tp2-sp-pp2-z2", "pp2-dp2-z1", "dp2-z3"]
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_equals_serial_and_disturbs_nothing(name):
+    size, run = layout_of(name, "gpt2", model__z_loss=1e-3)
+    expected, loss, _ = run_ranks(_evaluate_between, 1, run_config("gpt2", parallel__zero=0, model__z_loss=1e-3))[0]
+    for curve, found, again in run_ranks(_evaluate_between, size, run):
+        assert relative_difference(curve, expected) < 1e-5
+        assert abs(found - loss) < 1e-5 * loss and again == found
+
+
+RECOMPUTED = ["pp2-z1", "pp2-vp2-z1", "tp2-sp-pp2-z3", "dp2-z3"]
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recompute_in_a_pipeline_equals_serial(name):
+    size, run = layout_of(name, "llama", train__recompute=True)
+    assert relative_difference(run_ranks(curve_of, size, run, 5)[0], serial("llama")[:5]) < 1e-5
+
+
+def test_stages_draw_dropout_of_their_own():
+    _, run = layout_of("pp2-z1", model__dropout=0.5)
+    first, second = run_ranks(_dropout_masks, 2, run)
+    assert not any(np.array_equal(one, other) for one in first for other in second)
 
 
 def test_serial_learns():
