@@ -168,12 +168,17 @@ class RunDirectory:
             os.replace(temporary, path)
 
     def mark(self, marker: str | None, text: str = "") -> None:
-        """Leave exactly one of COMPLETE, RESUME, FAILED behind, or with None none."""
+        """Leave exactly one of COMPLETE, RESUME, FAILED behind, or with None none of an earlier attempt."""
         for name in MARKERS:
-            if name != marker:
+            # Another rank may have failed while this one was still beginning.
+            if name != marker and not (marker is None and name == "FAILED" and self._another_rank_failed()):
                 (self.path / name).unlink(missing_ok=True)
         if marker is not None:
             write_atomic(self.path / marker, f"{text}\n".encode())
+
+    def _another_rank_failed(self) -> bool:
+        """Tell whether FAILED was written since this attempt began, which `tell_failure` does."""
+        return _identity(self.path / "FAILED") not in (None, self._old_failure)
 
     def fail(self, step: int, error: Exception) -> None:
         """Record a failure as far as the disk still lets it: never raises over the error that is on its way.
@@ -181,7 +186,7 @@ class RunDirectory:
         Where another rank has said why, this one only lost contact with it, and its words count.
         """
         reason, marker = message_of(error), self.path / "FAILED"
-        if exit_code_of(error) == EXIT_FAULT and _identity(marker) not in (None, self._old_failure):
+        if exit_code_of(error) == EXIT_FAULT and self._another_rank_failed():
             reason = _text_of(marker).partition(": ")[2] or reason
         with warned_of("the failure was not recorded in events.jsonl"):
             self.event(step, "fail", reason)

@@ -421,11 +421,25 @@ def test_the_rank_that_knows_why_is_kept_by_one_that_lost_contact(tmp_path):
     directory.close()
 
 
+def test_a_rank_that_fails_while_another_begins_is_not_forgotten(tmp_path):
+    tell_failure(tmp_path, 1, 7, NumericsError("long ago"))
+    directory = RunDirectory(tmp_path)
+    tell_failure(tmp_path, 1, 0, NumericsError("a shard is damaged"))
+    directory.mark(None)
+    directory.fail(0, RuntimeError("Connection closed by peer"))
+    assert (tmp_path / "FAILED").read_text() == "step 0: rank 1: a shard is damaged\n"
+    directory.close()
+
+
 def test_what_an_earlier_attempt_left_is_not_taken_for_the_cause(tmp_path):
     tell_failure(tmp_path, 1, 7, NumericsError("long ago"))
     directory = RunDirectory(tmp_path)
     directory.fail(8, RuntimeError("Connection closed by peer"))
     assert (tmp_path / "FAILED").read_text() == "step 8: Connection closed by peer\n"
+    directory.close()
+    directory = RunDirectory(tmp_path)
+    directory.mark(None)
+    assert not (tmp_path / "FAILED").exists()
     directory.close()
 
 
