@@ -123,7 +123,7 @@ def test_workers_end_with_their_parent(then: str, text_shards: Path, model: Path
 
 def test_workers_end_though_a_fork_of_the_parent_lives(text_shards: Path, model: Path) -> None:
     """The fork keeps the pipes open, so the workers cannot tell the parent's end by them."""
-    script = START.format(then="import os\nprint(os.fork(), flush=True)\ntime.sleep(60)")
+    script = START.format(then='import os\nos.write(1, b"%d\\n" % os.fork())\ntime.sleep(60)')
     parent = subprocess.Popen(
         [sys.executable, "-c", script, str(text_shards / "train"), str(model)],
         stdout=subprocess.PIPE,
