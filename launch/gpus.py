@@ -9,10 +9,18 @@ from .environ import num_gpus
 
 def fitting_keys(run: RunConfig, num_workers: int) -> list[str]:
     """Give the `section.key=value` that a run needs for this number of workers, where it differs from its file."""
+    parallel = run.parallel
     keys = [] if run.run.processes == num_workers else [f"run.processes={num_workers}"]
-    if num_workers % (run.parallel.tensor * run.parallel.pipeline):
+    if num_workers % (parallel.tensor * parallel.pipeline) == 0:
+        return keys
+    if num_workers % parallel.pipeline:
+        keys.append("parallel.pipeline=1")
+        keys += ["parallel.virtual_pipeline=1"] if parallel.virtual_pipeline > 1 else []
+        keys += [f"parallel.pipeline_layers=[{run.model.num_layers}]"] if parallel.pipeline_layers else []
+    stages = 1 if num_workers % parallel.pipeline else parallel.pipeline
+    if num_workers % (parallel.tensor * stages):
         keys.append("parallel.tensor=1")
-        keys += ["parallel.sequence=false"] if run.parallel.sequence else []
+        keys += ["parallel.sequence=false"] if parallel.sequence else []
     return keys
 
 

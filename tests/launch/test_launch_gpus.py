@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from in_process import refused
-from run_files import run_of
+from run_files import run_of, run_values
 
 from basestone.launch.gpus import check_gpus, fitting_keys, quickstart_keys
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.load import load_run
+from basestone.trainer.load import load_run, parse_overrides, validate_run
 
 RECIPE = Path(str(resources.files("basestone.recipes").joinpath("quickstart.toml")))
 
@@ -77,9 +77,35 @@ def test_more_workers_than_gpus_are_refused_with_the_keys_to_change(
         (2, 2, True, 2, []),
     ],
 )
-def test_the_keys_that_fit(processes, tensor, sequence, num_workers, keys):
+def test_the_tensor_size_that_fits(processes, tensor, sequence, num_workers, keys):
     run = run_of(run__processes=processes, parallel__tensor=tensor, parallel__sequence=sequence)
     assert fitting_keys(run, num_workers) == keys
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "keys"),
+    [
+        (6, ["run.processes=6"]),
+        (3, ["run.processes=3", "parallel.tensor=1"]),
+        (4, ["run.processes=4", "parallel.pipeline=1", "parallel.pipeline_layers=[3]"]),
+        (1, ["run.processes=1", "parallel.pipeline=1", "parallel.pipeline_layers=[3]", "parallel.tensor=1"]),
+    ],
+)
+def test_the_stages_that_fit(num_workers, keys):
+    run = run_of(
+        run__processes=12, parallel__tensor=2, parallel__pipeline=3, parallel__pipeline_layers=[1, 1, 1]
+    )
+    assert fitting_keys(run, num_workers) == keys
+    values = parse_overrides(keys).get("parallel", {})
+    changed = run_values(
+        **{f"parallel__{key}": value for key, value in (run.parallel.model_dump() | values).items()}
+    )
+    assert validate_run(changed, "run.toml").resolve(num_workers, 200).world_size == num_workers
+
+
+def test_interleaved_stages_go_with_the_pipeline():
+    run = run_of(run__processes=2, parallel__pipeline=2, parallel__virtual_pipeline=2)
+    assert fitting_keys(run, 1) == ["run.processes=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1"]
 
 
 @pytest.mark.parametrize(
