@@ -140,7 +140,10 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None, aske
 
 
 def _first_failure(workers: Sequence[subprocess.Popen[bytes]], known: int | None = None) -> int | None:
-    """Give the rank that is the cause, as far as can be seen; `known` gives way only to one that says why."""
+    """Give the rank that is the cause, as far as can be seen.
+
+    `known` gives way only to one that says why, or says the same.
+    """
 
     def suspicion(rank: int) -> tuple[int, int]:
         code = workers[rank].returncode
@@ -153,8 +156,10 @@ def _first_failure(workers: Sequence[subprocess.Popen[bytes]], known: int | None
     worst = min(failed, key=suspicion, default=None)
     if known is None or worst is None:
         return worst
-    known_says_why, worst_says_why = (workers[rank].returncode in EXITS_THAT_SAY_WHY for rank in (known, worst))
-    return worst if worst_says_why and not known_says_why else known
+    known_code, worst_code = workers[known].returncode, workers[worst].returncode
+    # Ranks that say the same: the first of them, and rank 0 has said it on this terminal.
+    gives_way = known_code not in EXITS_THAT_SAY_WHY or known_code == worst_code
+    return worst if worst_code in EXITS_THAT_SAY_WHY and gives_way else known
 
 
 def _explain(rank: int, code: int, log_dir: Path | None) -> None:

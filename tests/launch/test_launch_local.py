@@ -199,11 +199,31 @@ def test_the_rank_that_says_why_is_the_cause(codes, cause):
     assert local._first_failure([Ended(code) for code in codes]) == cause
 
 
-@pytest.mark.parametrize(("codes", "cause"), [([1, 76], 1), ([1, -9], 0), ([74, 76], 1), ([64, 1], 0)])
-def test_a_cause_gives_way_only_to_one_that_says_why(codes, cause):
-    """Rank 1, or rank 0 where it says why, was seen before the other had ended."""
-    known = codes.index(76) if codes == [74, 76] else 0
+@pytest.mark.parametrize(
+    ("codes", "known", "cause"),
+    [
+        ([1, 76], 0, 1),
+        ([1, -9], 0, 0),
+        ([74, 76], 1, 1),
+        ([64, 1], 0, 0),
+        ([1, 76, 76], 2, 1),
+        ([64, 64], 1, 0),  # both say the same, and rank 0 has said it here
+    ],
+)
+def test_a_cause_gives_way_only_to_one_that_says_why_or_the_same(codes, known, cause):
     assert local._first_failure([Ended(code) for code in codes], known) == cause
+
+
+def test_what_all_ranks_say_is_said_once(run, tmp_path, capfd):
+    """Rank 0 says it last."""
+    program = """
+        import os, sys, time
+        time.sleep(0.3 if os.environ["RANK"] == "0" else 0)
+        print("wrong key", file=sys.stderr)
+        sys.exit(64)
+    """
+    assert run(program, 3, tmp_path / "logs") == 64
+    assert capfd.readouterr().err == "wrong key\n"
 
 
 def test_a_rank_that_says_why_is_heard_after_one_that_lost_contact(run, tmp_path, capfd):
