@@ -74,3 +74,13 @@ def test_the_tree_names_what_is_there():
 def test_the_two_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`?make ([\w-]+)`?", README)) <= targets
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_proof():
+    words = shlex.split(block("sh", "basestone verify"))
+    done = subprocess.run(command(*words[1:]), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed, shown = done.stdout.splitlines(), block("text", "3 layouts equal").splitlines()
+    assert (printed[0], printed[-1], len(printed)) == (shown[0], shown[-1], len(shown))
