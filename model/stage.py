@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .decoder import Decoder
+from .decoder import Decoder, Embedding
 from .initial import initial_piece
 from .layout import decoder_layout
 from .pipeline import Chunk
@@ -20,6 +21,7 @@ class Stage(nn.Module):
     """A rank's chunks as one module, whose parameters carry their global names."""
 
     chunks: list[Decoder]
+    embed: Embedding
 
     def __init__(
         self, model: ModelConfig, config: TransformerConfig, chunks: Sequence[Chunk], *, recompute: bool = False
@@ -32,7 +34,7 @@ class Stage(nn.Module):
         for number, chunk in enumerate(built):
             chunk.config = schedule
             chunk.vp_stage = number if len(built) > 1 else None
-            self.layers.update(chunk.layers)
+            self.layers.update(dict(chunk.layers.items()))
             for name in ("embed", "norm", "head"):
                 if hasattr(chunk, name):
                     setattr(self, name, getattr(chunk, name))
@@ -71,7 +73,7 @@ def _schedule_config(config: TransformerConfig, num_chunks: int) -> TransformerC
     return schedule
 
 
-def prepare_parameters(stage: nn.Module, model: ModelConfig, seed: int | None) -> None:
+def prepare_parameters(stage: Stage, model: ModelConfig, seed: int | None) -> None:
     """Mark every parameter with its place in the layout and, with a seed, fill it with its initial values.
 
     Megatron-core and DeepSpeed read `tensor_model_parallel`, `partition_dim`, `partition_stride`. `owned` is ours: of
@@ -82,17 +84,18 @@ def prepare_parameters(stage: nn.Module, model: ModelConfig, seed: int | None) -
     table = decoder_layout(model)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    second_copy = {id(copy) for copy in getattr(stage, "tied_copies", []) if not stage.chunks[0].first}
+    second_copies = {id(copy) for copy in stage.tied_copies if not stage.chunks[0].first}
+    parameter: Any
     for name, parameter in stage.named_parameters():
-        row = table[name]
+        row, is_copy = table[name], id(parameter) in second_copies
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         cut = row.axis is not None and tp_size > 1
         if cut:
             parameter.tensor_model_parallel = True
             parameter.partition_dim = row.axis
             parameter.partition_stride = row.parts
-        parameter.owned = (cut or tp_rank == 0) and id(parameter) not in second_copy
-        if id(parameter) in second_copy:
+        parameter.owned = (cut or tp_rank == 0) and not is_copy
+        if is_copy:
             parameter.ds_pipe_replicated = True
             parameter.tensor_model_parallel = False
         if not parameter.tensor_model_parallel:

@@ -55,7 +55,7 @@ class EngineState:
     def fragments(self) -> Iterator[Fragment]:
         """Give every fragment that this rank owns, in the order of the parameters' names."""
         for name in sorted(self._parameters):
-            parameter = self._parameters[name]
+            parameter: Any = self._parameters[name]
             place = self._place(parameter)
             if place is None:
                 continue

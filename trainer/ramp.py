@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+ENDLESS = 1 << 62  # steps
+
 
 class Phase(NamedTuple):
     """Steps from `first_step` on take `global_batch` sequences each."""
@@ -21,9 +23,20 @@ class Phase(NamedTuple):
 class RampRow(Protocol):
     """A row of `train.ramp`: one of the two ends is given."""
 
-    global_batch: int
-    until_step: int | None
-    until_tokens: int | None
+    @property
+    def global_batch(self) -> int:
+        """Sequences of its steps."""
+        ...
+
+    @property
+    def until_step(self) -> int | None:
+        """The first step after it."""
+        ...
+
+    @property
+    def until_tokens(self) -> int | None:
+        """Or the tokens of the run at which it ends, rounded up to a step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,10 @@ class BatchSchedule:
             before = self.tokens_before(first)
             step = first - (before - tokens) // a_step  # rounded up
             if step <= end:
-                return int(step)
+                return step
         raise AssertionError("the last phase goes on for ever")
 
-    def _spans(self) -> Iterator[tuple[int, float, int]]:
-        ends = [phase.first_step for phase in self.phases[1:]] + [float("inf")]
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        ends = [*(phase.first_step for phase in self.phases[1:]), ENDLESS]
         for phase, end in zip(self.phases, ends, strict=True):
             yield phase.first_step, end, phase.global_batch * self.sequence_length
