@@ -24,7 +24,6 @@ import torch
 from .runtime import become_rank
 
 TIMEOUT_S = 600.0
-GRACE_S = 1.0  # after the first failure, to learn of one that caused it
 PR_SET_PDEATHSIG = 1
 
 
@@ -34,8 +33,22 @@ class RankDied(RuntimeError):
     exit_code = 76
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+def threads_each(size: int) -> int:
+    """Give a rank's share of the cores, where there are `size` ranks."""
+    return max(1, (os.cpu_count() or 1) // size)
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    size: int,
+    *args: Any,
+    timeout_s: float = TIMEOUT_S,
+    num_threads: int | None = None,
+) -> list[Any]:
     """Give what `function(*args)` returned on each of `size` ranks.
+
+    Args:
+        num_threads: of torch on each rank; by default its share of the cores.
 
     Raises:
         RankDied: a rank was killed or gave no answer in time.
@@ -46,11 +59,12 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
         store = Path(folder) / "store"
         pipes: list[Connection] = []
         children: list[BaseProcess] = []
+        threads = num_threads or threads_each(size)
         try:
             for rank in range(size):
                 parent, child = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(
-                    target=_be_rank, args=(function, rank, size, store, child, args)
+                process = context.Process(
+                    target=_be_rank, args=(function, rank, size, threads, store, child, args)
                 )
                 process.start()
                 child.close()
@@ -64,11 +78,17 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout_s: fl
 
 
 def _be_rank(
-    function: Callable[..., Any], rank: int, size: int, store: Path, pipe: Connection, args: Sequence[Any]
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    threads: int,
+    store: Path,
+    pipe: Connection,
+    args: Sequence[Any],
 ) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     become_rank(rank, size, store)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    torch.set_num_threads(threads)
     try:
         pipe.send((True, function(*args)))
     except BaseException as error:  # a failing rank must answer, or the parent waits
@@ -79,33 +99,25 @@ def _be_rank(
 
 def _collect(pipes: Sequence[Connection], children: Sequence[BaseProcess], timeout_s: float) -> list[Any]:
     answers: dict[int, Any] = {}
-    failures: list[BaseException] = []
-    open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline_s = time.monotonic() + timeout_s
-    while open_pipes:
-        ready: list[Any] = wait(list(open_pipes), timeout=max(0.0, deadline_s - time.monotonic()))
-        if not ready and not failures:
-            failures.append(
-                RankDied(f"rank {min(open_pipes.values())} gave no answer within {timeout_s:.0f} s")
-            )
+    while len(answers) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
+        ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
         if not ready:
-            break
+            raise RankDied(f"rank {min(waiting.values())} gave no answer within {timeout_s:.0f} s")
+        died = None
         for pipe in ready:
-            rank = open_pipes.pop(pipe)
+            rank = waiting[pipe]  # type: ignore[index]
             try:
-                good, answers[rank] = pipe.recv()
+                good, answers[rank] = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
-                children[rank].join()
-                code = children[rank].exitcode
-                # It is the cause: the others fail because they lost contact with it.
-                failures.insert(0, RankDied(f"rank {rank} died without an answer (exit code {code})"))
+                died = rank
                 continue
             if not good:
                 error, text = answers[rank]
                 error.add_note(text)  # a note of the rank's own would not survive the pipe
-                failures.append(error)
-        if failures:
-            deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
-    if failures:
-        raise failures[0]
+                raise error
+        if died is not None:
+            children[died].join()
+            raise RankDied(f"rank {died} died without an answer (exit code {children[died].exitcode})")
     return [answers[rank] for rank in range(len(pipes))]
