@@ -50,7 +50,8 @@ SAME_ARITHMETIC_TOLERANCE = 1e-4
 class Verdict:
     """How one layout compares: the largest relative differences over all steps.
 
-    `first` names where the first miss was seen: the step (from 1), then the parameter or the number.
+    `first` names where the first miss was seen: the step (from 1), then the parameter, or the number and the worst
+    gradient.
     """
 
     layout: str
@@ -158,15 +159,35 @@ class Verification:
                 lr = ranks[0][step][3]
                 apart = _worst(piece.update for piece in pieces) / (lr * max(root, GRADIENT_FLOOR * model_root))
                 found["update", f"the update of {name}"] = apart, limit
-            for (kind, what), (apart, bound) in found.items():
+            for (kind, _), (apart, _) in found.items():
                 worst[kind] = _worst((worst[kind], apart))
-                if not apart <= bound and not first:
-                    first = f"step {step + 1}: {what} is off by {apart:.1e} (limit {bound:.0e})"
+            first = first or _first_miss(step, found)
         return Verdict(str(layout), not first, **worst, first=first, seconds=seconds)
 
 
 def _relative(value: float, expected: float) -> float:
     return abs(value - expected) / abs(expected) if expected else abs(value)
+
+
+def _first_miss(step: int, found: dict[tuple[str, str], tuple[float, float]]) -> str:
+    """Name the first miss; a number of the whole model does not tell where, so the worst gradient follows it.
+
+    Not one that is off as far as the norm is: clipping carries that into every gradient.
+    """
+    misses = {key: apart for key, (apart, bound) in found.items() if not apart <= bound}
+    if not misses:
+        return ""
+
+    def text(key: tuple[str, str]) -> str:
+        return f"{key[1]} is off by {found[key][0]:.1e} (limit {found[key][1]:.0e})"
+
+    first = next(iter(misses))
+    clipped = 2 * found["norm", "the gradient norm"][0]
+    gradients = [key for key in misses if key[0] == "gradient" and not misses[key] <= clipped]
+    if first[0] in ("loss", "norm") and gradients:
+        worst = max(gradients, key=lambda key: math.inf if math.isnan(misses[key]) else misses[key])
+        return f"step {step + 1}: {text(first)}; at worst {text(worst)}"
+    return f"step {step + 1}: {text(first)}"
 
 
 def _worst(values: Any) -> float:
