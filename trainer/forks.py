@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -92,9 +93,19 @@ def _be_rank(
     try:
         pipe.send((True, function(*args)))
     except BaseException as error:  # a failing rank must answer, or the parent waits
-        pipe.send((False, (error, traceback.format_exc())))
+        pipe.send((False, (_portable(error), traceback.format_exc())))
+        signal.pause()  # its end would be an error of the others, and hide this one; the parent kills it
     pipe.close()
     os._exit(0)  # no atexit: groups may be half gone
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Give the error, or its text where pickle cannot make it again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _collect(pipes: Sequence[Connection], children: Sequence[BaseProcess], timeout_s: float) -> list[Any]:
@@ -105,19 +116,20 @@ def _collect(pipes: Sequence[Connection], children: Sequence[BaseProcess], timeo
         ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
         if not ready:
             raise RankDied(f"rank {min(waiting.values())} gave no answer within {timeout_s:.0f} s")
-        died = None
+        died = failed = None
         for pipe in ready:
             rank = waiting[pipe]  # type: ignore[index]
             try:
                 good, answers[rank] = pipe.recv()  # type: ignore[union-attr]
-            except EOFError:
+            except (EOFError, OSError):  # the latter in the middle of an answer
                 died = rank
                 continue
-            if not good:
-                error, text = answers[rank]
-                error.add_note(text)  # a note of the rank's own would not survive the pipe
-                raise error
-        if died is not None:
+            failed = failed or (None if good else answers[rank])
+        if died is not None:  # first: another's error may be the loss of contact with it
             children[died].join()
             raise RankDied(f"rank {died} died without an answer (exit code {children[died].exitcode})")
+        if failed is not None:
+            error, text = failed
+            error.add_note(text)  # a note of the rank's own would not survive the pipe
+            raise error
     return [answers[rank] for rank in range(len(pipes))]
