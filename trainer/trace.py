@@ -7,6 +7,7 @@ looks at the boxes of its own fragments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -136,4 +137,4 @@ class Trace:
 def _worse(largest: float, values: Tensor) -> float:
     """Give the larger one; what is not a number is worse than any."""
     value = float(values.max())
-    return largest if value <= largest else value
+    return largest if value <= largest or math.isnan(largest) else value

@@ -194,7 +194,7 @@ def _worst(values: Any) -> float:
     """Give the largest; what is not a number is worse than any."""
     largest = 0.0
     for value in values:
-        if not value <= largest:
+        if not (value <= largest or math.isnan(largest)):
             largest = value
     return largest
 
