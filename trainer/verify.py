@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +93,7 @@ class Verification:
             update={
                 "model": run.model.model_copy(update={"dropout": 0.0}),
                 "optimizer": run.optimizer.model_copy(update={"eps": max(EPSILON, run.optimizer.eps)}),
-                "train": run.train.model_copy(update={**train, "steps": run.train.steps or steps}),
+                "train": run.train.model_copy(update={**train, "steps": max(steps, run.train.steps or 0)}),
             }
         )
         self._places, self._steps, self._dtype = places, steps, dtype
@@ -190,13 +190,10 @@ def _first_miss(step: int, found: dict[tuple[str, str], tuple[float, float]]) ->
     return f"step {step + 1}: {text(first)}"
 
 
-def _worst(values: Any) -> float:
-    """Give the largest; what is not a number is worse than any."""
-    largest = 0.0
-    for value in values:
-        if not (value <= largest or math.isnan(largest)):
-            largest = value
-    return largest
+def _worst(values: Iterable[float]) -> float:
+    """Give the largest; what is not a number is worse than any, and what no rank holds is infinitely far off."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=math.inf)
 
 
 def _steps(
