@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -116,6 +116,9 @@ def _describe(error: ValidationError) -> Iterator[str]:
 def _fields_at(location: Sequence[str]) -> Iterator[str]:
     model: Any = RunConfig
     for part in location:
+        if part.isdigit() and get_args(model):  # a row of a list of tables
+            model = get_args(model)[0]
+            continue
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return
