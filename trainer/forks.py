@@ -25,6 +25,7 @@ import torch
 from .runtime import become_rank
 
 TIMEOUT_S = 600.0
+GRACE_S = 1.0  # after the first failure, to learn of one that caused it
 PR_SET_PDEATHSIG = 1
 
 
@@ -64,7 +65,7 @@ def run_ranks(
         try:
             for rank in range(size):
                 parent, child = context.Pipe(duplex=False)
-                process = context.Process(
+                process: BaseProcess = context.Process(
                     target=_be_rank, args=(function, rank, size, threads, store, child, args)
                 )
                 process.start()
@@ -110,26 +111,33 @@ def _portable(error: BaseException) -> BaseException:
 
 def _collect(pipes: Sequence[Connection], children: Sequence[BaseProcess], timeout_s: float) -> list[Any]:
     answers: dict[int, Any] = {}
+    failures: list[BaseException] = []
+    open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline_s = time.monotonic() + timeout_s
-    while len(answers) < len(pipes):
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
-        ready = wait(list(waiting), timeout=max(0.0, deadline_s - time.monotonic()))
+    while open_pipes:
+        ready: list[Any] = wait(list(open_pipes), timeout=max(0.0, deadline_s - time.monotonic()))
+        if not ready and not failures:
+            failures.append(
+                RankDied(f"rank {min(open_pipes.values())} gave no answer within {timeout_s:.0f} s")
+            )
         if not ready:
-            raise RankDied(f"rank {min(waiting.values())} gave no answer within {timeout_s:.0f} s")
-        died = failed = None
+            break
         for pipe in ready:
-            rank = waiting[pipe]  # type: ignore[index]
+            rank = open_pipes.pop(pipe)
             try:
-                good, answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                good, answers[rank] = pipe.recv()
             except (EOFError, OSError):  # the latter in the middle of an answer
-                died = rank
+                children[rank].join()
+                code = children[rank].exitcode
+                # It is the cause: the others fail because they lost contact with it.
+                failures.insert(0, RankDied(f"rank {rank} died without an answer (exit code {code})"))
                 continue
-            failed = failed or (None if good else answers[rank])
-        if died is not None:  # first: another's error may be the loss of contact with it
-            children[died].join()
-            raise RankDied(f"rank {died} died without an answer (exit code {children[died].exitcode})")
-        if failed is not None:
-            error, text = failed
-            error.add_note(text)  # a note of the rank's own would not survive the pipe
-            raise error
+            if not good:
+                error, text = answers[rank]
+                error.add_note(text)  # a note of the rank's own would not survive the pipe
+                failures.append(error)
+        if failures:
+            deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
+    if failures:
+        raise failures[0]
     return [answers[rank] for rank in range(len(pipes))]
