@@ -18,6 +18,15 @@ EXIT_FAULT = 1  # of the program, or the loss of contact with another rank
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
+CONTACT_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+
+
 class BasestoneError(Exception):
     """An error whose message is written for the user: what, what was got, how to fix it."""
 
@@ -55,8 +64,15 @@ def exit_code_of(error: BaseException) -> int:
     return getattr(error, "exit_code", EXIT_FAULT)
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Tell whether a rank only lost contact with another one: an effect, by the words of gloo and NCCL."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CONTACT_WORDS)
+
+
 def message_of(error: BaseException) -> str:
     """Give what to tell the user about an error."""
+    if lost_contact(error):
+        return "lost contact with another rank: it failed, was killed, or its machine is gone; its own log says why"
     if isinstance(error, OSError) and exit_code_of(error) == EXIT_STORAGE:
         place = "" if error.filename is None else f": {error.filename}"
         return (

@@ -16,7 +16,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from .errors import EXIT_FAULT, EXIT_STOPPED, exit_code_of, message_of
+from .errors import EXIT_FAULT, EXIT_STOPPED, exit_code_of, lost_contact, message_of
 
 warnings.filterwarnings("ignore")  # of libraries, at import; what users must know is said by ourselves
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         commands[arguments.command](arguments)
     except Exception as error:
         code = exit_code_of(error)
-        if arguments.debug or code == EXIT_FAULT:
+        if arguments.debug or (code == EXIT_FAULT and not lost_contact(error)):
             traceback.print_exc()
         print(f"{'' if code == EXIT_STOPPED else 'error: '}{message_of(error)}", file=sys.stderr, flush=True)
         os._exit(
