@@ -64,8 +64,5 @@ def install_shims() -> None:
     # The pipeline schedule waits for the device around its sends and receives.
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     schedules.torch = _TorchOnCpu("torch")
-    # tensor_parallel.checkpoint saves and restores the CUDA generator around a recomputed layer.
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

@@ -22,7 +22,7 @@ from .engine_state import MASTER, STATE_KEYS, EngineState
 from .errors import CheckpointError, ConfigError, message_of
 from .runtime import Runtime
 from .storage import RankWriter, Reader, commit, remove, steps_in
-from .weights import FP32_BYTES, CheckpointTensors, index_of
+from .weights import CheckpointTensors, index_of
 
 log = logging.getLogger(__name__)
 TENSORS = [MASTER, *STATE_KEYS]
@@ -217,11 +217,6 @@ class Checkpointer:
                 tensors.fill(key, fragment.name, host, runtime.tp_rank, runtime.tp_size, fragment.start)
                 if host is not target:
                     target.copy_(host)
-
-
-def checkpoint_bytes(num_parameters: int) -> int:
-    """Size of one checkpoint on disk: fp32 master and two moments."""
-    return num_parameters * FP32_BYTES * len(TENSORS)
 
 
 def newest_good(run_dir: Path, attempts: int = 5) -> Reader:

@@ -108,6 +108,24 @@ def test_bf16_goes_on_bit_for_bit(tmp_path, zero):
     assert run_ranks(_load_and_train, 2, run, str(tmp_path))[0] == saved[SAVED_AT:]
 
 
+def _load_into_a_trained_engine(run, folder):
+    """Go back in the same process: what the engine worked with must not outlive the checkpoint that is loaded."""
+    engine = make_engine(run)
+    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=2)
+    train(engine, run, range(SAVED_AT))
+    keeper.save(SAVED_AT, engine.state, {"step": SAVED_AT, "optimizer_steps": engine.state.steps})
+    first = train(engine, run, range(SAVED_AT, STEPS))
+    keeper.restore(engine.state, lambda state: None)
+    return first, train(engine, run, range(SAVED_AT, STEPS))
+
+
+@pytest.mark.parametrize("name", ["dp2-z0", "dp2-z1", "dp2-z2", "dp2-z3", "pp2-z3"])
+def test_an_engine_goes_back_to_a_checkpoint(tmp_path, name):
+    size, run = run_of("gpt2", name)
+    for first, second in run_ranks(_load_into_a_trained_engine, size, run, str(tmp_path)):
+        assert first == second
+
+
 def _save_initial(run, folder):
     engine = make_engine(run)
     keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=1)
