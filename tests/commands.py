@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -16,6 +18,28 @@ def environment() -> dict[str, str]:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "basestone.launch", *map(str, arguments)]
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and any(done >= step for done in _whole_steps(run_dir)):
+            return
+        time.sleep(0.02)
+    output = process.stdout.read() if process.poll() is not None else "still running"
+    raise AssertionError(f"step {step} was not reached: {output}")
+
+
+def _whole_steps(run_dir: Path) -> list[int]:
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = text.split("\n")[:-1]
+    return [json.loads(line)["step"] for line in lines if '"step"' in line]
 
 
 def steps_of(run_dir: Path) -> dict[int, dict]:
