@@ -41,6 +41,8 @@ def worker_environment(rank: int, num_workers: int, rendezvous: Path) -> dict[st
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local workers need no other interface to listen on
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Asking the driver whether there is a GPU would take CUDA from the ranks that `verify` forks.
+    environment.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if num_gpus() == 0:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     return environment

@@ -114,7 +114,14 @@ def test_a_worker_beside_gpus_keeps_deepspeeds_choice(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR"]
+    "name",
+    [
+        "OMP_NUM_THREADS",
+        "GLOO_SOCKET_IFNAME",
+        "TOKENIZERS_PARALLELISM",
+        "DS_ACCELERATOR",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+    ],
 )
 def test_what_the_user_has_set_is_kept(monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, "mine")
