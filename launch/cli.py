@@ -148,6 +148,9 @@ def verify(
     Runs the file's model on the file's data in small batches, first in one process, then in each layout. A layout is
     named like tp2-sp-pp2-vp2-dp1-z1: tensor, sequence, pipeline, virtual stages, data, ZeRO stage.
     """
+    from .gpus import check_ranks
+
+    check_ranks(num_processes)
     arguments = ["verify", str(run), "--processes", str(num_processes), "--steps", str(steps)]
     arguments += ["--dtype", dtype.value]
     for name, values in (

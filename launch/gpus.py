@@ -39,6 +39,20 @@ def check_gpus(run: RunConfig, num_workers: int) -> None:
         )
 
 
+def check_ranks(num_ranks: int) -> None:
+    """Refuse `verify` more ranks than there are GPUs.
+
+    Raises:
+        ConfigError: with the option to change.
+    """
+    gpus = num_gpus()
+    if num_ranks > gpus > 0:
+        raise ConfigError(
+            f"--processes {num_ranks}, but this machine has {gpus} GPU(s) and every process needs its own; "
+            f"give --processes {gpus}, or CUDA_VISIBLE_DEVICES= to compare on the CPU"
+        )
+
+
 def quickstart_keys(run: RunConfig) -> list[str]:
     """Give the keys that lay the quickstart's recipe out over this machine's GPUs; none on a CPU."""
     gpus = num_gpus()

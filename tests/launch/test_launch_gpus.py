@@ -9,7 +9,7 @@ import pytest
 from in_process import refused
 from run_files import run_of, run_values
 
-from basestone.launch.gpus import check_gpus, fitting_keys, quickstart_keys
+from basestone.launch.gpus import check_gpus, check_ranks, fitting_keys, quickstart_keys
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.load import load_run, parse_overrides, validate_run
 
@@ -127,3 +127,14 @@ def test_without_a_gpu_any_number_is_taken(monkeypatch):
     check_gpus(run_of(), 3)
     with pytest.raises(ConfigError, match="has 3 GPU"):
         check_gpus(run_of(), 4)
+
+
+def test_verify_takes_no_more_ranks_than_gpus(monkeypatch):
+    see_gpus(monkeypatch, 2)
+    with pytest.raises(
+        ConfigError, match=r"--processes 4, but this machine has 2 GPU\(s\).*give --processes 2, or"
+    ):
+        check_ranks(4)
+    check_ranks(2)
+    see_gpus(monkeypatch, 0)
+    check_ranks(4)
