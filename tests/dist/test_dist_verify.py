@@ -144,7 +144,6 @@ EQUAL = [
     ("llama", 4, "pp2-vp2-dp2-z1"),
     ("gpt2", 2, "tp2-z2"),
     ("gpt2", 2, "pp2-z1"),
-    ("gpt2", 4, "tp2-sp-pp2-vp2-z2"),
 ]
 
 
@@ -153,13 +152,8 @@ def test_layouts_equal_one_process(proof, family, processes, name):
     assert_equal(proof(family, processes)(name))
 
 
-EQUAL_IN_BF16 = [
-    ("llama", 2, "tp2-sp-z1"),
-    ("llama", 2, "pp2-vp2-z2"),
-    ("gpt2", 2, "z2"),
-    ("gpt2", 2, "pp2-z1"),
-    ("gpt2", 2, "pp2-z3"),
-]
+# Pipelines: see the gradients that are added up in bf16, below.
+EQUAL_IN_BF16 = [("llama", 2, "tp2-sp-z1"), ("gpt2", 2, "z2"), ("gpt2", 2, "pp2-z3")]
 
 
 @pytest.mark.parametrize(("family", "processes", "name"), EQUAL_IN_BF16)
@@ -188,9 +182,8 @@ def test_every_layout_equals_one_process(proof, family, processes, dtype):
 # ---- planted faults -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", GROUPS)
-def test_sequence_parallel_sums_that_no_hook_makes(proof, family, monkeypatch):
-    one = proof(family, 2)
+def test_sequence_parallel_sums_that_no_hook_makes(proof, monkeypatch):
+    one = proof("llama", 2)
     monkeypatch.setattr(engine.Engine, "_finish_sequence_parallel", lambda self: [])
     named(
         one("tp2-sp-z1"), "step 1: the gradient norm is off", "at worst the gradient of layers.", "norm.weight"
@@ -407,8 +400,8 @@ def test_a_rank_that_fails_is_a_verdict_and_the_next_layout_runs(proof, name, fa
 @pytest.mark.faults
 def test_a_layout_that_hangs_is_a_verdict(proof, monkeypatch):
     one = proof("llama", 2)
-    monkeypatch.setattr(verify, "run_ranks", functools.partial(run_ranks, timeout_s=4))
+    monkeypatch.setattr(verify, "run_ranks", functools.partial(run_ranks, timeout_s=2))
     _fail_in_step_2(monkeypatch, lambda: time.sleep(100))
     verdict = one("pp2-z1")
-    named(verdict, "failed: RankDied: rank 0 gave no answer within 4 s")
-    assert 4 <= verdict.seconds < 30
+    named(verdict, "failed: RankDied: rank 0 gave no answer within 2 s")
+    assert 2 <= verdict.seconds < 30

@@ -26,8 +26,9 @@ def words(*changes: str) -> list[str]:
 
 @pytest.mark.faults
 def test_killed_in_the_second_phase_another_layout_goes_on(tmp_path, corpus, basestone):
+    alone = ("run.processes=1", "parallel.tensor=1", "parallel.zero=0")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = basestone("train", corpus / "run.toml", "--run-dir", whole, *words())
+    done = basestone("train", corpus / "run.toml", "--run-dir", whole, *words(*alone))
     assert done.returncode == 0, done.stderr
     steps = steps_of(whole)
     assert [steps[step]["global_batch"] for step in sorted(steps)] == BATCHES

@@ -166,7 +166,7 @@ def test_the_cause_is_told_where_others_lost_contact_with_it(dies, error, messag
     collect = forks._collect
 
     def late(*arguments):
-        time.sleep(3)
+        time.sleep(1.5)
         return collect(*arguments)
 
     monkeypatch.setattr(forks, "_collect", late)
