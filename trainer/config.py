@@ -250,7 +250,7 @@ class RunConfig(Section):
         parallel, train = self.parallel, self.train
         if dp > global_batch:
             return [
-                f"train.global_batch = {global_batch} is smaller than the {dp} data-parallel ranks; "
+                f"{self._batch_name(global_batch)} is smaller than the {dp} data-parallel ranks; "
                 "raise it or start fewer processes"
             ]
         count = -(-samples_per_reader(global_batch, dp, lanes) // train.micro_batch)
@@ -259,9 +259,14 @@ class RunConfig(Section):
         a_rank = parallel.pipeline * -(-count // parallel.pipeline)
         return [
             f"parallel.virtual_pipeline > 1 takes a multiple of parallel.pipeline = {parallel.pipeline} micro-batches "
-            f"a step; train.global_batch = {global_batch} in micro-batches of {train.micro_batch} on {dp} "
-            f"data-parallel rank(s) makes {count}; train.global_batch = {train.micro_batch * dp * a_rank} would do"
+            f"a step; {self._batch_name(global_batch)} in micro-batches of {train.micro_batch} on {dp} "
+            f"data-parallel rank(s) makes {count}; a batch of {train.micro_batch * dp * a_rank} would do"
         ]
+
+    def _batch_name(self, global_batch: int) -> str:
+        """Give the key that a batch stands under, and the batch."""
+        own = global_batch == self.train.global_batch
+        return f"train.{'' if own else 'ramp: '}global_batch = {global_batch}"
 
     def _problems(self) -> list[str]:
         """Check the rules that join two sections and need no world size."""

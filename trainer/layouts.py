@@ -14,7 +14,7 @@ from .errors import ConfigError
 GRAMMAR = (
     "tensor tpN, sequence parallel sp, pipeline ppN, virtual stages vpN, data dpN, ZeRO zN; e.g. tp2-sp-pp2-z1"
 )
-PART = re.compile(r"(tp|pp|vp|dp|z)(\d+)|sp")
+PART = re.compile(r"(tp|pp|vp|dp|z)(\d{1,6})|sp")
 ZERO_STAGES = (0, 1, 2, 3)
 
 

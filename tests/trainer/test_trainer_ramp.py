@@ -192,7 +192,7 @@ def test_every_phase_must_suit_the_interleaved_schedule():
         train__micro_batch=1,
     )
     (line,) = refusal(run, 2)
-    assert "= 3 in micro-batches of 1" in line and "= 4 would do" in line
+    assert "= 3 in micro-batches of 1" in line and "a batch of 4 would do" in line
 
 
 def test_lanes_divide_every_batch_and_most_micro_batches_are_those_of_the_largest():
