@@ -16,46 +16,48 @@ import time
 
 import torch
 
-import basestone.trainer.engine
+from basestone.model.config import ModelConfig
+from basestone.model.decoder import megatron_config
+from basestone.model.pipeline import chunks_of_ranks
+from basestone.model.stage import Stage, prepare_parameters
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import cut
-from basestone.trainer.config import RunConfig
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.plan import bubble_share
 
 PIPELINE, MICRO_BATCHES, SEQUENCE, VOCAB = 2, (2, 4, 8, 16), 256, 256
 
 
+MODEL = ModelConfig(
+    num_layers=8, hidden_size=512, num_attention_heads=8, max_sequence_length=SEQUENCE, vocab_size=VOCAB
+)
+
+
 def seconds(virtual: int, repeats: int) -> dict[int, float]:
-    """Give the median seconds of forward and backward for each number of micro-batches, on this rank."""
-    run = RunConfig(
-        model={
-            "num_layers": 8,
-            "hidden_size": 512,
-            "num_attention_heads": 8,
-            "max_sequence_length": SEQUENCE,
-            "vocab_size": VOCAB,
-        },
-        data={"train": "nowhere", "tokenizer": "nowhere", "sequence_length": SEQUENCE},
-        train={"steps": 1, "global_batch": max(MICRO_BATCHES), "dtype": "fp32"},
-        optimizer={"lr": 1e-3},
-        parallel={"pipeline": PIPELINE, "virtual_pipeline": virtual, "zero": 1},
-    )
+    """Give the median seconds of the schedule alone for each number of micro-batches, on this rank."""
     runtime = processes.start(pipeline=PIPELINE, virtual_pipeline=virtual)
-    engine = basestone.trainer.engine.Engine(run.resolve(PIPELINE, VOCAB), runtime)
+    config = megatron_config(MODEL, dtype=torch.float32, sequence_parallel=False, on_cpu=runtime.on_cpu)
+    chunks = chunks_of_ranks(MODEL.num_layers, PIPELINE, virtual)[runtime.pp_rank]
+    stage = Stage(MODEL, config, chunks)
+    prepare_parameters(stage, MODEL, seed=0)
     tokens = torch.randint(0, VOCAB, (max(MICRO_BATCHES), SEQUENCE + 1), dtype=torch.int32)
-    weights = torch.ones(max(MICRO_BATCHES), SEQUENCE)
+    batches = cut(tokens, torch.ones(max(MICRO_BATCHES), SEQUENCE), 1)
+
+    def forward_step(iterator, chunk):  # type: ignore[no-untyped-def]
+        batch = next(iterator)
+        return chunk(batch.tokens, batch.labels), lambda losses_bs: (losses_bs.mean(), {})
+
     taken: dict[int, list[float]] = {count: [] for count in MICRO_BATCHES}
     for repeat in range(repeats + 1):
         for count in MICRO_BATCHES:
-            batches = cut(tokens[:count], weights[:count], 1)
             torch.distributed.barrier()
             started_s = time.perf_counter()
-            engine.forward_backward(batches, float(count * SEQUENCE))
+            processes.run_schedule(
+                forward_step, stage.chunks, batches[:count], sequence_length=SEQUENCE, micro_batch=1
+            )
             torch.distributed.barrier()
             if repeat:  # the first round warms up
                 taken[count].append(time.perf_counter() - started_s)
-            engine.update(0.0)
     return {count: statistics.median(values) for count, values in taken.items()}
 
 
