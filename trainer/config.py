@@ -17,6 +17,7 @@ from .ramp import BatchSchedule, Phase
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
+OFFLOAD_STAGES = {"none": 0, "cpu": 2, "nvme": 3}  # the lowest ZeRO stage that each goes with
 
 
 class Section(BaseModel):
@@ -62,6 +63,14 @@ class ParallelSection(Section):
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage", json_schema_extra=FREE)
     ds_config: str | None = Field(
         None, description="DeepSpeed JSON in place of ds_configs/zero<stage>.json", json_schema_extra=FREE
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="where optimizer states lie, and weights from ZeRO-3 on: on the GPU, in host memory or in files",
+        json_schema_extra=FREE,
+    )
+    nvme_path: str | None = Field(
+        None, description='directory on a local disk for `offload = "nvme"`', json_schema_extra=FREE
     )
 
 
@@ -218,7 +227,7 @@ class RunConfig(Section):
         problems += pipeline_problems(
             model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
         )
-        problems += self._problems()
+        problems += self._problems() + self._offload_problems()
         ranks = parallel.tensor * parallel.pipeline
         if world_size % ranks:
             problems.append(
@@ -290,6 +299,45 @@ class RunConfig(Section):
             )
         return problems
 
+    def _offload_problems(self) -> list[str]:
+        """Check what offload goes with; each message names the nearest legal setting."""
+        parallel, problems = self.parallel, []
+        given, least = f'parallel.offload = "{parallel.offload}"', OFFLOAD_STAGES[parallel.offload]
+        if parallel.zero < least:
+            problems.append(
+                f"{given} needs parallel.zero {'= 3' if least == 3 else '>= 2'}, got {parallel.zero}; "
+                f"set parallel.zero = {least}"
+            )
+        if parallel.offload == "nvme" and parallel.nvme_path is None:
+            problems.append(
+                f"{given} needs parallel.nvme_path, a directory on a local disk; "
+                'name one, or set parallel.offload = "cpu"'
+            )
+        if parallel.offload != "nvme" and parallel.nvme_path is not None:
+            problems.append(
+                f'parallel.nvme_path is for parallel.offload = "nvme", got "{parallel.offload}"; take one of them out'
+            )
+        if parallel.offload == "none":
+            return problems
+        if parallel.ds_config is not None:
+            problems.append(
+                f"{given} chooses a DeepSpeed file, and parallel.ds_config names one; "
+                'set parallel.offload = "none" and put the offload sections into that file'
+            )
+        if parallel.pipeline > 1:
+            tensor = parallel.tensor * parallel.pipeline
+            more = (
+                ""
+                if self.model.layout_problems(tensor)
+                else f" (parallel.tensor = {tensor} takes as many ranks)"
+            )
+            problems.append(
+                f"{given} needs parallel.pipeline = 1, got {parallel.pipeline}: several stages keep whole gradients on "
+                f"the device until one reduction a step; set parallel.pipeline = 1 with more tensor parallel{more}, or "
+                'parallel.offload = "none"'
+            )
+        return problems
+
 
 @dataclass(frozen=True)
 class ResolvedRun:
@@ -344,6 +392,8 @@ def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
             data["heldout"] = {name: absolute(path) for name, path in data["heldout"].items()}
         if "tokenizer" in data:
             data["tokenizer"] = absolute(data["tokenizer"])
-    if isinstance(parallel, dict) and parallel.get("ds_config"):
-        parallel["ds_config"] = absolute(parallel["ds_config"])
+    if isinstance(parallel, dict):
+        for key in ("ds_config", "nvme_path"):
+            if parallel.get(key):
+                parallel[key] = absolute(parallel[key])
     return resolved

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
+import shutil
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -38,81 +41,15 @@ from ..model.pipeline import chunks_of_ranks
 from ..model.stage import Stage, prepare_parameters
 from .batch import MicroBatch
 from .config import ResolvedRun
+from .ds_config import deepspeed_config, nvme_sections
 from .engine_state import MASTER, EngineState
 from .errors import ConfigError
 from .gradients import Fp32Accumulation, add_over, gradient_of
 from .runtime import Mpu, Runtime, run_schedule
+from .swap import SwapFolder, swap_folder_problem
 
+MOST_BUILD_S = 600.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What the run file decides: in a DeepSpeed file they would be a second source of truth.
-DERIVED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "bfloat16",
-    "fp16",
-    "amp",
-    "torch_autocast",
-    "data_types",
-    "optimizer",
-    "scheduler",
-    "steps_per_print",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-)
-
-
-def deepspeed_config(resolved: ResolvedRun) -> dict[str, Any]:
-    """Join a DeepSpeed file (ours for the ZeRO stage, or the user's) with the keys that the run file decides.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds keys that the run file decides: all of them at once.
-    """
-    parallel, train = resolved.run.parallel, resolved.run.train
-    if parallel.ds_config is None:
-        name = f"zero{parallel.zero}.json"
-        base = json.loads(resources.files("basestone.ds_configs").joinpath(name).read_text())
-    else:
-        name = parallel.ds_config
-        try:
-            base = json.loads(Path(name).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"parallel.ds_config: {name} cannot be read as JSON: {error}") from error
-        if not isinstance(base, dict) or not isinstance(base.get("zero_optimization", {}), dict):
-            raise ConfigError(
-                f"parallel.ds_config: {name} is no DeepSpeed configuration: it and its sections are tables"
-            )
-    if conflicts := [key for key in DERIVED_KEYS if key in base]:
-        raise ConfigError(f"{name}: take out {', '.join(conflicts)}: the run file decides them")
-    stage = base.get("zero_optimization", {}).get("stage", 0)
-    if stage != parallel.zero:
-        raise ConfigError(
-            f"{name}: its zero_optimization.stage is {stage}, but parallel.zero = {parallel.zero}"
-        )
-    derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # the schedule counts micro-batches; DeepSpeed sees one a step
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if parallel.zero == 0 else train.clip,
-        "steps_per_print": 1 << 60,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # offload works with torch's AdamW, which needs no compiler
-    }
-    if train.dtype != "fp32":
-        derived[train.dtype] = {"enabled": True}
-        # One micro-batch adds nothing up, and DeepSpeed then reduces half the bytes.
-        if resolved.most_micro_batches > 1:
-            derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    if train.dtype == "bf16":
-        derived["bf16"]["immediate_grad_update"] = True
-    if parallel.pipeline > 1 and parallel.zero:
-        section = {**base["zero_optimization"], "stage": max(2, parallel.zero)}
-        if parallel.zero == 3:
-            # The norm takes one reduction over the stages for every sub-group: they need equally many.
-            section["sub_group_size"] = 1 << 60
-        derived["zero_optimization"] = section
-    return {**base, **derived}
 
 
 class Engine:
@@ -130,7 +67,8 @@ class Engine:
             # Its build guards itself with a lock file: a process killed meanwhile hangs every later run for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed_logger.setLevel(logging.ERROR)
-        config = deepspeed_config(resolved)
+        config = deepspeed_config(resolved, pin_memory=not runtime.on_cpu)
+        self._swap_folders = _swap_folders(config)
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(verbose=False)
         self.module = self._build(resolved, config)
@@ -322,6 +260,69 @@ class Engine:
         """Give this rank's part of the summed loss in nats, without dropout and z-loss; like `forward_backward`."""
         self.module.eval()
         return self._run(micro_batches, 1.0, forward_only=True)
+
+    def close(self) -> None:
+        """Remove this rank's swap files; safe after an exception."""
+        for folder in self._swap_folders:
+            folder.close()
+
+
+def check_deepspeed(resolved: ResolvedRun) -> None:
+    """Refuse, before any process group is made, what DeepSpeed cannot do on this machine.
+
+    Raises:
+        ConfigError: the DeepSpeed file is wrong, or there is swapping to files and it cannot be had.
+    """
+    if not (sections := nvme_sections(deepspeed_config(resolved))):
+        return
+    for path in sorted({section["nvme_path"] for section in sections}):
+        if problem := swap_folder_problem(Path(path)):
+            raise ConfigError(f"offload to NVMe: {path} {problem}; name another directory on a local disk")
+    if problem := _async_io_problem():
+        raise ConfigError(
+            f'offload to NVMe: {problem}; or set parallel.offload = "cpu", which needs no compiler'
+        )
+
+
+def _async_io_problem() -> str | None:
+    """Build and load DeepSpeed's file operations; give what is missing, or None."""
+    builder = AsyncIOBuilder()
+    if not installed_ops.get(builder.name) and (missing := _build_problem(builder)):
+        return missing
+    try:
+        with _quiet():
+            builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"DeepSpeed's file operations cannot be built: {reason[0]}"
+    return None
+
+
+def _build_problem(builder: AsyncIOBuilder) -> str | None:
+    """Say what a build would lack or wait for; None where it can begin."""
+    from torch.utils import cpp_extension  # not above: it takes seconds, and few runs compile
+
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        return "DeepSpeed compiles its file operations, and there is no C++ compiler; install g++"
+    if not builder.is_compatible(verbose=False):
+        return "libaio and its headers are missing; install libaio-dev (libaio-devel)"
+    for name in ("pin_memory", builder.name):
+        lock = Path(cpp_extension._get_build_directory(name, verbose=False)) / "lock"
+        with contextlib.suppress(FileNotFoundError):
+            while time.time() - lock.stat().st_mtime < MOST_BUILD_S:
+                time.sleep(1)
+            # torch itself would wait for ever on what a killed build left
+            return f"{lock} says that they are being built, for more than 10 minutes; remove it"
+    return None
+
+
+def _swap_folders(config: dict[str, Any]) -> list[SwapFolder]:
+    """Give each section that swaps to files a directory that no other run writes to."""
+    sections = nvme_sections(config)
+    folders = {path: SwapFolder(Path(path)) for path in {section["nvme_path"] for section in sections}}
+    for section in sections:
+        section["nvme_path"] = str(folders[section["nvme_path"]].path)
+    return list(folders.values())
 
 
 class _EngineChunk(nn.Module):

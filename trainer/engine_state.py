@@ -8,10 +8,14 @@ the weight initialisation know nothing else of DeepSpeed.
     BF16_Optimizer             ZeRO-1 bf16, fp32 accumulation   flat partitions of each group
     DeepSpeedZeroOptimizer_Stage3  ZeRO-3                       flat partitions of each sub-group
     torch.optim.AdamW          ZeRO-0 fp32                      the parameters themselves
+
+With the optimizer offloaded to NVMe, stage 3 keeps masters and states of a large enough sub-group in files, and their
+tensors are empty. Here such a sub-group is read while its fragments are looked at, and written back after.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -53,19 +57,56 @@ class EngineState:
         return self._optimizer is self._inner
 
     def fragments(self) -> Iterator[Fragment]:
-        """Give every fragment that this rank owns, in the order of the parameters' names."""
+        """Give every fragment that this rank owns: sub-groups that lie in files one by one, else in order of names.
+
+        A fragment's tensors are valid until the next one is asked for: after that, those of a sub-group in files are
+        written back and emptied.
+        """
+        names_of: dict[int | None, list[str]] = {}
         for name in sorted(self._parameters):
-            parameter: Any = self._parameters[name]
-            place = self._place(parameter)
-            if place is None:
-                continue
-            flat, offset, start, numel = place
-            if not numel:
-                continue
-            tensors = {MASTER: flat.detach().view(-1).narrow(0, offset, numel)}
-            for key in STATE_KEYS:
-                tensors[key] = self._inner.state[flat][key].view(-1).narrow(0, offset, numel)
-            yield Fragment(name, start, numel, parameter.owned, tensors)
+            names_of.setdefault(self._swapped_group(self._parameters[name]), []).append(name)
+        for group, names in names_of.items():
+            with self._in_memory(group):
+                for name in names:
+                    fragment = self._fragment(name)
+                    if fragment is not None:
+                        yield fragment
+
+    def _fragment(self, name: str) -> Fragment | None:
+        parameter: Any = self._parameters[name]
+        place = self._place(parameter)
+        if place is None or not place[3]:
+            return None
+        flat, offset, start, numel = place
+        tensors = {MASTER: flat.detach().view(-1).narrow(0, offset, numel)}
+        for key in STATE_KEYS:
+            tensors[key] = self._inner.state[flat][key].view(-1).narrow(0, offset, numel)
+        return Fragment(name, start, numel, parameter.owned, tensors)
+
+    def _swapped_group(self, parameter: nn.Parameter) -> int | None:
+        """Give the sub-group of a parameter whose master and states lie in files; None where they do not."""
+        optimizer = self._optimizer
+        if not getattr(optimizer, "swap_optimizer", False):
+            return None
+        group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+        return group if self._is_swapped(group) else None
+
+    def _is_swapped(self, group: int) -> bool:
+        optimizer = self._optimizer
+        return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
+
+    @contextlib.contextmanager
+    def _in_memory(self, group: int | None) -> Iterator[None]:
+        """Read a sub-group that lies in files, and write it back; nothing to do for None."""
+        if group is None:
+            yield
+            return
+        self._optimizer._optimizer_states_and_gradient_swap_in(group)
+        try:
+            yield
+        finally:
+            # Leaves gradients that wait for the step alone; DeepSpeed's swap-out would forget them.
+            self._optimizer._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
 
     @property
     def steps(self) -> int:
@@ -82,29 +123,30 @@ class EngineState:
         optimizer = self._optimizer
         if self.is_replicated:
             return
-        if hasattr(optimizer, "fp16_partitioned_groups_flat"):
+        if self._is_stage3:
             self._refresh_stage3()
         else:
             optimizer.update_lp_params()
 
     def _refresh_stage3(self) -> None:
         optimizer = self._optimizer
-        for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            working = optimizer.fp16_partitioned_groups_flat[index]
-            working.data.copy_(master.data)
-            pieces = optimizer.unflatten(working, optimizer.fp16_partitioned_groups[index])
-            for partition, piece in zip(optimizer.fp16_partitioned_groups[index], pieces, strict=True):
-                partition.data = piece.data
+        for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+            with self._in_memory(index if self._is_swapped(index) else None):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if persistent := optimizer.persistent_parameters:  # small parameters that stay gathered
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    @property
+    def _is_stage3(self) -> bool:
+        return hasattr(self._optimizer, "fp16_partitioned_groups_flat")
 
     def _place(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
         """Give (flat master, offset in it, start in the parameter's piece, elements), None where it is not ours."""
         optimizer = self._optimizer
         if self.is_replicated:
             return parameter, 0, 0, parameter.numel()
-        if hasattr(optimizer, "grad_position"):  # stage 3
+        if self._is_stage3:
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             size = parameter.ds_tensor.ds_numel
             start = dist.get_rank(self._dp_group) * size
@@ -142,8 +184,10 @@ class EngineState:
     def _create_states(self) -> None:
         """Make AdamW's states at zero: torch makes them at the first step, after a checkpoint would be loaded."""
         fused = bool(self._inner.defaults.get("fused"))
-        for flat in self._flat_masters():
-            if "step" not in self._inner.state[flat]:
+        for index, flat in enumerate(self._flat_masters()):
+            if "step" in self._inner.state[flat]:
+                continue
+            with self._in_memory(index if self._is_swapped(index) else None):
                 device = flat.device if fused else torch.device("cpu")
                 self._inner.state[flat] = {
                     "step": torch.zeros((), dtype=torch.float32, device=device),

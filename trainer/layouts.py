@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from .config import RunConfig
+from .config import OFFLOAD_STAGES, RunConfig
 from .errors import ConfigError
 
 GRAMMAR = (
@@ -44,7 +44,10 @@ class Layout:
         return self.tensor * self.pipeline * self.data
 
     def of(self, run: RunConfig) -> RunConfig:
-        """Lay a run out like this; a map of its layers to stages is kept where the number of stages agrees."""
+        """Lay a run out like this.
+
+        A map of its layers to stages is kept where the number of stages agrees, offload where it goes with the layout.
+        """
         values: dict[str, Any] = run.parallel.model_dump()
         values |= {
             "tensor": self.tensor,
@@ -57,6 +60,8 @@ class Layout:
             values["pipeline_layers"] = None
         if self.zero != run.parallel.zero:
             values["ds_config"] = None  # its stage is another
+        if self.pipeline > 1 or self.zero < OFFLOAD_STAGES[run.parallel.offload]:
+            values |= {"offload": "none", "nvme_path": None}
         return run.model_copy(update={"parallel": type(run.parallel)(**values)})
 
 

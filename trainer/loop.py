@@ -282,6 +282,7 @@ class Trainer:
         self._meters.close()
         if self._stream is not None:
             self._stream.close()
+        self._engine.close()
         if self._directory is not None:
             self._directory.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -289,6 +290,11 @@ def cache_dir() -> Path:
     """Give the directory for what can be made again: $XDG_CACHE_HOME/basestone, else ~/.cache/basestone."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "basestone"
+
+
+def find_own_programs() -> None:
+    """Let programs that were installed beside this Python be found (ninja), where its environment is not activated."""
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
 
 
 def visible_gpus() -> list[str]:

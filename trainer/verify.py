@@ -19,6 +19,7 @@ from ..data.stream import TokenStream
 from ..model.layout import decoder_layout
 from . import runtime as processes
 from .config import ResolvedRun, RunConfig
+from .ds_config import deepspeed_config
 from .engine import Engine
 from .errors import ConfigError
 from .forks import run_ranks, threads_each
@@ -104,7 +105,7 @@ class Verification:
     def problems(self, layout: Layout) -> str:
         """Say what makes a layout illegal for this run; nothing where it is legal."""
         try:
-            layout.of(self._run).resolve(layout.processes, self._vocab)
+            deepspeed_config(layout.of(self._run).resolve(layout.processes, self._vocab))
         except ConfigError as error:
             return str(error)
         return ""
@@ -222,6 +223,7 @@ def _steps(
     watch = PieceWatch(engine.state, run.optimizer)
     for step in range(num_steps):
         yield step, training_step.run(step), watch, runtime
+    engine.close()
 
 
 def _record(

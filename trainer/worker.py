@@ -99,6 +99,10 @@ def train(arguments: argparse.Namespace) -> None:
     run = load_run(arguments.run, arguments.overrides)
     places = locate(run.data, processes.cache_dir())
     resolved = run.resolve(processes.world_size(), vocab_size(places))
+    processes.find_own_programs()
+    from .engine import check_deepspeed
+
+    check_deepspeed(resolved)
     runtime = processes.start(
         tensor=run.parallel.tensor,
         pipeline=run.parallel.pipeline,
