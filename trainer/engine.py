@@ -45,6 +45,7 @@ from .ds_config import deepspeed_config, nvme_sections
 from .engine_state import MASTER, EngineState
 from .errors import ConfigError
 from .gradients import Fp32Accumulation, add_over, gradient_of
+from .plan import swapped_bytes
 from .runtime import Mpu, Runtime, run_schedule
 from .swap import SwapFolder, swap_folder_problem
 
@@ -267,8 +268,11 @@ class Engine:
             folder.close()
 
 
-def check_deepspeed(resolved: ResolvedRun) -> None:
+def check_deepspeed(resolved: ResolvedRun, num_local_ranks: int) -> None:
     """Refuse, before any process group is made, what DeepSpeed cannot do on this machine.
+
+    Args:
+        num_local_ranks: how many ranks of this host swap to the same disk.
 
     Raises:
         ConfigError: the DeepSpeed file is wrong, or there is swapping to files and it cannot be had.
@@ -276,7 +280,7 @@ def check_deepspeed(resolved: ResolvedRun) -> None:
     if not (sections := nvme_sections(deepspeed_config(resolved))):
         return
     for path in sorted({section["nvme_path"] for section in sections}):
-        if problem := swap_folder_problem(Path(path)):
+        if problem := swap_folder_problem(Path(path), num_local_ranks * swapped_bytes(resolved)):
             raise ConfigError(f"offload to NVMe: {path} {problem}; name another directory on a local disk")
     if problem := _async_io_problem():
         raise ConfigError(

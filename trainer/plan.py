@@ -8,11 +8,13 @@ from ..model.flops import decoder_flops_per_token
 from ..model.layout import Parameter, decoder_layout, has_weight_decay
 from ..model.pipeline import Chunk, chunks_of_ranks, held_by
 from .config import ResolvedRun
+from .ds_config import deepspeed_config, device_of, largest_partition
 from .ramp import Phase
 
 GIB = 1 << 30
 WORKING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_AND_MOMENTS_BYTES = 12
+BUCKET = 500_000_000  # DeepSpeed's own default, in elements
 
 
 def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
@@ -69,9 +71,9 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
         ),
         (
             "memory a rank",
-            ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in memory.items())
-            + f": about {sum(memory.values()) / GIB:.2f} GiB",
+            _sizes(memory),
         ),
+        *_offload_lines(resolved),
         (
             "checkpoints",
             f"{_every(run.checkpoint.every_steps)}, the last {run.checkpoint.keep_last} are kept, "
@@ -79,6 +81,17 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
         ),
         ("evaluation", f"{_every(run.evaluate.every_steps)} on {', '.join(run.data.heldout) or 'nothing'}"),
     ]
+
+
+def _sizes(kinds: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in kinds.items())
+    return f"{parts}: about {sum(kinds.values()) / GIB:.2f} GiB"
+
+
+def _offload_lines(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    host, swapped = host_memory_bytes(resolved), swapped_bytes(resolved)
+    lines = [("host memory a rank", _sizes(host))] if host else []
+    return lines + ([("in files a rank", f"about {swapped / GIB:.2f} GiB")] if swapped else [])
 
 
 def _every(steps: int) -> str:
@@ -143,6 +156,8 @@ def memory_bytes(resolved: ResolvedRun, pipeline_rank: int) -> dict[str, float]:
     """Estimate a rank's memory by kind.
 
     Weights, gradients (fp32 accumulation) and optimizer follow the ZeRO stage (Rajbhandari et al. 2020, figure 1).
+    What is offloaded is elsewhere: `host_memory_bytes`, `swapped_bytes`. Of offloaded weights the largest parameter is
+    here, gathered; gradients of an offloaded stage-3 optimizer pass through one bucket.
     With several pipeline stages gradients stay whole until the one reduction of a step. Activations follow
     Korthikanti et al. 2022, equation 2 without the attention scores, which SDPA does not keep, for as many
     micro-batches as the schedule has in flight.
@@ -159,12 +174,60 @@ def memory_bytes(resolved: ResolvedRun, pipeline_rank: int) -> dict[str, float]:
     activations = layers * kept + a_layer if run.train.recompute else layers * a_layer
     if any(chunk.last for chunk in chunks):
         activations += 2 * tokens * working * model.padded_vocab_size / parallel.tensor
+    weights: float = local * working / (dp if stage == 3 else 1)
+    gradients: float = local * 4 / (dp if stage >= 2 and parallel.pipeline == 1 else 1)
+    optimizer: float = local * (MASTER_AND_MOMENTS_BYTES if stage >= 1 else 8) / (dp if stage >= 1 else 1)
+    config = deepspeed_config(resolved)
+    if device_of(config, "offload_optimizer") != "none":
+        optimizer = 0
+        if stage == 3:
+            bucket = config["zero_optimization"].get("reduce_bucket_size", BUCKET)
+            gradients = min(local, bucket) * working
+    if device_of(config, "offload_param") != "none":
+        weights = min(local, largest_partition(resolved) * dp) * working
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations}
+
+
+def host_memory_bytes(resolved: ResolvedRun) -> dict[str, float]:
+    """Estimate what a rank keeps in host memory by offload, by kind; nothing without offload.
+
+    An optimizer in files has buffers for a sub-group's master, moments and gradient; weights in files have as many
+    buffers of the largest partition as the DeepSpeed file says, beside those that it allows in host memory.
+    """
+    config, run = deepspeed_config(resolved), resolved.run
+    section = config.get("zero_optimization", {})
+    optimizer, weights = (device_of(config, key) for key in ("offload_optimizer", "offload_param"))
+    if (optimizer, weights) == ("none", "none"):
+        return {}
+    owned = local_parameters(resolved, 0) / resolved.data_parallel
+    working, largest = WORKING_BYTES[run.train.dtype], largest_partition(resolved)
+    copy = {"none": 0.0, "cpu": owned}
+    if run.parallel.zero < 3:
+        copy["none"] = owned  # updated weights on their way to the GPU
+    if weights == "nvme":
+        given = section["offload_param"]
+        buffers = given.get("buffer_count", 5) * min(owned, given["buffer_size"])
+        copy["nvme"] = min(owned, given.get("max_in_cpu", 1e9)) + buffers
+    states = {"none": 0.0, "cpu": owned * MASTER_AND_MOMENTS_BYTES}
+    if optimizer == "nvme":
+        sub_group = min(owned, section.get("sub_group_size", 1e9) + largest)
+        states["nvme"] = section["offload_optimizer"]["buffer_count"] * sub_group * 4
+    added_up = 4 if run.parallel.zero == 3 else 0  # over micro-batches: stage 3 does it on the host
+    gradients = {"none": 0.0, "cpu": owned * (added_up + 4), "nvme": owned * added_up}
     return {
-        "weights": local * working / (dp if stage == 3 else 1),
-        "gradients": local * 4 / (dp if stage >= 2 and parallel.pipeline == 1 else 1),
-        "optimizer": local * (MASTER_AND_MOMENTS_BYTES if stage >= 1 else 8) / (dp if stage >= 1 else 1),
-        "activations": activations,
+        "weights": copy[weights] * working,
+        "gradients": gradients[optimizer],
+        "optimizer": states[optimizer],
     }
+
+
+def swapped_bytes(resolved: ResolvedRun) -> float:
+    """Estimate what a rank swaps to files: fp32 master, moments and gradient, and working weights."""
+    config = deepspeed_config(resolved)
+    owned = local_parameters(resolved, 0) / resolved.data_parallel
+    states = MASTER_AND_MOMENTS_BYTES + 4 if device_of(config, "offload_optimizer") == "nvme" else 0
+    weights = WORKING_BYTES[resolved.run.train.dtype] if device_of(config, "offload_param") == "nvme" else 0
+    return owned * (states + weights)
 
 
 def _layers_in_flight(resolved: ResolvedRun, rank: int) -> int:

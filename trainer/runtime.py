@@ -307,3 +307,8 @@ def visible_gpus() -> list[str]:
 def world_size() -> int:
     """Give how many workers the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Give how many workers the launcher started on this host, as far as it says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

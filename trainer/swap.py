@@ -17,6 +17,7 @@ from pathlib import Path
 
 PREFIX = "basestone-"
 LOCK = "lock"
+GIB = 1 << 30
 
 
 class SwapFolder:
@@ -24,12 +25,7 @@ class SwapFolder:
 
     def __init__(self, parent: Path) -> None:
         """Sweep what dead runs left in `parent`, and make a directory in it."""
-        parent.mkdir(parents=True, exist_ok=True)
-        with open(parent / f".{PREFIX}{LOCK}", "w") as meeting:
-            fcntl.flock(meeting, fcntl.LOCK_EX)  # or a directory that has no lock yet would look abandoned
-            for path in parent.glob(f"{PREFIX}*"):
-                if not _is_held(path):
-                    shutil.rmtree(path, ignore_errors=True)
+        with _swept(parent):
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             self._lock = open(self.path / LOCK, "w")  # noqa: SIM115 (held until close)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -38,6 +34,18 @@ class SwapFolder:
         """Remove the directory with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+@contextlib.contextmanager
+def _swept(parent: Path) -> Iterator[None]:
+    """Remove what dead runs left, and keep others from making directories meanwhile."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with open(parent / f".{PREFIX}{LOCK}", "w") as meeting:
+        fcntl.flock(meeting, fcntl.LOCK_EX)  # or a directory that has no lock yet would look abandoned
+        for path in parent.glob(f"{PREFIX}*"):
+            if not _is_held(path):
+                shutil.rmtree(path, ignore_errors=True)
+        yield
 
 
 def _is_held(folder: Path) -> bool:
@@ -51,16 +59,21 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
-def swap_folder_problem(parent: Path) -> str | None:
-    """Say why a directory cannot hold swap files, which are written past the page cache; None where it can."""
+def swap_folder_problem(parent: Path, num_bytes: float) -> str | None:
+    """Say why a directory cannot hold so many bytes of swap files; None where it can.
+
+    They are written past the page cache, which not every file system can do.
+    """
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(parent) as path:
+        with _swept(parent), _temporary(parent) as path:
             os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
     except OSError as error:
         if error.errno == errno.EINVAL:
             return "lies on a file system without direct I/O"
         return f"cannot be written: {error.strerror}"
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        return f"has {free / GIB:.1f} GiB free, and this host's ranks swap about {num_bytes / GIB:.1f} GiB"
     return None
 
 

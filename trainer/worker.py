@@ -102,7 +102,7 @@ def train(arguments: argparse.Namespace) -> None:
     processes.find_own_programs()
     from .engine import check_deepspeed
 
-    check_deepspeed(resolved)
+    check_deepspeed(resolved, processes.local_world_size())
     runtime = processes.start(
         tensor=run.parallel.tensor,
         pipeline=run.parallel.pipeline,

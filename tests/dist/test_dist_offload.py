@@ -69,8 +69,11 @@ def reference(dtype: str = "fp32") -> tuple[list[tuple[float, float]], float, li
 
 
 def close(found: tuple[Any, float, Any], dtype: str = "fp32") -> bool:
+    """In bf16 a norm that is off by an ulp rounds some weights the other way, and steps magnify that."""
     curve, heldout, _ = reference(dtype)
-    return relative_difference([*found[0], (found[1], 1.0)], [*curve, (heldout, 1.0)]) < 1e-5
+    pairs = [*found[0], (found[1], 1.0)], [*curve, (heldout, 1.0)]
+    exact = relative_difference(found[0][:2], curve[:2])
+    return bool(exact < 1e-6 and relative_difference(*pairs) < (1e-5 if dtype == "fp32" else 1e-3))
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -85,6 +88,7 @@ def test_in_host_memory_with_tensor_parallel_equals_serial():
 
 def test_in_host_memory_bf16_equals_no_offload():
     assert close(run_ranks(_curve, 2, offloaded(3, "bf16"))[0], "bf16")
+    assert run_ranks(_curve, 2, offloaded(2, "bf16"))[0] == run_ranks(_curve, 2, plain("bf16", 2))[0]
 
 
 def _train_and_save(run: RunConfig, folder: str) -> list[tuple[float, float]]:
@@ -179,7 +183,7 @@ def nvme(tmp_path: Path) -> Path:
     """A directory to swap to, where this machine can."""
     run = in_files(tmp_path)
     try:
-        check_deepspeed(run.resolve(2, VOCAB))
+        check_deepspeed(run.resolve(2, VOCAB), 2)
     except ConfigError as error:
         pytest.skip(str(error))
     return tmp_path

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from run_files import run_of
 
 from basestone.trainer.config import ResolvedRun
-from basestone.trainer.engine import DERIVED_KEYS, deepspeed_config
+from basestone.trainer.ds_config import DERIVED_KEYS, deepspeed_config, largest_partition, nvme_sections
 from basestone.trainer.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -48,14 +48,18 @@ def user_file(tmp_path: Path) -> Path:
     return tmp_path / "mine.json"
 
 
-def test_there_is_a_file_for_every_stage():
-    assert [path.name for path in FILES] == [f"zero{stage}.json" for stage in range(4)]
+OFFLOAD = {"zero2_offload": "cpu", "zero3_offload": "cpu", "zero3_nvme": "nvme"}
+
+
+def test_there_is_a_file_for_every_stage_and_offload():
+    stages = [f"zero{stage}" for stage in range(4)]
+    assert {path.stem for path in FILES} == {*stages, *OFFLOAD}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_holds_its_stage_and_no_derived_key(path):
     content = json.loads(path.read_text())
-    assert f"zero{content['zero_optimization']['stage']}" == path.stem
+    assert f"zero{content['zero_optimization']['stage']}" == path.stem.split("_")[0]
     assert not set(content) & {*DECIDED_ELSEWHERE, *DERIVED_KEYS}
 
 
@@ -75,6 +79,142 @@ def test_every_file_resolves_and_deepspeed_takes_it(stage, dtype):
     known = set(fields) | {field.alias for field in fields.values()}
     assert set(config["zero_optimization"]) <= known
     assert (parsed.train_batch_size, parsed.gradient_accumulation_steps) == (1, 1)
+
+
+def of_file(name: str, dtype: str = "fp32", **changes: Any) -> ResolvedRun:
+    path = "/disk" if OFFLOAD[name] == "nvme" else None
+    changes |= {"parallel__offload": OFFLOAD[name], "parallel__nvme_path": path}
+    return run_of(parallel__zero=int(name[4]), train__dtype=dtype, **changes).resolve(2, 200)
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_offload_chooses_its_file_and_deepspeed_takes_it(name, dtype, pin_memory):
+    config = deepspeed_config(of_file(name, dtype), pin_memory=pin_memory)
+    given = json.loads((FOLDER / f"{name}.json").read_text())["zero_optimization"]
+    for key, value in given.items():
+        if key not in ("offload_optimizer", "offload_param"):
+            assert config["zero_optimization"][key] == value
+    parsed = DeepSpeedConfig(config).zero_config
+    assert parsed.stage == int(name[4])
+    assert parsed.offload_optimizer.device == OFFLOAD[name]
+    assert parsed.offload_optimizer.pin_memory is pin_memory
+    assert (parsed.offload_param is None) is (parsed.stage == 2)
+    if parsed.stage == 3:
+        assert parsed.offload_param.device == OFFLOAD[name]
+        assert parsed.offload_param.pin_memory is pin_memory
+    known = set(type(parsed).model_fields) | {field.alias for field in type(parsed).model_fields.values()}
+    assert set(config["zero_optimization"]) <= known
+    for key in ("offload_optimizer", "offload_param"):
+        section = getattr(parsed, key)
+        if section is not None:
+            assert set(config["zero_optimization"][key]) <= set(type(section).model_fields)
+
+
+def test_the_path_of_swap_files_and_the_size_of_buffers_are_derived():
+    resolved = of_file("zero3_nvme")
+    config = deepspeed_config(resolved)
+    sections = nvme_sections(config)
+    assert [section["nvme_path"] for section in sections] == ["/disk", "/disk"]
+    assert config["zero_optimization"]["offload_param"]["buffer_size"] == largest_partition(resolved)
+    assert largest_partition(resolved) == 2 * 192 * 64 // 2  # gate and up, over two ranks
+    sections[0]["nvme_path"] = "/elsewhere"
+    assert config["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/elsewhere"
+    assert nvme_sections(deepspeed_config(of_file("zero3_offload"))) == []
+
+
+def user_offload(path: Path, stage: int, **section: Any) -> Path:
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **section}}))
+    return path
+
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/disk"}
+NO_READ_AHEAD = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+
+
+def test_a_users_file_may_offload(user_file):
+    user_offload(user_file, 1, offload_optimizer={**CPU, "pin_memory": True})
+    section = deepspeed_config(resolved(parallel__ds_config=str(user_file)))["zero_optimization"]
+    assert section == {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    user_offload(
+        user_file,
+        3,
+        offload_optimizer={**NVME, "buffer_count": 9},
+        offload_param={**NVME, "nvme_path": "/other", "buffer_size": 1 << 20},
+        **NO_READ_AHEAD,
+    )
+    config = deepspeed_config(resolved(parallel__ds_config=str(user_file), parallel__zero=3))
+    optimizer, weights = nvme_sections(config)
+    assert (optimizer["nvme_path"], optimizer["buffer_count"]) == ("/disk", 9)
+    assert (weights["nvme_path"], weights["buffer_size"]) == ("/other", 1 << 20)
+    user_offload(user_file, 3, offload_optimizer={**NVME, "pipeline_read": True})
+    config = deepspeed_config(resolved(parallel__ds_config=str(user_file), parallel__zero=3))
+    assert nvme_sections(config)[0]["buffer_count"] == 12
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "message"),
+    [
+        (
+            0,
+            {"offload_optimizer": CPU},
+            'offload_optimizer to "cpu" needs ZeRO stage 1 or higher, got 0; raise stage and parallel.zero, or take '
+            "the section out",
+        ),
+        (2, {"offload_param": CPU}, 'offload_param to "cpu" needs ZeRO stage 3 or higher, got 2; raise stage'),
+        (
+            2,
+            {"offload_optimizer": NVME},
+            'offload_optimizer to "nvme" needs ZeRO stage 3 or higher, got 2; raise',
+        ),
+        (
+            3,
+            {"offload_optimizer": {"device": "nvme"}},
+            'offload_optimizer to "nvme" needs an nvme_path, a directory on a local disk; name one',
+        ),
+        (
+            3,
+            {"offload_param": {"device": "tape"}},
+            'offload_param.device is "tape"; choose "none", "cpu" or "nvme"',
+        ),
+        (
+            3,
+            {"offload_param": NVME, "stage3_prefetch_bucket_size": 0},
+            'offload_param to "nvme" needs stage3_prefetch_bucket_size = 0 and stage3_max_reuse_distance = 0; set both',
+        ),
+        *(
+            (
+                3,
+                {"offload_optimizer": {**CPU, **extra}},
+                "offload_optimizer: ratio and super_offload need DeepSpeed's own Adam, and fast_init weights that are "
+                "there at the start; take them out",
+            )
+            for extra in ({"ratio": 0.5}, {"super_offload": True}, {"fast_init": True})
+        ),
+    ],
+)
+def test_what_a_users_file_may_not_offload(user_file, stage, section, message):
+    user_offload(user_file, stage, **section)
+    text = refusal(user_file, parallel__zero=stage)
+    assert text.startswith(f"{user_file}: {message}") and len(text.splitlines()) == 1
+
+
+def test_a_users_file_does_not_offload_a_pipeline(user_file):
+    user_offload(user_file, 2, offload_optimizer=CPU)
+    run = run_of(parallel__zero=2, parallel__pipeline=3, parallel__ds_config=str(user_file)).resolve(3, 200)
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_config(run)
+    assert str(caught.value) == (
+        f"{user_file}: offload needs parallel.pipeline = 1, got 3; set it, or take the offload sections out"
+    )
+
+
+def test_a_section_that_is_no_table(user_file):
+    user_offload(user_file, 3, offload_param="cpu")
+    assert refusal(user_file, parallel__zero=3).endswith(
+        "is no DeepSpeed configuration: offload_param is a table"
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -153,7 +293,11 @@ def test_the_precision_under_another_name(user_file, key):
 
 def test_the_table_of_files_names_every_file_and_key():
     text = (FOLDER / "README.md").read_text()
-    keys = {key for path in FILES for key in json.loads(path.read_text())["zero_optimization"]}
+    sections = [json.loads(path.read_text())["zero_optimization"] for path in FILES]
+    keys = {key for section in sections for key in section}
+    keys |= {
+        key for section in sections for value in section.values() if isinstance(value, dict) for key in value
+    }
     missing = [
         name for name in (*[path.name for path in FILES], *keys, *DERIVED_KEYS) if f"`{name}`" not in text
     ]

@@ -39,6 +39,27 @@ def test_layouts_that_cannot_be(corpus, tmp_path, basestone):
     refused(basestone(*run, "--set", "run.processes=3"), 64, "3 processes", "multiple of 2")
 
 
+def test_offload_that_cannot_be(corpus, tmp_path, basestone, monkeypatch):
+    run = ("train", corpus / "run.toml", "--run-dir", tmp_path / "run", "--set")
+    refused(
+        basestone(*run, "parallel.offload=cpu"), 64, "needs parallel.zero >= 2, got 1; set parallel.zero = 2"
+    )
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}')
+    refused(basestone(*run, f"parallel.ds_config={mine}"), 64, "needs ZeRO stage 3 or higher, got 1")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    nvme = (
+        "parallel.zero=3",
+        "--set",
+        "parallel.offload=nvme",
+        "--set",
+        f"parallel.nvme_path={tmp_path / 'swap'}",
+    )
+    text = refused(basestone(*run, *nvme), 64, "there is no C++ compiler", 'set parallel.offload = "cpu"')
+    assert text.count("error: ") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_missing_file_and_usage(tmp_path, basestone):
     refused(basestone("train", tmp_path / "no.toml"), 64, "there is no such run file")
     refused(basestone("trian"), 64, "No such command")

@@ -142,6 +142,69 @@ def test_stage_0_in_half_precision_is_refused_with_advice(dtype):
     run_of(parallel__zero=1, train__dtype=dtype).resolve(1, VOCAB)
 
 
+@pytest.mark.parametrize(
+    ("offload", "zero", "message"),
+    [
+        ("cpu", 0, 'parallel.offload = "cpu" needs parallel.zero >= 2, got 0; set parallel.zero = 2'),
+        ("cpu", 1, 'parallel.offload = "cpu" needs parallel.zero >= 2, got 1; set parallel.zero = 2'),
+        ("nvme", 1, 'parallel.offload = "nvme" needs parallel.zero = 3, got 1; set parallel.zero = 3'),
+        ("nvme", 2, 'parallel.offload = "nvme" needs parallel.zero = 3, got 2; set parallel.zero = 3'),
+    ],
+)
+def test_offload_needs_a_stage_that_cuts(offload, zero, message):
+    path = "/disk" if offload == "nvme" else None
+    changes = {"parallel__offload": offload, "parallel__nvme_path": path}
+    assert refusal(run_of(parallel__zero=zero, **changes)) == message
+    least = int(message[-1])
+    for legal in range(least, 4):
+        run_of(parallel__zero=legal, **changes).resolve(1, VOCAB)
+
+
+def test_nvme_and_its_path_go_together():
+    assert refusal(run_of(parallel__offload="nvme", parallel__zero=3)) == (
+        'parallel.offload = "nvme" needs parallel.nvme_path, a directory on a local disk; name one, or set '
+        'parallel.offload = "cpu"'
+    )
+    for offload in ("none", "cpu"):
+        text = refusal(run_of(parallel__offload=offload, parallel__zero=3, parallel__nvme_path="/disk"))
+        assert text == (
+            f'parallel.nvme_path is for parallel.offload = "nvme", got "{offload}"; take one of them out'
+        )
+
+
+def test_offload_needs_one_stage_and_names_tensor_parallel_where_it_can():
+    legal = refusal(run_of(parallel__offload="cpu", parallel__zero=2, parallel__pipeline=2), 2)
+    assert legal == (
+        'parallel.offload = "cpu" needs parallel.pipeline = 1, got 2: several stages keep whole gradients on the '
+        "device until one reduction a step; set parallel.pipeline = 1 with more tensor parallel (parallel.tensor = 2 "
+        'takes as many ranks), or parallel.offload = "none"'
+    )
+    run_of(parallel__offload="cpu", parallel__zero=2, parallel__tensor=2).resolve(2, VOCAB)
+    run = run_of(parallel__offload="cpu", parallel__zero=2, parallel__pipeline=3)
+    assert "with more tensor parallel, or" in refusal(run, 3)  # 3 divides no heads
+
+
+def test_offload_and_a_users_file_are_two_sources():
+    run = run_of(parallel__offload="cpu", parallel__zero=2, parallel__ds_config="/mine.json")
+    assert refusal(run) == (
+        'parallel.offload = "cpu" chooses a DeepSpeed file, and parallel.ds_config names one; set parallel.offload = '
+        '"none" and put the offload sections into that file'
+    )
+
+
+def test_everything_that_offload_does_not_go_with_comes_at_once():
+    run = run_of(
+        parallel__offload="nvme",
+        parallel__pipeline=3,
+        parallel__ds_config="/mine.json",
+        data__sequence_length=65,
+    )
+    text = refusal(run, 3)
+    for part in ("zero = 3, got 1", "nvme_path", "ds_config", "pipeline = 1, got 3", "max_sequence_length"):
+        assert part in text
+    assert len(text.splitlines()) == 5
+
+
 def test_all_violated_rules_come_at_once():
     run = run_of(
         parallel__tensor=3,
@@ -173,7 +236,7 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
 def test_every_path_of_a_file_is_relative_to_it():
     values = {
         "data": {"train": "a", "tokenizer": "../t.model", "heldout": {"x": "b/c", "y": "/abs"}},
-        "parallel": {"ds_config": "ds.json"},
+        "parallel": {"ds_config": "ds.json", "nvme_path": "../disk"},
     }
     assert resolved(values) == {
         "data": {
@@ -181,7 +244,7 @@ def test_every_path_of_a_file_is_relative_to_it():
             "tokenizer": "/base/t.model",
             "heldout": {"x": "/base/dir/b/c", "y": "/abs"},
         },
-        "parallel": {"ds_config": "/base/dir/ds.json"},
+        "parallel": {"ds_config": "/base/dir/ds.json", "nvme_path": "/base/disk"},
     }
     assert values["data"]["train"] == "a"  # the argument is left as it was
 

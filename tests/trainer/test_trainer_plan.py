@@ -9,7 +9,14 @@ from run_files import run_of
 
 from basestone.trainer.config import ResolvedRun
 from basestone.trainer.load import load_run
-from basestone.trainer.plan import describe, local_parameters, memory_bytes, total_flops
+from basestone.trainer.plan import (
+    describe,
+    host_memory_bytes,
+    local_parameters,
+    memory_bytes,
+    swapped_bytes,
+    total_flops,
+)
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 VOCAB = 200
@@ -52,6 +59,67 @@ def test_memory_follows_the_stage(zero, weights, gradients, optimizer):
 def test_memory_of_stage_0_is_whole_on_every_rank():
     memory = memory_bytes(resolved(4, parallel__zero=0), 0)
     assert [memory[name] / TOTAL for name in ("weights", "gradients", "optimizer")] == [4, 4, 8]
+
+
+def offloaded(name: str, zero: int, **changes: object) -> ResolvedRun:
+    path = "/disk" if name == "nvme" else None
+    return resolved(
+        4,
+        train__dtype="bf16",
+        parallel__zero=zero,
+        parallel__offload=name,
+        parallel__nvme_path=path,
+        **changes,
+    )
+
+
+def test_memory_of_offload_to_the_host():
+    """Four data-parallel ranks in bf16: a quarter each, of 2 + 4 + 12 bytes."""
+    run = offloaded("cpu", 2)
+    device = memory_bytes(run, 0)
+    assert [device[name] / TOTAL for name in ("weights", "gradients", "optimizer")] == [2, 1, 0]
+    assert host_memory_bytes(run) == {
+        "weights": 0.5 * TOTAL,
+        "gradients": 1 * TOTAL,
+        "optimizer": 3 * TOTAL,
+    }
+    run = offloaded("cpu", 3)
+    device = memory_bytes(run, 0)
+    assert (device["optimizer"], device["weights"]) == (0, 2 * 2 * 192 * 64)  # the largest parameter, gathered
+    assert host_memory_bytes(run) == {
+        "weights": 0.5 * TOTAL,
+        "gradients": 2 * TOTAL,
+        "optimizer": 3 * TOTAL,
+    }
+    assert swapped_bytes(run) == 0
+
+
+def test_memory_of_offload_to_files():
+    run = offloaded("nvme", 3)
+    largest = 2 * 192 * 64 // 4
+    assert swapped_bytes(run) == (12 + 4 + 2) * TOTAL / 4
+    # All of this model's weights may stay on the host, beside five buffers; four buffers are as large as the whole.
+    assert host_memory_bytes(run) == {
+        "weights": 2 * (TOTAL / 4 + 5 * largest),
+        "gradients": 4 * TOTAL / 4,
+        "optimizer": 4 * 4 * TOTAL / 4,
+    }
+
+
+def test_a_large_model_in_files_leaves_the_host():
+    huge = {"model__hidden_size": 8192, "model__num_layers": 80, "model__num_attention_heads": 64}
+    run = offloaded("nvme", 3, **huge, model__num_query_groups=8)
+    host, total = host_memory_bytes(run), local_parameters(run, 0) / 4
+    assert host["weights"] < 0.2 * 2 * total and host["optimizer"] < 0.05 * 12 * total
+    assert swapped_bytes(run) == (12 + 4 + 2) * total
+
+
+def test_the_plan_shows_where_memory_is():
+    assert {"host memory a rank", "in files a rank"}.isdisjoint(lines(resolved()))
+    got = lines(offloaded("cpu", 3))
+    assert got["host memory a rank"].startswith("weights 0.00 GiB, gradients")
+    assert "in files a rank" not in got
+    assert lines(offloaded("nvme", 3))["in files a rank"] == "about 0.00 GiB"
 
 
 def test_activations_shrink_with_tensor_and_sequence_parallel_and_recompute():
