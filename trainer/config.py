@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -367,33 +366,3 @@ class ResolvedRun:
     def most_micro_batches(self) -> int:
         """Forwards of a rank in the largest step of the run."""
         return max(self.num_micro_batches(phase.global_batch) for phase in self.batches.phases)
-
-
-def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Make the paths of a parsed run file absolute: they are relative to the file they stand in."""
-
-    def absolute(path: Any) -> Any:
-        if not isinstance(path, str) or not path or path.startswith("builtin:"):
-            return path
-        return str((base / Path(path).expanduser()).resolve())
-
-    resolved = {
-        name: dict(section) if isinstance(section, dict) else section for name, section in values.items()
-    }
-    data, parallel = resolved.get("data"), resolved.get("parallel")
-    if isinstance(data, dict):
-        train = data.get("train")
-        data["train"] = (
-            [absolute(path) for path in train] if isinstance(train, (list, tuple)) else absolute(train)
-        )
-        if train is None:
-            del data["train"]
-        if isinstance(data.get("heldout"), dict):
-            data["heldout"] = {name: absolute(path) for name, path in data["heldout"].items()}
-        if "tokenizer" in data:
-            data["tokenizer"] = absolute(data["tokenizer"])
-    if isinstance(parallel, dict):
-        for key in ("ds_config", "nvme_path"):
-            if parallel.get(key):
-                parallel[key] = absolute(parallel[key])
-    return resolved

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .config import RunConfig, resolve_paths
+from .config import RunConfig
 from .errors import ConfigError
 
 
@@ -44,6 +44,36 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         else:
             values[section] = fields
     return validate_run(values, str(path))
+
+
+def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the paths of a parsed run file absolute: they are relative to the file they stand in."""
+
+    def absolute(path: Any) -> Any:
+        if not isinstance(path, str) or not path or path.startswith("builtin:"):
+            return path
+        return str((base / Path(path).expanduser()).resolve())
+
+    resolved = {
+        name: dict(section) if isinstance(section, dict) else section for name, section in values.items()
+    }
+    data, parallel = resolved.get("data"), resolved.get("parallel")
+    if isinstance(data, dict):
+        train = data.get("train")
+        data["train"] = (
+            [absolute(path) for path in train] if isinstance(train, (list, tuple)) else absolute(train)
+        )
+        if train is None:
+            del data["train"]
+        if isinstance(data.get("heldout"), dict):
+            data["heldout"] = {name: absolute(path) for name, path in data["heldout"].items()}
+        if "tokenizer" in data:
+            data["tokenizer"] = absolute(data["tokenizer"])
+    if isinstance(parallel, dict):
+        for key in ("ds_config", "nvme_path"):
+            if parallel.get(key):
+                parallel[key] = absolute(parallel[key])
+    return resolved
 
 
 def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

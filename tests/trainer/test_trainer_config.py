@@ -9,9 +9,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from run_files import run_of, run_values
 
-from basestone.trainer.config import RunConfig, resolve_paths
+from basestone.trainer.config import RunConfig
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.load import validate_run
+from basestone.trainer.load import resolve_paths, validate_run
 
 VOCAB = 200
 
