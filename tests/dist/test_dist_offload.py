@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from basestone.trainer.forks import run_ranks
-from small import VOCAB, held_out_loss, make_engine, relative_difference, run_config, train
+from small import VOCAB, held_out_loss, make_engine, processes_of, relative_difference, run_config, train
 
 from basestone.model.layout import decoder_layout
 from basestone.trainer.checkpoint import Checkpointer
@@ -19,6 +19,7 @@ from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import check_deepspeed
 from basestone.trainer.engine_state import MASTER
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.layouts import parse_layout
 
 pytestmark = pytest.mark.dist
 SAVED_AT, STEPS = 3, 5
@@ -90,6 +91,18 @@ def test_in_host_memory_with_tensor_parallel_equals_serial():
 def test_in_host_memory_bf16_equals_no_offload():
     assert close(run_ranks(_curve, 2, offloaded(3, "bf16"))[0], "bf16")
     assert run_ranks(_curve, 2, offloaded(2, "bf16"))[0] == run_ranks(_curve, 2, plain("bf16", 2))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "offload"),
+    [("dp2-z3", "nvme"), ("tp2-z3", "nvme"), ("dp2-z2", "none"), ("dp1-z0", "none"), ("pp2-z3", "none")],
+)
+def test_a_layout_keeps_offload_where_it_goes_with_it(name, offload):
+    layout = parse_layout(name, processes_of(name))
+    run = layout.of(offloaded(3, to="nvme", parallel__nvme_path="/disk"))
+    assert run.parallel.offload == offload
+    run.resolve(layout.processes, VOCAB)
+    assert layout.of(offloaded(2)).parallel.offload == ("cpu" if layout.zero > 1 and layout.pipeline == 1 else "none")
 
 
 def _train_and_save(run: RunConfig, folder: str) -> list[tuple[float, float]]:
