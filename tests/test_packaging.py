@@ -254,7 +254,10 @@ def test_what_must_start_quickly_leaves_torch_alone(modules):
 def test_every_test_file_is_collected():
     """A folder with a name on pytest's list of those that it passes over would be silent."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", ""], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", ""],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert collected == {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}

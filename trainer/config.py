@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.config import DataConfig
-from ..data.division import num_lanes, samples_per_reader
+from ..data.division import MAX_LANES, num_lanes, samples_per_reader
 from ..model.config import ModelConfig
 from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
@@ -240,6 +240,13 @@ class RunConfig(Section):
         except ValueError as error:
             problems.append(str(error))
         lanes = num_lanes(*(phase.global_batch for phase in batches.phases))
+        if lanes < min(dp, MAX_LANES) and dp <= train.global_batch:
+            sizes = sorted({phase.global_batch for phase in batches.phases})
+            problems.append(
+                f"the global batch(es) {', '.join(map(str, sizes))} have {lanes} as their largest common divisor up to "
+                f"{MAX_LANES}, fewer than the {dp} data-parallel ranks, which share data by it: some would have none; "
+                f"take multiples of {dp}"
+            )
         for global_batch in sorted({phase.global_batch for phase in batches.phases}):
             problems += self._batch_problems(global_batch, dp, lanes)
         if problems:

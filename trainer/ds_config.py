@@ -29,6 +29,24 @@ DERIVED_KEYS = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
+# What DeepSpeed's ZeRO section may hold. Others move what the optimizer stores, and a checkpoint would be wrong without
+# a word (round_robin_gradients), or partition weights in ways that initial values do not reach.
+ZERO_KEYS = (
+    "stage",
+    "overlap_comm",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+    "offload_optimizer",
+    "offload_param",
+)
 OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")
 # Of an optimizer in files: master, two moments and gradient of a sub-group; read-ahead and write-behind hold as many
 # each, and the first step makes the moments beside them.
@@ -52,6 +70,11 @@ def deepspeed_config(resolved: ResolvedRun, *, pin_memory: bool = False) -> dict
     if conflicts := [key for key in DERIVED_KEYS if key in base]:
         raise ConfigError(f"{name}: take out {', '.join(conflicts)}: the run file decides them")
     section = base.get("zero_optimization", {})
+    if unknown := [key for key in section if key not in ZERO_KEYS]:
+        raise ConfigError(
+            f"{name}: zero_optimization: take out {', '.join(unknown)}: checkpoints do not follow; "
+            f"it may hold {', '.join(ZERO_KEYS)}"
+        )
     stage = section.get("stage", 0)
     if stage != parallel.zero:
         raise ConfigError(

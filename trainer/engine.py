@@ -117,6 +117,11 @@ class Engine:
         with partition:
             stage = Stage(run.model, layer_config, chunks[runtime.pp_rank], recompute=run.train.recompute)
         prepare_parameters(stage, run.model, None if self._zero == 3 else run.run.seed)
+        if self._zero == 3 and stage.tied_copies:
+            # The last stage's head multiplies with a weight that is in no module of its own, so nothing gathers it.
+            for chunk in stage.chunks:
+                if chunk.last:
+                    deepspeed.zero.register_external_parameter(chunk.head, stage.embed.word.weight)
         return stage
 
     def _optimizer(self, resolved: ResolvedRun) -> torch.optim.Optimizer:

@@ -137,7 +137,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif item["type"] == "missing":
             yield f"{dotted}: is missing"
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             got = item.get("input")
             shown = "" if isinstance(got, (dict, BaseModel)) else f" (got {got!r})"
             yield f"{dotted}: {message}{shown}" if dotted else message

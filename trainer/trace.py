@@ -40,10 +40,14 @@ class Piece(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The largest differences of a rank's pieces of a parameter from the reference, in the parameter's own units."""
+    """How a rank's piece of a parameter differs from the reference.
+
+    The largest differences, of updates times the root of the second moment, and the elements that were compared.
+    """
 
     gradient: float
     update: float
+    numel: int
 
 
 class PieceWatch:
@@ -130,7 +134,7 @@ class Trace:
                 gradient = _worse(gradient, apart)
                 apart = (piece.update[span] - expected[1]).abs() - piece.update_grain[span]
                 update = _worse(update, apart * expected[2])
-            found[piece.name] = Difference(gradient, update)
+            found[piece.name] = Difference(gradient, update, piece.gradient.numel())
         return found
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..data.stream import TokenStream
 from ..model.layout import decoder_layout
 from . import runtime as processes
-from .config import ResolvedRun, RunConfig
+from .config import ResolvedRun, RunConfig, ScheduleSection
 from .ds_config import deepspeed_config
 from .engine import Engine
 from .errors import ConfigError
@@ -29,6 +29,7 @@ from .step import TrainingStep
 from .trace import Difference, PieceWatch, Trace
 
 EPSILON = 1e-5
+LARGEST_LR = 1e-3  # with larger ones rounding grows from step to step beyond any tolerance
 GRADIENT_FLOOR = 1e-3  # of the model's largest gradient: under it, a parameter's own largest is rounding noise
 
 
@@ -81,8 +82,10 @@ class Verification:
 
         A step takes two micro-batches of one sequence on each rank of a purely data-parallel layout, and more on
         others. Masks of dropout depend on the layout by design. AdamW's epsilon is raised: at 1e-8 it makes whole
-        steps of gradients that are rounding noise, and after two steps the noise is ten times as large.
+        steps of gradients that are rounding noise, and after two steps the noise is ten times as large. The rate is
+        constant: in a warm-up updates are smaller than the spacing of fp32 values, and decay would not be seen.
         """
+        optimizer = {"eps": max(EPSILON, run.optimizer.eps), "lr": min(LARGEST_LR, run.optimizer.lr)}
         train = {
             "dtype": dtype,
             "global_batch": 2 * num_processes,
@@ -93,7 +96,8 @@ class Verification:
         self._run = run.model_copy(
             update={
                 "model": run.model.model_copy(update={"dropout": 0.0}),
-                "optimizer": run.optimizer.model_copy(update={"eps": max(EPSILON, run.optimizer.eps)}),
+                "optimizer": run.optimizer.model_copy(update=optimizer),
+                "schedule": ScheduleSection(kind="constant"),
                 "train": run.train.model_copy(update={**train, "steps": max(steps, run.train.steps or 0)}),
             }
         )
@@ -136,9 +140,20 @@ class Verification:
             return Verdict(str(layout), False, nan, nan, nan, nan, text, time.perf_counter() - started_s)
         return self._judge(layout, reference, ranks, time.perf_counter() - started_s)
 
+    def _uncovered(self, layout: Layout, ranks: list[Any]) -> str:
+        """Name the first parameter whose pieces on all ranks do not make up its copies; nothing where all do."""
+        replicas = layout.data if layout.zero == 0 else 1  # ZeRO cuts what they would all hold
+        for name, row in decoder_layout(self._resolved(layout).run.model).items():
+            copies = 2 if name in self._tied and layout.pipeline > 1 else 1
+            expected = math.prod(row.local_shape(layout.tensor)) * layout.tensor * replicas * copies
+            compared = sum(rank[0][2][name].numel for rank in ranks if name in rank[0][2])
+            if compared != expected:
+                return f"step 1: {compared} elements of {name} are there on all ranks, not {expected}"
+        return ""
+
     def _judge(self, layout: Layout, reference: _Reference, ranks: list[Any], seconds: float) -> Verdict:
+        first = self._uncovered(layout, ranks)
         limits, worst = TOLERANCES[self._dtype], dict.fromkeys(("loss", "norm", "gradient", "update"), 0.0)
-        first = ""
         for step in range(self._steps):
             loss, norm = ranks[0][step][:2]
             found = {

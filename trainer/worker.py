@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -126,6 +127,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> None:
     """Compare layouts with one process; the ranks are forked from here."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # an exception, so that temporary files go
     from . import runtime as processes
     from .errors import ConfigError, NumericsError
     from .layouts import all_layouts, parse_layout

@@ -141,6 +141,21 @@ def test_evaluation_equals_serial_and_disturbs_nothing(name):
         assert abs(found - loss) < 1e-5 * loss and again == found
 
 
+# Larger than what ZeRO-3 leaves gathered: 4096 x 64 elements, and half of them with tensor parallel.
+LARGE = {"model__vocab_multiple": 4096}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["dp2-z3", "pp2-z3", "pp2-vp2-z3", "tp2-sp-pp2-z3"])
+def test_weights_that_do_not_stay_gathered(family, name):
+    """A tied head's weight belongs to no module of the last stage that would gather it."""
+    size, run = layout_of(name, family, **LARGE)
+    expected, loss, _ = run_ranks(_evaluate_between, 1, run_config(family, parallel__zero=0, **LARGE))[0]
+    for curve, found, again in run_ranks(_evaluate_between, size, run):
+        assert relative_difference(curve, expected) < 1e-5
+        assert abs(found - loss) < 1e-5 * loss and again == found
+
+
 RECOMPUTED = ["pp2-z1", "pp2-vp2-z1", "tp2-sp-pp2-z3", "dp2-z3"]
 
 

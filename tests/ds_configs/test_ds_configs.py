@@ -302,3 +302,10 @@ def test_the_table_of_files_names_every_file_and_key():
         name for name in (*[path.name for path in FILES], *keys, *DERIVED_KEYS) if f"`{name}`" not in text
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("key", ["round_robin_gradients", "zero_hpz_partition_size", "zero_quantized_weights"])
+def test_keys_that_move_what_a_checkpoint_reads(user_file, key):
+    user_file.write_text(json.dumps({"zero_optimization": {"stage": 2, key: True}}))
+    text = refusal(user_file, parallel__zero=2)
+    assert f"zero_optimization: take out {key}:" in text and "it may hold stage, overlap_comm" in text

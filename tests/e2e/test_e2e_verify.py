@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 
 import pytest
+from commands import command, environment
 
 pytestmark = pytest.mark.dist
 
@@ -78,3 +82,16 @@ def test_illegal_layouts_come_with_every_rule_and_leave_with_64(verify):
     ):
         assert rule in done.stderr, done.stderr
     assert "tp2-pp2" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.faults
+def test_asked_to_stop_it_leaves_nothing_behind(corpus, tmp_path):
+    words = command("verify", corpus / "run.toml", "--processes", "2", "--steps", "200", "--layouts", "pp2-z1")
+    process = subprocess.Popen(words, env={**environment(), "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE)
+    deadline_s = time.monotonic() + 60
+    while not list(tmp_path.glob("basestone-verify-*/step_00000003.f32")) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert list(tmp_path.glob("basestone-*")) == []

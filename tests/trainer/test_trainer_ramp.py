@@ -248,3 +248,12 @@ def test_a_ramp_may_not_change_at_a_resume():
     assert line.startswith("train.ramp: ")
     (line,) = fixed_differences(old, run_of().model_dump(mode="json"))
     assert line.startswith("train.ramp: ")
+
+
+def test_batches_that_leave_ranks_without_data_are_refused():
+    run = run_of(train__ramp=({"global_batch": 3, "until_step": 4},))
+    with pytest.raises(
+        ConfigError, match=r"batch\(es\) 3, 8 have 1 as .* than the 2 data-parallel.*multiples of 2"
+    ):
+        run.resolve(2, 200)
+    assert run.resolve(1, 200).lanes == 1
