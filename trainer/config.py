@@ -240,14 +240,14 @@ class RunConfig(Section):
         except ValueError as error:
             problems.append(str(error))
         lanes = num_lanes(*(phase.global_batch for phase in batches.phases))
-        if lanes < min(dp, MAX_LANES) and dp <= train.global_batch:
-            sizes = sorted({phase.global_batch for phase in batches.phases})
+        sizes = sorted({phase.global_batch for phase in batches.phases})
+        if lanes < min(dp, MAX_LANES) and dp <= sizes[0]:
             problems.append(
                 f"the global batch(es) {', '.join(map(str, sizes))} have {lanes} as their largest common divisor up to "
                 f"{MAX_LANES}, fewer than the {dp} data-parallel ranks, which share data by it: some would have none; "
                 f"take multiples of {dp}"
             )
-        for global_batch in sorted({phase.global_batch for phase in batches.phases}):
+        for global_batch in sizes:
             problems += self._batch_problems(global_batch, dp, lanes)
         if problems:
             raise ConfigError("\n".join(problems))
