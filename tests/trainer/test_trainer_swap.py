@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, OpBuilder
 from run_files import run_of
 
 from basestone.trainer import engine
@@ -142,6 +142,7 @@ def test_nvme_behind_a_killed_build(tmp_path, monkeypatch):
 @needs_compiler
 def test_nvme_whose_build_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})  # by another test of this process
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "builds"))
     monkeypatch.setenv("CXX", "/bin/false")
     assert "offload to NVMe: DeepSpeed's file operations cannot be built: " in refusal(
