@@ -41,6 +41,8 @@ bench: $(STAMP)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/train_vs_peers.py
 	$(BIN)/python bench/checkpoint_index.py
+	$(BIN)/python bench/pipeline_bubble.py
+	$(BIN)/python bench/memory.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
