@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 from pathlib import Path
 
 import torch
@@ -90,8 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{'MiB on the fullest rank':<26}{'share':>8}{'building':>10}{'built':>8}{'trained':>9}")
     for name in LAYOUTS:
-        size = math.prod(int(part[2:]) for part in name.split("-") if part[:2] in ("tp", "pp", "dp"))
-        layout = parse_layout(name, size)
+        layout = parse_layout(name)
+        size = layout.processes
         resolved = run_of(layout, arguments.hidden, arguments.layers).resolve(size, VOCAB)
         kinds = [memory_bytes(resolved, rank) for rank in range(layout.pipeline)]
         share = max(kind["weights"] + kind["gradients"] + kind["optimizer"] for kind in kinds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,6 @@ def run_config(family: str = "llama", **changes: Any) -> RunConfig:
         section, _, key = name.partition("__")
         values[section][key] = value
     return RunConfig(**values)
-
-
-def processes_of(name: str) -> int:
-    """Count the processes of a layout's name."""
-    return math.prod(int(part[2:]) for part in name.split("-") if part[:2] in ("tp", "pp", "dp"))
 
 
 def make_engine(run: RunConfig) -> Engine:

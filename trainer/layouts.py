@@ -68,8 +68,10 @@ class Layout:
 SERIAL = Layout(zero=0)
 
 
-def parse_layout(text: str, processes: int) -> Layout:
-    """Read a layout's name; data-parallel ranks that it does not name are those that are left.
+def parse_layout(text: str, processes: int | None = None) -> Layout:
+    """Read a layout's name; data-parallel ranks that it does not name are those that are left of the processes.
+
+    Without a number of processes the name decides how many there are.
 
     Raises:
         ConfigError: it is no name, names a part twice, or takes another number of processes.
@@ -88,9 +90,10 @@ def parse_layout(text: str, processes: int) -> Layout:
         "sp" in values,
         pipeline,
         values.get("vp", 1),
-        values.get("dp", processes // ranks),
+        values.get("dp", 1 if processes is None else processes // ranks),
         values.get("z", 1),
     )
+    processes = layout.processes if processes is None else processes
     if min(layout.tensor, layout.pipeline, layout.virtual_pipeline) < 1 or layout.processes != processes:
         raise ConfigError(
             f"--layouts {text}: takes {layout.processes} processes, and --processes is {processes}; change either"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.stream import TokenStream, merge_states
+from ..data.stream import merge_states
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
 from .checkpoint import Checkpointer
@@ -26,7 +26,7 @@ from .places import DataPlaces
 from .record import Recorder
 from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
-from .step import StepFigures, TrainingStep
+from .step import StepFigures, TrainingStep, open_stream
 
 
 class Trainer:
@@ -68,7 +68,13 @@ class Trainer:
         state = self._checkpointer.restore(self._engine.state, self._check_same_run, resume)
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
-        self._stream = self._open_stream(state)
+        self._stream = open_stream(
+            resolved,
+            self._places,
+            runtime,
+            workers=resolved.run.data.workers,
+            state=state["data"] if state else None,
+        )
         self._training_step = TrainingStep(self._engine, resolved, runtime, self._stream)
         self._held_out = self._open_held_out()
         self._meters = Meters(resolved, runtime)
@@ -122,24 +128,6 @@ class Trainer:
                 + "\n  ".join(differences)
                 + "\nput these back, or choose another --run-dir"
             )
-
-    def _open_stream(self, state: dict[str, Any] | None) -> TokenStream | None:
-        runtime, run = self._runtime, self._resolved.run
-        if not runtime.reads_data:
-            return None
-        return TokenStream(
-            self._places.train,
-            self._places.tokenizer,
-            sequence_length=run.data.sequence_length,
-            global_batch=run.train.global_batch,
-            lanes=self._resolved.lanes,
-            seed=run.run.seed,
-            reader=runtime.dp_rank,
-            num_readers=runtime.dp_size,
-            workers=run.data.workers,
-            mask_document_start=run.data.mask_document_start,
-            state=state["data"] if state else None,
-        )
 
     def _open_held_out(self) -> list[HeldOut]:
         run = self._resolved.run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,36 @@ from .batch import cut, share
 from .config import ResolvedRun
 from .engine import Engine
 from .errors import NumericsError
+from .places import DataPlaces
 from .runtime import Runtime, seed_step
 from .schedule import learning_rate
+
+
+def open_stream(
+    resolved: ResolvedRun,
+    places: DataPlaces,
+    runtime: Runtime,
+    *,
+    workers: int,
+    state: dict[str, Any] | None = None,
+) -> TokenStream | None:
+    """Open the stream of this rank's model replica on the rank that reads for it; None on the others."""
+    if not runtime.reads_data:
+        return None
+    run = resolved.run
+    return TokenStream(
+        places.train,
+        places.tokenizer,
+        sequence_length=run.data.sequence_length,
+        global_batch=run.train.global_batch,
+        lanes=resolved.lanes,
+        seed=run.run.seed,
+        reader=runtime.dp_rank,
+        num_readers=runtime.dp_size,
+        workers=workers,
+        mask_document_start=run.data.mask_document_start,
+        state=state,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.stream import TokenStream
 from ..model.layout import decoder_layout
 from . import runtime as processes
 from .config import ResolvedRun, RunConfig, ScheduleSection
@@ -25,7 +24,7 @@ from .errors import ConfigError
 from .forks import run_ranks, threads_each
 from .layouts import Layout
 from .places import DataPlaces, vocab_size
-from .step import TrainingStep
+from .step import TrainingStep, open_stream
 from .trace import Difference, PieceWatch, Trace
 
 EPSILON = 1e-5
@@ -221,19 +220,7 @@ def _steps(
         tensor=parallel.tensor, pipeline=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline
     )
     engine = Engine(resolved, runtime)
-    stream = None
-    if runtime.reads_data:
-        stream = TokenStream(
-            places.train,
-            places.tokenizer,
-            sequence_length=run.data.sequence_length,
-            global_batch=run.train.global_batch,
-            seed=run.run.seed,
-            reader=runtime.dp_rank,
-            num_readers=runtime.dp_size,
-            workers=0,
-            mask_document_start=run.data.mask_document_start,
-        )
+    stream = open_stream(resolved, places, runtime, workers=0)
     training_step = TrainingStep(engine, resolved, runtime, stream)
     watch = PieceWatch(engine.state, run.optimizer)
     for step in range(num_steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from basestone.trainer.forks import run_ranks
-from small import VOCAB, curve_of, make_engine, processes_of, relative_difference, run_config, train
+from small import VOCAB, curve_of, make_engine, relative_difference, run_config, train
 
 from basestone.model.initial import initial_piece
 from basestone.model.layout import decoder_layout
@@ -67,7 +67,7 @@ LOADS = ["dp1-z2", "tp2-z1", "dp2-z3", "tp2-sp-z0", "tp2-sp-dp2-z3", "pp2-z1", "
 
 
 def run_of(family, name, **changes):
-    found = parse_layout(name, processes_of(name))
+    found = parse_layout(name)
     return found.processes, found.of(run_config(family, **changes))
 
 

@@ -13,7 +13,7 @@ from small import (
     curve_of,
     held_out_loss,
     make_engine,
-    processes_of,
+   
     relative_difference,
     run_config,
     train,
@@ -66,7 +66,7 @@ CELLS = [
 
 def layout_of(name: str, family: str = "llama", **changes) -> tuple[int, RunConfig]:
     """Give the processes of a layout's name and a run laid out like it."""
-    layout = parse_layout(name, processes_of(name))
+    layout = parse_layout(name)
     return layout.processes, layout.of(run_config(family, **changes))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from basestone.trainer.forks import run_ranks
-from small import VOCAB, held_out_loss, make_engine, processes_of, relative_difference, run_config, train
+from small import VOCAB, held_out_loss, make_engine, relative_difference, run_config, train
 
 from basestone.model.layout import decoder_layout
 from basestone.trainer.checkpoint import Checkpointer
@@ -98,7 +98,7 @@ def test_in_host_memory_bf16_equals_no_offload():
     [("dp2-z3", "nvme"), ("tp2-z3", "nvme"), ("dp2-z2", "none"), ("dp1-z0", "none"), ("pp2-z3", "none")],
 )
 def test_a_layout_keeps_offload_where_it_goes_with_it(name, offload):
-    layout = parse_layout(name, processes_of(name))
+    layout = parse_layout(name)
     run = layout.of(offloaded(3, to="nvme", parallel__nvme_path="/disk"))
     assert run.parallel.offload == offload
     run.resolve(layout.processes, VOCAB)
