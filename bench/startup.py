@@ -24,7 +24,7 @@ from basestone.trainer.places import locate, vocab_size
 import basestone
 recipe = Path(sys.argv[1])
 run = load_run(recipe, ["parallel.tensor=1", "run.processes=1"])
-places = locate(run.data, processes.cache_dir()); mark("run file and data places")
+places = locate(run.data, run.reading, processes.cache_dir()); mark("run file and data places")
 runtime = processes.start(); mark("process groups")
 engine = engine_module.Engine(run.resolve(1, vocab_size(places)), runtime); mark("model and DeepSpeed engine")
 from basestone.trainer.batch import cut

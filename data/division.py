@@ -6,18 +6,19 @@ import math
 
 from .errors import DataConfigError
 
-MAX_LANES = 256
+USUAL_LANES = 256
+MAX_LANES = 1 << 16
 
 
 def num_lanes(*global_batches: int) -> int:
-    """Return the largest number up to 256 that divides every global batch (in sequences) of a run.
+    """Return the largest number up to ``USUAL_LANES`` that divides every global batch (in sequences) of a run.
 
     Open chunks and the reads before the first batch grow with the lanes, so there is an upper bound.
     """
     if min(global_batches) < 1:
         raise DataConfigError(f"global batch is {min(global_batches)}; it must be at least 1 sequence")
     common = math.gcd(*global_batches)
-    return next(lanes for lanes in range(min(common, MAX_LANES), 0, -1) if common % lanes == 0)
+    return next(lanes for lanes in range(min(common, USUAL_LANES), 0, -1) if common % lanes == 0)
 
 
 def samples_per_reader(global_batch: int, num_readers: int, lanes: int | None = None) -> int:

@@ -8,6 +8,7 @@ damaged header.
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from .errors import DataError
 
 TEXT_KIND = "text"
 TOKENS_KIND = "tokens"
+MEGATRON_KIND = (
+    "megatron"  # a Megatron .bin file: tokens alone, cut into documents by lengths kept beside the index
+)
+SAMPLES_KIND = "samples"  # samples of other members, such as images
 TEXT_EXTENSION = "txt"
+TEXT_EXTENSIONS = (TEXT_EXTENSION, "json")
+MEDIA_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "png", "webp", "gif", "bmp", "ppm", "npy", "flac", "wav", "mp3", "mp4"}
+)
 LENGTHS_EXTENSION = "len.u32"
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"tok.u16": np.dtype("<u2"), "tok.u32": np.dtype("<u4")}
 LENGTHS_DTYPE = np.dtype("<u4")
@@ -40,32 +49,53 @@ def expand_samples(chunk: bytes, where: str) -> list[dict[str, Any]]:
 
 
 def text_of_sample(sample: dict[str, Any], where: str) -> str:
-    """Return the text of a ``.txt`` member. Raises DataError where it is missing or not UTF-8."""
-    content = sample.get(TEXT_EXTENSION)
-    if content is None:
+    """Return the text of a ``.txt`` member, or the ``text`` of a ``.json`` member.
+
+    Raises DataError where there is neither, or it is not UTF-8.
+    """
+    extension = next((name for name in TEXT_EXTENSIONS if name in sample), None)
+    if extension is None:
         raise DataError(
             f"{where}: sample {sample['__key__']} has no .{TEXT_EXTENSION} member but "
             f"{_extensions(sample)}; a text shard holds one .{TEXT_EXTENSION} for each document"
         )
     try:
-        return content.decode("utf-8")
+        content = sample[extension].decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: sample {sample['__key__']} is not UTF-8 ({error.reason} at byte {error.start}); "
             "pass the sources through `prepare`, which drops such documents"
         ) from error
+    if extension == TEXT_EXTENSION:
+        return content  # type: ignore[no-any-return]
+    try:
+        text = json.loads(content)["text"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(
+            f"{where}: sample {sample['__key__']} has a .json member without a string `text`; "
+            "pass the sources through `prepare`, which drops such documents"
+        )
+    return text
 
 
 def tokens_of_sample(sample: dict[str, Any], where: str) -> list[np.ndarray]:
-    """Return the documents of a block member pair as token arrays, each framed by its specials."""
+    """Return the documents of a block member pair as token arrays, each framed by its specials.
+
+    Without lengths the member is one document.
+    """
     extension = next((name for name in TOKEN_DTYPES if name in sample), None)
-    if extension is None or LENGTHS_EXTENSION not in sample:
+    if extension is None:
         raise DataError(
             f"{where}: sample {sample['__key__']} holds {_extensions(sample)}; a token block holds "
             f"tok.u16 or tok.u32, and {LENGTHS_EXTENSION}"
         )
     dtype = TOKEN_DTYPES[extension]
-    content, lengths_content = sample[extension], sample[LENGTHS_EXTENSION]
+    content = sample[extension]
+    lengths_content = sample.get(
+        LENGTHS_EXTENSION, np.array([len(content) // dtype.itemsize], LENGTHS_DTYPE).tobytes()
+    )
     if len(content) % dtype.itemsize or len(lengths_content) % LENGTHS_DTYPE.itemsize:
         raise DataError(f"{where}: block {sample['__key__']} ends inside a number; write the shard anew")
     tokens = np.frombuffer(content, dtype)
@@ -75,30 +105,40 @@ def tokens_of_sample(sample: dict[str, Any], where: str) -> list[np.ndarray]:
             f"{where}: block {sample['__key__']} holds {len(tokens)} tokens but its lengths add up to "
             f"{int(lengths.sum())}; write the shard anew"
         )
-    return np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    return split_documents(tokens, lengths)
 
 
-def read_texts(chunk: bytes, where: str) -> list[str]:
-    """Return the documents of a chunk of text, in file order."""
-    return [text_of_sample(sample, where) for sample in expand_samples(chunk, where)]
+def split_documents(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Cut tokens into documents of these lengths, which add up to them; the parts share the memory."""
+    ends = np.cumsum(lengths).tolist()
+    return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def read_token_documents(chunk: bytes, where: str) -> list[np.ndarray]:
-    """Return the documents of a chunk of token blocks, in file order."""
-    samples = expand_samples(chunk, where)
-    return [tokens for sample in samples for tokens in tokens_of_sample(sample, where)]
+def documents_of_samples(kind: str, samples: list[dict[str, Any]], where: str) -> list[Any]:
+    """Return the documents of a chunk's samples in file order: texts, token arrays, or the samples themselves."""
+    if kind == TEXT_KIND:
+        return [text_of_sample(sample, where) for sample in samples]
+    if kind == TOKENS_KIND:
+        return [tokens for sample in samples for tokens in tokens_of_sample(sample, where)]
+    return samples
 
 
-def kind_of_sample(sample: dict[str, Any], where: str) -> str:
-    """Tell from a sample's members whether a shard holds text or token blocks."""
-    if TEXT_EXTENSION in sample:
-        return TEXT_KIND
+def kind_of_sample(sample: dict[str, Any]) -> str:
+    """Tell from a sample's members whether a shard holds text, token blocks or something else."""
     if any(name in sample for name in TOKEN_DTYPES):
         return TOKENS_KIND
-    raise DataError(
-        f"{where}: sample {sample['__key__']} holds {_extensions(sample)}; expected a .txt member (text) or "
-        "tok.u16|tok.u32 with len.u32 (token blocks)"
-    )
+    others = {name for name in sample if not name.startswith("__")} - set(TEXT_EXTENSIONS)
+    if TEXT_EXTENSION in sample or ("json" in sample and _holds_text(sample["json"])):
+        return TEXT_KIND if not others & MEDIA_EXTENSIONS else SAMPLES_KIND
+    return SAMPLES_KIND
+
+
+def _holds_text(content: bytes) -> bool:
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("text"), str)
 
 
 def _extensions(sample: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 
 from .errors import DataConfigError
 from .lanes import check_tokenizer
-from .shards import open_filled_shard_set
+from .reading.reader import RangeReader
+from .shards import ShardSet, open_filled_shard_set
 from .tokenizer import Tokenizer
 
 
@@ -29,7 +30,14 @@ class HeldOutSet:
     num_documents: int
 
 
-def load_heldout(directory: Path, tokenizer: Path, *, sequence_length: int, max_tokens: int) -> HeldOutSet:
+def load_heldout(
+    directory: Path | str,
+    tokenizer: Path,
+    *,
+    sequence_length: int,
+    max_tokens: int,
+    reader: RangeReader | None = None,
+) -> HeldOutSet:
     """Load documents in file order up to ``max_tokens`` tokens; ones longer than that alone are passed over.
 
     Raises DataConfigError where nothing fits, DataError for damaged shards.
@@ -40,7 +48,7 @@ def load_heldout(directory: Path, tokenizer: Path, *, sequence_length: int, max_
         )
     taken: list[np.ndarray] = []
     num_tokens = num_bytes = 0
-    for tokens, size in _documents(directory, Tokenizer(tokenizer)):
+    for tokens, size in _documents(open_filled_shard_set(directory, reader), Tokenizer(tokenizer)):
         if len(tokens) > max_tokens:
             continue
         if num_tokens + len(tokens) > max_tokens:
@@ -64,9 +72,8 @@ def load_heldout(directory: Path, tokenizer: Path, *, sequence_length: int, max_
     )
 
 
-def _documents(directory: Path, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+def _documents(shard_set: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """Yield each document's framed tokens and the size of its text in bytes."""
-    shard_set = open_filled_shard_set(directory)
     check_tokenizer(shard_set, tokenizer)
     for chunk in range(shard_set.num_chunks):
         for document in shard_set.read_documents(chunk):

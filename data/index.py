@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .documents import TEXT_KIND, expand_samples, kind_of_sample, text_of_sample, tokens_of_sample
+from .documents import SAMPLES_KIND, TEXT_KIND, documents_of_samples, expand_samples, kind_of_sample
 from .errors import DataError
 from .storage import write_atomic
 
@@ -39,25 +39,26 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         """Return the number of samples in the shard."""
-        return len(self.sample_offsets) - 1
+        return sum(row[2] for row in self.chunks)
 
 
-def index_shard(path: Path, chunk_bytes: int) -> ShardIndex:
+def index_shard(path: Path, chunk_bytes: int, *, name: str | None = None) -> ShardIndex:
     """Read a whole shard once and describe it; every sample is parsed, so a shard that passes is sound.
 
-    Raises DataError where the tar is cut or damaged, a key comes twice, or a sample is not of the kind of
-    the first one.
+    ``name`` is what messages call it, by default its path. Raises DataError where the tar is cut or damaged, a
+    key comes twice, or a sample is not of the kind of the first one.
     """
     num_bytes = path.stat().st_size
+    name = name or str(path)
     with open(path, "rb") as stream:
-        offsets = _sample_offsets(stream, path, num_bytes)
+        offsets = _sample_offsets(stream, name, num_bytes)
         index = ShardIndex(path.name, num_bytes, TEXT_KIND, offsets)
         for start, stop in _chunk_bounds(offsets, chunk_bytes):
             offset, length = offsets[start], offsets[stop] - offsets[start]
             stream.seek(offset)
             chunk = stream.read(length)
             index.chunks.append((offset, length, stop - start, zlib.crc32(chunk)))
-            _count_chunk(index, chunk, stop - start, f"shard {path}, bytes {offset}-{offset + length}")
+            _count_chunk(index, chunk, stop - start, f"shard {name}, bytes {offset}-{offset + length}")
     return index
 
 
@@ -69,7 +70,7 @@ def write_sample_index(shard: Path, sample_offsets: list[int]) -> None:
     write_atomic(shard.with_name(shard.name + INDEX_SUFFIX), np.array(sample_offsets, "<u8").tobytes())
 
 
-def _sample_offsets(stream: BinaryIO, path: Path, num_bytes: int) -> list[int]:
+def _sample_offsets(stream: BinaryIO, shard: str, num_bytes: int) -> list[int]:
     """Return the header offset of each sample's first member, and the offset where the last one ends."""
     offsets: list[int] = []
     seen: set[str] = set()
@@ -84,23 +85,23 @@ def _sample_offsets(stream: BinaryIO, path: Path, num_bytes: int) -> list[int]:
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, _ = name.partition(".")
                 if not stem or not dot:
-                    raise DataError(f"shard {path}: member {member.name!r} is not named KEY.EXTENSION")
+                    raise DataError(f"shard {shard}: member {member.name!r} is not named KEY.EXTENSION")
                 member_key = f"{folder}/{stem}"
                 if member_key != key:
                     if member_key in seen:
                         raise DataError(
-                            f"shard {path}: key {stem!r} comes twice, at byte {member.offset}; give each sample "
+                            f"shard {shard}: key {stem!r} comes twice, at byte {member.offset}; give each sample "
                             "a key of its own, its members one after the other, with no dot inside the key"
                         )
                     seen.add(member_key)
                     key = member_key
                     offsets.append(member.offset)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"shard {path} is not a whole, uncompressed tar: {error}; write it anew") from error
+        raise DataError(f"shard {shard} is not a whole, uncompressed tar: {error}; write it anew") from error
     stream.seek(end)
     # tarfile ends without a word at a cut or damaged header: only the end marker proves that all was seen
     if end > num_bytes or stream.read(BLOCK_BYTES) != bytes(BLOCK_BYTES):
-        raise DataError(f"shard {path} is cut or damaged at byte {end} of {num_bytes}; write it anew")
+        raise DataError(f"shard {shard} is cut or damaged at byte {end} of {num_bytes}; write it anew")
     return [*offsets, end]
 
 
@@ -121,12 +122,10 @@ def _count_chunk(index: ShardIndex, chunk: bytes, num_samples: int, where: str) 
     if len(samples) != num_samples:
         raise DataError(f"{where} gives {len(samples)} samples, expected {num_samples}; write the shard anew")
     if not index.num_documents:
-        index.kind = kind_of_sample(samples[0], where)
-    for sample in samples:
-        if index.kind == TEXT_KIND:
-            index.num_documents += 1
-            index.text_bytes += len(text_of_sample(sample, where).encode())
-        else:
-            documents = tokens_of_sample(sample, where)
-            index.num_documents += len(documents)
-            index.num_tokens += sum(map(len, documents))
+        index.kind = kind_of_sample(samples[0])
+    documents = documents_of_samples(index.kind, samples, where)
+    index.num_documents += len(documents)
+    if index.kind == TEXT_KIND:
+        index.text_bytes += sum(len(document.encode()) for document in documents)
+    elif index.kind != SAMPLES_KIND:
+        index.num_tokens += sum(map(len, documents))

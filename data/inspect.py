@@ -1,113 +1,126 @@
-"""Index, describe and verify shard directories."""
+"""Describe and verify shard directories."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .documents import TOKENS_KIND
+import numpy as np
+
 from .errors import DataConfigError, DataError
-from .index import index_shard
 from .lanes import check_tokenizer
-from .prepare import DEFAULT_CHUNK_BYTES
-from .shards import MANIFEST_NAME, open_filled_shard_set, open_shard_set, write_manifest
-from .storage import storage_errors
+from .reading.reader import RangeReader
+from .shards import ShardSet, open_filled_shard_set, open_shard_set
 from .tokenizer import Tokenizer
 
 EXCERPT_CHARS = 300
+STATISTICS_CHUNKS = 64  # evenly spaced over the set
+PERCENTILES = (10, 50, 90)
 
 
-def index_directory(
-    path: Path, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES, tokenizer: Path | None = None
+def inspect_directory(
+    place: Path | str,
+    tokenizer: Path | None = None,
+    num_documents: int = 3,
+    reader: RangeReader | None = None,
 ) -> dict[str, Any]:
-    """Index the tar files of a directory, in the order of their names, and write its manifest.
+    """Describe a shard directory, the lengths of its documents, and the beginning of the first ones.
 
-    Token blocks do not tell their tokenizer: it is taken from ``tokenizer`` or from the manifest that is there.
-    Returns a summary. Raises DataConfigError where there is nothing to index or the tokenizer is unknown,
-    DataError for a shard that is damaged or not in the format.
+    With a tokenizer, counts tokens too; token blocks cannot be shown without theirs. Lengths are those of the documents
+    of some evenly spaced chunks.
     """
-    if not path.is_dir():
-        raise DataConfigError(f"{path} is no directory; give a directory of .tar files")
-    shards = sorted(path.glob("*.tar"))
-    if not shards:
-        raise DataConfigError(f"{path} holds no .tar files; make shards with `prepare`")
-    with storage_errors(f"indexing {path}"):
-        indexes = [index_shard(shard, chunk_bytes) for shard in shards]
-        sha256 = None
-        if any(index.kind == TOKENS_KIND for index in indexes):
-            sha256 = Tokenizer(tokenizer).sha256 if tokenizer else _known_tokenizer(path)
-        manifest = write_manifest(path, indexes, tokenizer_sha256=sha256)
+    shard_set = open_filled_shard_set(place, reader)
+    encoder = None if tokenizer is None else Tokenizer(tokenizer)
+    if encoder is not None and shard_set.holds_tokens:
+        check_tokenizer(shard_set, encoder)
     return {
-        "directory": str(path),
-        "kind": manifest["kind"],
-        "shards": len(shards),
-        "chunks": sum(len(index.chunks) for index in indexes),
-        "documents": manifest["documents"],
-        "fingerprint": manifest["fingerprint"],
+        "directory": shard_set.place_shown,
+        "kind": shard_set.kind,
+        "shards": len(shard_set.files),
+        "chunks": shard_set.num_chunks,
+        "documents": shard_set.num_documents,
+        "bytes": shard_set.num_bytes,
+        "bytes_text": shard_set.text_bytes,
+        "tokens": shard_set.num_tokens,
+        "tokenizer_sha256": shard_set.tokenizer_sha256,
+        "fingerprint": shard_set.fingerprint,
+        "lengths": _lengths(shard_set, encoder),
+        "examples": _examples(shard_set, encoder, num_documents),
     }
 
 
-def inspect_directory(path: Path, tokenizer: Path | None = None, num_documents: int = 3) -> dict[str, Any]:
-    """Describe a shard directory and show the beginning of its first documents.
+def verify_directory(
+    place: Path | str, reader: RangeReader | None = None, progress: Callable[[int, int], None] | None = None
+) -> list[dict[str, Any]]:
+    """Read every chunk and return those that are damaged: shard, offset, length and what is wrong.
 
-    With a tokenizer, counts these documents' tokens too; token blocks cannot be shown without theirs.
+    ``progress`` hears the chunks read and their number. Raises where the manifest itself is unusable.
     """
-    shard_set = open_filled_shard_set(path)
-    encoder = None if tokenizer is None else Tokenizer(tokenizer)
-    if encoder is not None:
-        check_tokenizer(shard_set, encoder)
+    shard_set = open_shard_set(place, reader, check_files=False)
+    bad: list[dict[str, Any]] = []
+    for chunk in range(shard_set.num_chunks):
+        try:
+            shard_set.read_documents(chunk)
+        except DataConfigError:
+            raise
+        except DataError as error:
+            shard, offset, length = (int(value) for value in shard_set.chunks[chunk, :3])
+            where = {"shard": shard_set.files[shard], "offset": offset, "length": length}
+            bad.append({**where, "problem": str(error)})
+        if progress is not None:
+            progress(chunk + 1, shard_set.num_chunks)
+    return bad
+
+
+def _lengths(shard_set: ShardSet, encoder: Tokenizer | None) -> dict[str, Any] | None:
+    """Return statistics of the documents' lengths, in tokens where they are known, else in bytes of text."""
+    if not shard_set.holds_text and not shard_set.holds_tokens:
+        return None
+    count = min(STATISTICS_CHUNKS, shard_set.num_chunks)
+    chunks = np.unique(np.linspace(0, shard_set.num_chunks - 1, count).round().astype(int)).tolist()
+    documents = [document for chunk in chunks for document in shard_set.read_documents(chunk)]
+    in_tokens = shard_set.holds_tokens or encoder is not None
+    sizes = [
+        len(encoder.encode_document(document)) if encoder and isinstance(document, str) else _size(document)
+        for document in documents
+    ]
+    found: dict[str, Any] = {
+        "unit": "tokens" if in_tokens else "bytes of text",
+        "documents": len(sizes),
+        "mean": round(float(np.mean(sizes)), 1),
+        **{f"p{rank}": int(np.percentile(sizes, rank)) for rank in PERCENTILES},
+        "max": max(sizes),
+    }
+    if encoder is not None and shard_set.holds_text:
+        text_bytes = sum(map(_size, documents))
+        found["bytes_per_token"] = round(text_bytes / sum(sizes), 3)
+        found["tokens_in_all"] = round(shard_set.text_bytes * sum(sizes) / text_bytes)
+    return found
+
+
+def _size(document: Any) -> int:
+    return len(document.encode()) if isinstance(document, str) else len(document)
+
+
+def _examples(shard_set: ShardSet, encoder: Tokenizer | None, num_documents: int) -> list[dict[str, Any]]:
     examples: list[dict[str, Any]] = []
     for chunk in range(shard_set.num_chunks):
+        if len(examples) >= num_documents:
+            break
         for document in shard_set.read_documents(chunk)[: num_documents - len(examples)]:
+            tokens: int | None = None
             if isinstance(document, str):
                 text: str | None = document
                 tokens = None if encoder is None else len(encoder.encode_document(document))
+            elif isinstance(document, dict):
+                members = {
+                    name: len(content) for name, content in document.items() if not name.startswith("__")
+                }
+                text = ", ".join(f".{name} ({size} bytes)" for name, size in members.items())
             else:
                 text = None if encoder is None else encoder.decode(document)
                 tokens = len(document)
             example = {"text": None if text is None else text[:EXCERPT_CHARS], "tokens": tokens}
             examples.append(example | {"bytes": None if text is None else len(text.encode())})
-        if len(examples) >= num_documents:
-            break
-    return {
-        "directory": str(path),
-        "kind": shard_set.kind,
-        "shards": len(shard_set.files),
-        "chunks": shard_set.num_chunks,
-        "documents": shard_set.num_documents,
-        "bytes_text": shard_set.text_bytes,
-        "tokens": shard_set.num_tokens,
-        "tokenizer_sha256": shard_set.tokenizer_sha256,
-        "fingerprint": shard_set.fingerprint,
-        "examples": examples,
-    }
-
-
-def verify_directory(path: Path) -> list[dict[str, Any]]:
-    """Read every chunk and return those that are damaged: shard, offset, length and what is wrong.
-
-    Raises where the manifest itself is unusable or a shard is missing or cut; see ``open_shard_set``.
-    """
-    shard_set = open_shard_set(path)
-    bad: list[dict[str, Any]] = []
-    for chunk in range(shard_set.num_chunks):
-        try:
-            shard_set.read_documents(chunk)
-        except DataError as error:
-            shard, offset, length = (int(value) for value in shard_set.chunks[chunk, :3])
-            place = {"shard": shard_set.files[shard], "offset": offset, "length": length}
-            bad.append({**place, "problem": str(error)})
-    return bad
-
-
-def _known_tokenizer(path: Path) -> str:
-    try:
-        sha256 = json.loads((path / MANIFEST_NAME).read_bytes())["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        sha256 = None
-    if not isinstance(sha256, str):
-        raise DataConfigError(
-            f"{path} holds token blocks of an unknown tokenizer; say which: --tokenizer MODEL"
-        )
-    return sha256
+    return examples

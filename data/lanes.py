@@ -1,130 +1,208 @@
 """Give every training sample its content: lanes over an index.
 
-A run has a fixed number of lanes. Global sample ``i`` belongs to lane ``i mod num_lanes``, and lane ``l``
-takes the chunks ``l, l + num_lanes, l + 2 num_lanes, ...`` of an endless sequence: epoch after epoch, each a
-fresh permutation. So a sample is a function of the data, the seed and ``i`` alone, whatever process
-reads it, and a lane's place is three integers: how many chunks it has finished, the document within the
-present chunk, and the token within the document.
+A run has a fixed number of lanes. Global sample ``i`` belongs to lane ``i mod num_lanes`` and comes from the source
+that the mix draws for it. In each source, lane ``l`` takes the chunks ``l, l + num_lanes, l + 2 num_lanes, ...``
+of an endless sequence: epoch after epoch, each a fresh permutation. So a sample is a function of the data, the
+mix, the seed and ``i`` alone, whatever process reads it, and a lane's place in a source is three integers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .documents import TOKENS_KIND
-from .errors import DataConfigError
+from .config import ReadingConfig
+from .errors import DataConfigError, DataError
+from .mixing import Mix
 from .order import hash_integers, permute_all, permute_index
+from .packing import CURSOR_COLUMNS, BestFitPacker, Cursor, Packer, SplitPacker, window_chunks
 from .shards import ShardSet
 from .tokenizer import Tokenizer
 
-CURSOR_COLUMNS = 3
 DOCUMENT_ORDER = 1  # sets the keys of document orders apart from those of chunk orders
+SEQUENCE_ORDER = 3  # and those of a window's sequences
+ROW_ARRAYS = ("ids", "sources", "cursors", "lengths", "num_starts", "tokens")  # of a group of samples
+USUAL_TOKEN_BYTES = 4  # of text, where only its size is known
 
 
-@dataclass
-class Cursor:
-    """Hold the place of a lane: chunks finished, document in the chunk's order, token in the document."""
+class Source:
+    """Order the chunks of some shard sets, endlessly, and read their documents as tokens.
 
-    chunk: int = 0
-    document: int = 0
-    token: int = 0
+    A chunk that cannot be read is an error, or is passed over and remembered: see ``reading.on_bad_chunk``.
+    """
 
+    def __init__(
+        self,
+        shard_sets: Sequence[ShardSet],
+        tokenizer: Tokenizer,
+        seed: int,
+        *,
+        reading: ReadingConfig,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """Check that token blocks were made with this tokenizer; raises DataConfigError where not.
 
-class ChunkSequence:
-    """Order the chunks of several shard sets, endlessly, and read their documents as tokens."""
-
-    def __init__(self, shard_sets: Sequence[ShardSet], tokenizer: Tokenizer, seed: int) -> None:
-        """Check that token blocks were made with this tokenizer; raises DataConfigError where not."""
+        ``pool`` reads chunks ahead that lie behind a network.
+        """
         for shard_set in shard_sets:
             check_tokenizer(shard_set, tokenizer)
-        self._shard_sets = shard_sets
-        self._tokenizer = tokenizer
-        self._seed = seed
+        self._shard_sets, self._tokenizer, self._seed, self._reading = shard_sets, tokenizer, seed, reading
+        self._pool = pool if any(shard_set.is_remote for shard_set in shard_sets) else None
+        self._ahead: dict[int, Future[bytes]] = {}
         self._ends = np.cumsum([shard_set.num_chunks for shard_set in shard_sets])
         self.num_chunks = int(self._ends[-1])
+        self.num_bytes = sum(shard_set.num_bytes for shard_set in shard_sets)
+        self._bad_chunks: dict[int, int] = {}  # number -> bytes
+        self._news: list[dict[str, Any]] = []
 
-    def read(self, ordinal: int) -> list[str] | list[np.ndarray]:
-        """Return the documents of the chunk at a place of the endless sequence, in training order."""
-        epoch, place = divmod(ordinal, self.num_chunks)
-        chunk = permute_index(place, self.num_chunks, hash_integers(self._seed, epoch))
-        number = int(np.searchsorted(self._ends, chunk, side="right"))
-        shard_set = self._shard_sets[number]
-        documents = shard_set.read_documents(chunk - int(self._ends[number]) + shard_set.num_chunks)
-        order = permute_all(len(documents), hash_integers(self._seed, epoch, chunk, DOCUMENT_ORDER))
+    @property
+    def num_tokens(self) -> int | None:
+        """Return the tokens of all chunks, None where some hold text."""
+        counts = [shard_set.num_tokens for shard_set in self._shard_sets]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def text_bytes(self) -> int | None:
+        """Return the bytes of text of all chunks, None where some do not tell."""
+        sizes = [shard_set.text_bytes for shard_set in self._shard_sets]
+        return sum(sizes) if all(sizes) else None
+
+    @property
+    def tokens_per_chunk(self) -> float:
+        """Return the mean, from the counts of the manifests."""
+        tokens = sum(
+            shard_set.num_tokens or shard_set.text_bytes / USUAL_TOKEN_BYTES for shard_set in self._shard_sets
+        )
+        return tokens / self.num_chunks
+
+    def expect(self, ordinal: int) -> None:
+        """Begin to read the chunk at a place of the endless sequence that will be asked for."""
+        if self._pool is not None and ordinal not in self._ahead:
+            shard_set, chunk = self._locate(self._chunk_at(ordinal))
+            self._ahead[ordinal] = self._pool.submit(shard_set.read_chunk, chunk)
+
+    def read(self, ordinal: int) -> Sequence[str] | Sequence[np.ndarray]:
+        """Return the documents of the chunk at a place of the endless sequence, in training order.
+
+        Raises DataError for damage, and where too much is in quarantine already.
+        """
+        number = self._chunk_at(ordinal)
+        shard_set, chunk = self._locate(number)
+        ahead = self._ahead.pop(ordinal, None)
+        try:
+            content = shard_set.read_chunk(chunk) if ahead is None else ahead.result()
+            documents = shard_set.documents_of(chunk, content)
+        except DataConfigError:
+            raise
+        except DataError as error:
+            if self._reading.on_bad_chunk == "raise":
+                raise
+            self._quarantine(number, int(shard_set.chunks[chunk, 2]), error)
+            return []
+        epoch = ordinal // self.num_chunks
+        order = permute_all(len(documents), hash_integers(self._seed, epoch, number, DOCUMENT_ORDER))
         return [documents[index] for index in order]  # type: ignore[return-value]
 
     def tokenize(self, document: str | np.ndarray) -> np.ndarray:
         """Return a document's framed tokens; those of a block are framed already."""
         return self._tokenizer.encode_document(document) if isinstance(document, str) else document
 
+    def _chunk_at(self, ordinal: int) -> int:
+        epoch, place = divmod(ordinal, self.num_chunks)
+        return permute_index(place, self.num_chunks, hash_integers(self._seed, epoch))
 
-class Lane:
-    """Pack one lane's documents, end to end, into sequences that share one token with the next."""
+    def _locate(self, number: int) -> tuple[ShardSet, int]:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        shard_set = self._shard_sets[place]
+        return shard_set, number - int(self._ends[place]) + shard_set.num_chunks
 
-    def __init__(self, chunks: ChunkSequence, number: int, lanes: int, cursor: Cursor) -> None:
-        """Start at a cursor; nothing is read before the first sequence is asked for."""
-        self._chunks = chunks
-        self._number = number
-        self._num_lanes = lanes
-        self.cursor = cursor
-        self._open_chunk: int | None = None
-        self._documents: list[str] | list[np.ndarray] = []
-        self._open_document: tuple[int, int] | None = None
-        self._tokens: np.ndarray = np.zeros(0, np.int32)
+    def know_bad(self, numbers: Iterable[int]) -> None:
+        """Count chunks as in quarantine that were found before."""
+        for number in numbers:
+            shard_set, chunk = self._locate(number)
+            self._bad_chunks[number] = int(shard_set.chunks[chunk, 2])
 
-    def fill(self, row: np.ndarray) -> None:
-        """Write the next sequence into ``row`` (integers [sequence_length + 1]) and move the cursor."""
-        filled, cursor = 0, self.cursor
-        while True:
-            tokens = self._current_document()
-            count = min(len(row) - filled, len(tokens) - cursor.token)
-            row[filled : filled + count] = tokens[cursor.token : cursor.token + count]
-            filled += count
-            cursor.token += count
-            if filled == len(row):
-                cursor.token -= 1  # the last token is only a target here, and the next sequence's first input
-                return
+    def take_news(self) -> list[dict[str, Any]]:
+        """Return the chunks that were put into quarantine since the last call: number, bytes, what is wrong."""
+        news, self._news = self._news, []
+        return news
 
-    def _current_document(self) -> np.ndarray:
-        """Return the tokens of the document under the cursor, moving past what is used up."""
-        cursor = self.cursor
-        while True:
-            if self._open_chunk != cursor.chunk:
-                self._documents = self._chunks.read(self._number + cursor.chunk * self._num_lanes)
-                self._open_chunk = cursor.chunk
-            if cursor.document >= len(self._documents):
-                cursor.chunk, cursor.document, cursor.token = cursor.chunk + 1, 0, 0
-                continue
-            if self._open_document != (cursor.chunk, cursor.document):
-                self._tokens = self._chunks.tokenize(self._documents[cursor.document])
-                self._open_document = (cursor.chunk, cursor.document)
-            if cursor.token < len(self._tokens):
-                return self._tokens
-            cursor.document, cursor.token = cursor.document + 1, 0
+    def _quarantine(self, number: int, num_bytes: int, error: DataError) -> None:
+        if number not in self._bad_chunks:
+            self._bad_chunks[number] = num_bytes
+            self._news.append({"chunk": number, "bytes": num_bytes, "problem": str(error)})
+        check_bad_bytes(
+            sum(self._bad_chunks.values()), self.num_bytes, self._reading.max_bad_fraction, str(error)
+        )
+
+
+def check_bad_bytes(bad: int, total: int, max_bad_fraction: float, last: str) -> None:
+    """Raise DataError where more than ``max_bad_fraction`` of the bytes is bad; ``last`` is the newest problem."""
+    if bad > max_bad_fraction * total:
+        raise DataError(
+            f"{bad} of {total} bytes cannot be read, more than reading.max_bad_fraction = {max_bad_fraction}; mend the "
+            f"shards (`basestone data verify` names what is damaged) or raise it; the last: {last}"
+        )
+
+
+class LaneDocuments:
+    """The chunks of a source that one lane takes: see packing.Documents."""
+
+    def __init__(self, source: Source, lane: int, num_lanes: int) -> None:
+        self._source, self._lane, self._num_lanes = source, lane, num_lanes
+        self.tokenize = source.tokenize
+
+    def read(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
+        """Return the documents of the lane's chunk with this number, in training order."""
+        return self._source.read(self._lane + chunk * self._num_lanes)
+
+    def expect(self, chunk: int) -> None:
+        """Begin to read a chunk that will be asked for."""
+        self._source.expect(self._lane + chunk * self._num_lanes)
 
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """Hold consecutive samples of some lanes, each with the cursor that its lane has after it.
+    """Hold consecutive samples of some lanes, each with the cursor that its lane has after it in its source.
 
-    ``ids`` int64 [num_samples]; ``cursors`` int64 [num_samples, 3]; ``tokens`` integers
-    [num_samples, sequence_length + 1].
+    ``ids`` int64 [num_samples]; ``sources`` int64 [num_samples]; ``cursors`` int64 [num_samples, 3]; ``lengths``
+    int64 [num_samples], the tokens that are there; ``num_starts`` int64 [num_samples], how many documents begin in
+    each, and ``starts`` int64 [sum of these] where; ``tokens`` integers [num_samples, sequence_length + 1].
+    ``news`` is what reading them took, and which chunks were passed over.
     """
 
     ids: np.ndarray
+    sources: np.ndarray
     cursors: np.ndarray
+    lengths: np.ndarray
+    num_starts: np.ndarray
+    starts: np.ndarray
     tokens: np.ndarray
+    news: tuple[dict[str, Any], ...] = ()
 
     def take(self, count: int) -> tuple[SampleGroup, SampleGroup]:
-        """Split into the first ``count`` samples and the rest."""
+        """Split into the first ``count`` samples, which get the news, and the rest."""
+        cut = int(self.num_starts[:count].sum())
         return (
-            SampleGroup(self.ids[:count], self.cursors[:count], self.tokens[:count]),
-            SampleGroup(self.ids[count:], self.cursors[count:], self.tokens[count:]),
+            self._rows(slice(None, count), self.starts[:cut], self.news),
+            self._rows(slice(count, None), self.starts[cut:], ()),
         )
+
+    @staticmethod
+    def join(groups: Sequence[SampleGroup]) -> SampleGroup:
+        """Put groups one after another."""
+        arrays = {
+            name: np.concatenate([getattr(group, name) for group in groups]) for name in (*ROW_ARRAYS, "starts")
+        }
+        return SampleGroup(**arrays, news=tuple(item for group in groups for item in group.news))
+
+    def _rows(self, rows: slice, starts: np.ndarray, news: tuple[dict[str, Any], ...]) -> SampleGroup:
+        return SampleGroup(**{name: getattr(self, name)[rows] for name in ROW_ARRAYS}, starts=starts, news=news)
 
 
 class LaneGroup:
@@ -132,37 +210,75 @@ class LaneGroup:
 
     def __init__(
         self,
-        chunks: ChunkSequence,
-        cursors: dict[int, Cursor],
+        sources: Sequence[Source],
+        mix: Mix,
+        cursors: Mapping[tuple[int, int], Cursor],
         *,
-        lanes: int,
+        own_lanes: Sequence[int],
+        num_lanes: int,
         position: int,
         sequence_length: int,
+        packing: str,
+        seed: int,
         dtype: np.dtype,
     ) -> None:
-        """Start at global sample ``position`` (a multiple of ``lanes``) with a cursor for each lane read."""
-        assert position % lanes == 0 and cursors
-        self._lanes = [(number, Lane(chunks, number, lanes, cursors[number])) for number in sorted(cursors)]
-        self._num_lanes = lanes
-        self._cycle = position // lanes
+        """Start at global sample ``position`` (a multiple of the lanes).
+
+        ``cursors`` are by (source, lane); where one is missing, that lane has not begun that source.
+        """
+        assert position % num_lanes == 0 and own_lanes
+        self._sources, self._mix, self._cursors = sources, mix, dict(cursors)
+        self._own_lanes = sorted(own_lanes)
+        self._num_lanes, self._packing, self._seed = num_lanes, packing, seed
+        self._packers: dict[tuple[int, int], Packer] = {}
+        self._cycle = position // num_lanes
         self._next = 0
         self._sequence_length = sequence_length
         self._dtype = dtype
+        for lane in self._own_lanes:  # over a network the first chunks come together, not one after another
+            source = mix.source_of(position + lane)
+            sources[source].expect(lane + self._cursor(source, lane).chunk * num_lanes)
 
     def read(self, count: int) -> SampleGroup:
         """Return the next ``count`` samples of these lanes."""
-        ids = np.empty(count, np.int64)
+        ids, sources, lengths, num_starts = (np.empty(count, np.int64) for _ in range(4))
         cursors = np.empty((count, CURSOR_COLUMNS), np.int64)
         tokens = np.empty((count, self._sequence_length + 1), self._dtype)
+        starts: list[int] = []
         for row in range(count):
-            number, lane = self._lanes[self._next]
-            ids[row] = self._cycle * self._num_lanes + number
-            lane.fill(tokens[row])
-            cursors[row] = lane.cursor.chunk, lane.cursor.document, lane.cursor.token
+            lane = self._own_lanes[self._next]
+            sample = self._cycle * self._num_lanes + lane
+            source = self._mix.source_of(sample)
+            packer = self._packer(source, lane)
+            length, begins = packer.fill(tokens[row])
+            tokens[row, length:] = 0
+            cursor = packer.cursor
+            ids[row], sources[row], lengths[row], num_starts[row] = sample, source, length, len(begins)
+            cursors[row] = cursor.chunk, cursor.document, cursor.token
+            starts += begins
             self._next += 1
-            if self._next == len(self._lanes):
+            if self._next == len(self._own_lanes):
                 self._next, self._cycle = 0, self._cycle + 1
-        return SampleGroup(ids, cursors, tokens)
+        news = tuple(
+            {"source": number, **item} for number, one in enumerate(self._sources) for item in one.take_news()
+        )
+        return SampleGroup(ids, sources, cursors, lengths, num_starts, np.array(starts, np.int64), tokens, news)
+
+    def _cursor(self, source: int, lane: int) -> Cursor:
+        return self._cursors.setdefault((source, lane), Cursor())
+
+    def _packer(self, source: int, lane: int) -> Packer:
+        key = source, lane
+        if key not in self._packers:
+            documents = LaneDocuments(self._sources[source], lane, self._num_lanes)
+            self._packers[key] = self._make_packer(documents, self._sources[source], lane, self._cursor(*key))
+        return self._packers[key]
+
+    def _make_packer(self, documents: LaneDocuments, source: Source, lane: int, cursor: Cursor) -> Packer:
+        if self._packing == "split":
+            return SplitPacker(documents, cursor)
+        window = window_chunks(source.tokens_per_chunk, self._sequence_length)
+        return BestFitPacker(documents, cursor, window, hash_integers(self._seed, lane, SEQUENCE_ORDER))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -171,15 +287,19 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def check_tokenizer(shard_set: ShardSet, tokenizer: Tokenizer) -> None:
-    """Refuse token blocks that another tokenizer made."""
-    if shard_set.kind == TOKENS_KIND and shard_set.tokenizer_sha256 != tokenizer.sha256:
+    """Refuse token blocks that another tokenizer made, and what holds no text."""
+    if not (shard_set.holds_text or shard_set.holds_tokens):
         raise DataConfigError(
-            f"{shard_set.directory} was tokenised with tokenizer {str(shard_set.tokenizer_sha256)[:12]}, got "
+            f"{shard_set.place_shown} holds samples without text ({shard_set.kind}); a language model needs text or "
+            "tokens"
+        )
+    if shard_set.holds_tokens and shard_set.tokenizer_sha256 != tokenizer.sha256:
+        raise DataConfigError(
+            f"{shard_set.place_shown} was tokenised with tokenizer {str(shard_set.tokenizer_sha256)[:12]}, got "
             f"{tokenizer.path} ({tokenizer.sha256[:12]}); give that one, or prepare the text again"
         )
 
 
-def data_fingerprint(shard_sets: Sequence[ShardSet], tokenizer: Tokenizer) -> str:
-    """Hash what decides the documents, their order and their tokens."""
-    parts = [*(shard_set.fingerprint for shard_set in shard_sets), tokenizer.sha256]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def data_fingerprint(shard_sets: Sequence[ShardSet]) -> str:
+    """Hash what decides the documents of a source and their order."""
+    return hashlib.sha256("\n".join(shard_set.fingerprint for shard_set in shard_sets).encode()).hexdigest()

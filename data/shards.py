@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,31 +16,38 @@ import numpy as np
 from .documents import (
     LENGTHS_DTYPE,
     LENGTHS_EXTENSION,
+    MEGATRON_KIND,
+    SAMPLES_KIND,
     TEXT_EXTENSION,
     TEXT_KIND,
     TOKEN_DTYPES,
     TOKENS_KIND,
-    read_texts,
-    read_token_documents,
+    documents_of_samples,
+    expand_samples,
+    split_documents,
 )
-from .errors import DataConfigError, DataError
+from .errors import DataConfigError, DataError, DataStorageError
 from .index import ShardIndex, index_shard, write_sample_index
-from .storage import storage_errors, write_atomic
+from .reading.reader import RangeReader
+from .reading.transport import is_local, join, shown
+from .storage import write_atomic
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "basestone-shards-1"
+LENGTHS_NAME = "documents.len.u32"  # beside the manifest of Megatron's files: the tokens of every document
 HEADER_BYTES = 512
 CHUNK_COLUMNS = 4  # offset, length, samples, crc32
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Hold an opened shard directory: what its manifest says, checked against the files' sizes.
+    """Hold an opened shard directory: what its manifest says, for local files checked against their sizes.
 
-    ``chunks`` is int64 [num_chunks, 5]: shard number, byte offset, byte length, samples, crc32.
+    ``files`` are names in the directory, or places of their own. ``chunks`` is int64 [num_chunks, 5]: shard number,
+    byte offset, byte length, samples, crc32.
     """
 
-    directory: Path
+    place: str
     kind: str
     files: tuple[str, ...]
     chunks: np.ndarray
@@ -49,16 +56,47 @@ class ShardSet:
     num_tokens: int | None
     tokenizer_sha256: str | None
     fingerprint: str
+    reader: RangeReader
+    token_dtype: str | None = None  # of Megatron's files
 
     @property
     def num_chunks(self) -> int:
         """Return the number of chunks in all shards."""
         return len(self.chunks)
 
-    def place(self, chunk: int) -> str:
-        """Name a chunk for messages: the shard's path and the byte range."""
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all chunks."""
+        return int(self.chunks[:, 2].sum())
+
+    @property
+    def is_remote(self) -> bool:
+        """Tell whether any of the shards is behind a network or a pipe."""
+        return any(not is_local(join(self.place, file)) for file in self.files)
+
+    @property
+    def holds_text(self) -> bool:
+        """Tell whether documents are texts."""
+        return self.kind == TEXT_KIND
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Tell whether documents are tokens."""
+        return self.kind in (TOKENS_KIND, MEGATRON_KIND)
+
+    @property
+    def place_shown(self) -> str:
+        """Return the directory as messages may show it."""
+        return shown(self.place)
+
+    @cached_property
+    def _first_documents(self) -> np.ndarray:
+        return np.concatenate(([0], np.cumsum(self.chunks[:, 3])))
+
+    def chunk_name(self, chunk: int) -> str:
+        """Name a chunk for messages: the shard's place and the byte range."""
         shard, offset, length = (int(value) for value in self.chunks[chunk, :3])
-        return f"shard {self.directory / self.files[shard]}, bytes {offset}-{offset + length}"
+        return f"shard {shown(join(self.place, self.files[shard]))}, bytes {offset}-{offset + length}"
 
     def read_chunk(self, chunk: int) -> bytes:
         """Read one chunk and compare its checksum.
@@ -66,36 +104,46 @@ class ShardSet:
         Raises DataError for a short read or a checksum that differs, DataStorageError where reading fails.
         """
         shard, offset, length, _, expected = (int(value) for value in self.chunks[chunk])
-        path = self.directory / self.files[shard]
-        with storage_errors(f"reading {self.place(chunk)}"), open(path, "rb") as stream:
-            content = os.pread(stream.fileno(), length, offset)
-        if len(content) != length:
-            raise DataError(
-                f"{self.place(chunk)}: got {len(content)} bytes, expected {length}; the shard was cut: copy it anew"
+        place = join(self.place, self.files[shard])
+        return self.reader.read(place, offset, length, crc32=expected, where=self.chunk_name(chunk))
+
+    def documents_of(self, chunk: int, content: bytes) -> list[Any]:
+        """Return the documents in a chunk's bytes, in file order: texts, token arrays, or whole samples."""
+        where, num_samples = self.chunk_name(chunk), int(self.chunks[chunk, 3])
+        if self.kind == MEGATRON_KIND:
+            first = int(self._first_documents[chunk])
+            lengths = self.reader.read(
+                join(self.place, LENGTHS_NAME),
+                first * LENGTHS_DTYPE.itemsize,
+                num_samples * LENGTHS_DTYPE.itemsize,
             )
-        found = zlib.crc32(content)
-        if found != expected:
+            tokens = np.frombuffer(content, self.token_dtype)
+            return split_documents(tokens, np.frombuffer(lengths, LENGTHS_DTYPE).astype(np.int64))
+        samples = expand_samples(content, where)
+        if len(samples) != num_samples:
             raise DataError(
-                f"{self.place(chunk)}: checksum is {found:08x}, expected {expected:08x}; the shard is damaged: "
-                "copy it anew, or run `data index` if it was changed on purpose"
+                f"{where} gives {len(samples)} samples, expected {num_samples}; write the shard anew"
             )
-        return content
+        return documents_of_samples(self.kind, samples, where)
 
-    def read_documents(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
-        """Return a chunk's documents in file order: texts, or token arrays where the kind is tokens."""
-        content, where = self.read_chunk(chunk), self.place(chunk)
-        if self.kind == TEXT_KIND:
-            return read_texts(content, where)
-        return read_token_documents(content, where)
+    def read_documents(self, chunk: int) -> list[Any]:
+        """Read a chunk and return its documents."""
+        return self.documents_of(chunk, self.read_chunk(chunk))
 
 
-def open_shard_set(directory: Path) -> ShardSet:
-    """Open a shard directory; its manifest must be whole and every shard there with the size it says.
+def open_shard_set(
+    directory: Path | str, reader: RangeReader | None = None, *, check_files: bool = True
+) -> ShardSet:
+    """Open a shard directory at a path or URL; its manifest must be whole, and local shards have the size it says.
+
+    Without ``check_files`` the shards themselves are not looked at.
 
     Raises DataConfigError where the directory is no shard directory or holds nothing, DataError where a
     shard is missing or cut or the manifest is damaged.
     """
-    manifest = _read_manifest(directory)
+    place, reader = str(directory), reader or RangeReader()
+    manifest = _read_manifest(place, reader)
+    manifest_place = shown(join(place, MANIFEST_NAME))
     try:
         shards = manifest["shards"]
         files = tuple(str(shard["file"]) for shard in shards)
@@ -107,16 +155,17 @@ def open_shard_set(directory: Path) -> ShardSet:
         documents, text_bytes = int(manifest["documents"]), int(manifest["bytes_text"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{directory / MANIFEST_NAME} is damaged ({type(error).__name__}: {error}); run `data index {directory}`"
+            f"{manifest_place} is damaged ({type(error).__name__}: {error}); run `data index {shown(place)}`"
         ) from error
-    if kind not in (TEXT_KIND, TOKENS_KIND) or found != recorded:
+    if kind not in (TEXT_KIND, TOKENS_KIND, MEGATRON_KIND, SAMPLES_KIND) or found != recorded:
         raise DataError(
-            f"{directory / MANIFEST_NAME} is damaged: its content gives fingerprint {found[:12]}, it says "
-            f"{str(recorded)[:12]}; run `data index {directory}`"
+            f"{manifest_place} is damaged: its content gives fingerprint {found[:12]}, it says "
+            f"{str(recorded)[:12]}; run `data index {shown(place)}`"
         )
-    _check_files(directory, files, sizes)
+    if check_files:
+        _check_files(place, files, sizes)
     return ShardSet(
-        directory=directory,
+        place=place,
         kind=kind,
         files=files,
         chunks=chunks,
@@ -125,14 +174,16 @@ def open_shard_set(directory: Path) -> ShardSet:
         num_tokens=manifest.get("tokens"),
         tokenizer_sha256=manifest.get("tokenizer_sha256"),
         fingerprint=found,
+        reader=reader,
+        token_dtype=manifest.get("token_dtype"),
     )
 
 
-def open_filled_shard_set(directory: Path) -> ShardSet:
+def open_filled_shard_set(directory: Path | str, reader: RangeReader | None = None) -> ShardSet:
     """Open a shard directory that must hold at least one document."""
-    shard_set = open_shard_set(directory)
+    shard_set = open_shard_set(directory, reader)
     if not shard_set.num_documents:
-        raise DataConfigError(f"{directory} holds no documents; prepare it with more text")
+        raise DataConfigError(f"{shard_set.place_shown} holds no documents; prepare it with more text")
     return shard_set
 
 
@@ -150,18 +201,20 @@ def manifest_fingerprint(kind: str, shards: Sequence[dict[str, Any]], tokenizer_
 
 
 def write_manifest(
-    directory: Path, indexes: Sequence[ShardIndex], *, tokenizer_sha256: str | None
+    directory: Path,
+    indexes: Sequence[ShardIndex],
+    *,
+    tokenizer_sha256: str | None,
+    token_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``manifest.json`` and the sample indexes for shards that were indexed; return the manifest.
+    """Write ``manifest.json`` for shards that were indexed; return the manifest.
 
-    A directory of token blocks records the tokens and the tokenizer in place of the text's bytes.
+    A directory of tokens records their number and the tokenizer, one of Megatron's files their type, too.
     """
-    kinds = {index.kind for index in indexes}
+    kinds = sorted({index.kind for index in indexes})
     if len(kinds) > 1:
-        raise DataError(
-            f"{directory} mixes shards of text and of token blocks; keep them in separate directories"
-        )
-    kind = kinds.pop() if kinds else (TOKENS_KIND if tokenizer_sha256 else TEXT_KIND)
+        raise DataError(f"{directory} mixes shards of {' and '.join(kinds)}; keep them in separate directories")
+    kind = kinds[0] if kinds else (TOKENS_KIND if tokenizer_sha256 else TEXT_KIND)
     shards = [
         {
             "file": index.file,
@@ -179,14 +232,20 @@ def write_manifest(
         "fingerprint": manifest_fingerprint(kind, shards, tokenizer_sha256),
         "shards": shards,
     }
-    if kind == TOKENS_KIND:
+    if kind in (TOKENS_KIND, MEGATRON_KIND):
         manifest["tokens"] = sum(index.num_tokens for index in indexes)
         manifest["tokenizer_sha256"] = tokenizer_sha256
-    for index in indexes:
-        write_sample_index(directory / index.file, index.sample_offsets)
+    if token_dtype is not None:
+        manifest["token_dtype"] = token_dtype
     content = json.dumps(manifest, separators=(",", ":"), sort_keys=True) + "\n"
     write_atomic(directory / MANIFEST_NAME, content.encode())
     return manifest
+
+
+def write_sample_indexes(directory: Path, indexes: Sequence[ShardIndex]) -> None:
+    """Write the sample index beside each shard of a directory."""
+    for index in indexes:
+        write_sample_index(directory / index.file, index.sample_offsets)
 
 
 class ShardWriter:
@@ -240,6 +299,7 @@ class ShardWriter:
             self._close_shard()
         if self._text_bytes and self._indexes:
             self._indexes[0].text_bytes = self._text_bytes  # a block does not tell the size of its text
+        write_sample_indexes(self._directory, self._indexes)
         return write_manifest(self._directory, self._indexes, tokenizer_sha256=self._tokenizer_sha256)
 
     def _write_block(self) -> None:
@@ -272,39 +332,44 @@ class ShardWriter:
         self._stream = self._tar = None
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST_NAME
-    if not directory.is_dir():
-        raise DataConfigError(f"shard directory {directory} does not exist; make it with `prepare`")
-    if not path.is_file():
-        raise DataConfigError(
-            f"{directory} has no {MANIFEST_NAME}; make shards with `prepare`, or index the tar files that are "
-            f"there with `data index {directory}`"
-        )
+def _read_manifest(place: str, reader: RangeReader) -> dict[str, Any]:
+    name = join(place, MANIFEST_NAME)
+    if is_local(place):
+        if not Path(place).is_dir():
+            raise DataConfigError(f"shard directory {place} does not exist; make it with `prepare`")
+        if not Path(name).is_file():
+            raise DataConfigError(
+                f"{place} has no {MANIFEST_NAME}; make shards with `prepare`, or index the tar files that are "
+                f"there with `data index {place}`"
+            )
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(reader.read_all(name))
     except ValueError as error:
-        raise DataError(f"{path} is no JSON ({error}); run `data index {directory}`") from error
-    except OSError as error:
-        raise DataConfigError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+        if isinstance(error, DataStorageError):
+            raise DataConfigError(f"{error}; a shard directory holds a {MANIFEST_NAME}") from error
+        raise DataError(f"{shown(name)} is no JSON ({error}); run `data index {shown(place)}`") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataConfigError(
-            f"{path} has format {found!r}, expected {MANIFEST_FORMAT!r}; run `data index {directory}`"
+            f"{shown(name)} has format {found!r}, expected {MANIFEST_FORMAT!r}; run `data index {shown(place)}`"
         )
     return manifest
 
 
-def _check_files(directory: Path, files: Sequence[str], sizes: Sequence[int]) -> None:
+def _check_files(place: str, files: Sequence[str], sizes: Sequence[int]) -> None:
+    """Compare the sizes of local shards; over a network a question for each would take longer than the start."""
     for file, expected in zip(files, sizes, strict=True):
+        path = join(place, file)
+        if not is_local(path):
+            continue
         try:
-            found = (directory / file).stat().st_size
+            found = os.stat(path).st_size
         except OSError as error:
             raise DataError(
-                f"shard {directory / file} is missing ({error.strerror}), expected {expected} bytes; copy it anew"
+                f"shard {path} is missing ({error.strerror}), expected {expected} bytes; copy it anew"
             ) from error
         if found != expected:
             raise DataError(
-                f"shard {directory / file} has {found} bytes, expected {expected}; it was cut or changed: copy it "
-                f"anew, or run `data index {directory}` if it was changed on purpose"
+                f"shard {path} has {found} bytes, expected {expected}; it was cut or changed: copy it "
+                f"anew, or run `data index {place}` if it was changed on purpose"
             )

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .division import num_lanes, samples_per_reader
+from .division import samples_per_reader
 from .errors import DataConfigError
-from .lanes import ChunkSequence, data_fingerprint, token_dtype
-from .shards import open_filled_shard_set
-from .tokenizer import Tokenizer
+from .lanes import SampleGroup, token_dtype
+from .position import StreamPosition
+from .stream_settings import OpenedSources, StreamSettings
 from .worker import LaneTask, LocalReader, WorkerReader
-
-STATE_VERSION = 1
-# what has to be equal for a state to be taken up, and how a message calls it
-STATE_IDENTITY = {
-    "version": "state version",
-    "fingerprint": "data and tokenizer (fingerprint)",
-    "seed": "seed",
-    "sequence_length": "sequence length",
-    "num_lanes": "lanes (from the global batch)",
-}
 
 
 @dataclass(frozen=True)
@@ -32,13 +20,34 @@ class StreamBatch:
     """Hold one reader's share of a global batch.
 
     ``tokens`` int32 [num_samples, sequence_length + 1]; ``weights`` uint8 [num_samples, sequence_length],
-    1 where the prediction of ``tokens[:, 1:]`` counts; ``ids`` int64 [num_samples], the global sample ids.
-    Filler samples come last: id -1, weights 0.
+    1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples, sequence_length], true where a
+    document begins (see packing.positions_of and packing.document_lengths); ``ids`` int64 [num_samples], the global
+    sample ids; ``sources`` int64 [num_samples], the number of the source of each. Filler samples come last: id and
+    source -1, weights 0.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
+    starts: np.ndarray
     ids: np.ndarray
+    sources: np.ndarray
+
+
+@dataclass
+class StreamCounters:
+    """Count what this reader has handed out and met since it began.
+
+    ``samples`` and ``bad_bytes`` are by source: samples handed out, bytes of the chunks put into quarantine.
+    ``retries`` are reads tried again, ``num_bytes`` those read from the places themselves, ``cache_hits`` chunks
+    that the cache had.
+    """
+
+    samples: np.ndarray
+    bad_bytes: np.ndarray
+    bad_chunks: int = 0
+    retries: int = 0
+    num_bytes: int = 0
+    cache_hits: int = 0
 
 
 class TokenStream:
@@ -50,54 +59,42 @@ class TokenStream:
 
     def __init__(
         self,
-        directories: Sequence[Path],
-        tokenizer: Path,
+        settings: StreamSettings,
         *,
-        sequence_length: int,
         global_batch: int,
-        seed: int,
         reader: int,
         num_readers: int,
-        lanes: int | None = None,
         workers: int = 1,
-        mask_document_start: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Open the shards and start the workers, at the beginning or where ``state`` says.
 
-        ``lanes`` divides every global batch of the run; by default as many as ``global_batch`` allows.
-        ``mask_document_start`` gives weight 0 to predicting a document's first token. ``state`` comes from
-        ``state()`` of the only reader or from ``merge_states`` of all.
+        ``state`` comes from ``state()`` of the only reader or from ``position.merge_states`` of all.
 
         Raises DataConfigError for input that the user has to change, among it a state of other data, and
         DataError for damaged shards.
         """
-        if not directories:
-            raise DataConfigError("no shard directories; give at least one in data.train")
         if not 0 <= reader < num_readers:
             raise DataConfigError(f"reader is {reader}; it must be 0 to {num_readers - 1}")
-        if sequence_length < 1 or workers < 0:
-            raise DataConfigError(
-                f"sequence length is {sequence_length} and workers {workers}; at least 1 and 0 are needed"
-            )
-        self._num_lanes = num_lanes(global_batch) if lanes is None else lanes
-        self._num_readers, self._global_batch = num_readers, global_batch
-        self._sequence_length = sequence_length
-        self._seed = seed
-        self._mask_document_start = mask_document_start
-        self._tokenizer = Tokenizer(tokenizer)
-        shard_sets = [open_filled_shard_set(Path(directory)) for directory in directories]
-        chunks = ChunkSequence(shard_sets, self._tokenizer, seed)
-        self.fingerprint = data_fingerprint(shard_sets, self._tokenizer)
-        self._own_lanes = np.arange(reader, self._num_lanes, num_readers)
-        self._cursors = np.zeros((len(self._own_lanes), 3), np.int64)
-        self._position = 0
+        if workers < 0:
+            raise DataConfigError(f"workers is {workers}; 0 or more are needed")
+        self._settings, self._global_batch, self._num_readers = settings, global_batch, num_readers
+        opened = OpenedSources(settings)
+        self._pad, self._dtype = opened.tokenizer.pad, token_dtype(opened.tokenizer.vocab_size)
+        self.source_names = tuple(source.name for source in settings.sources)
+        self.num_bytes = opened.num_bytes
+        own_lanes = np.arange(reader, settings.lanes, num_readers)
+        self._position = StreamPosition(
+            settings, opened.fingerprints, opened.tokenizer.sha256, own_lanes, is_first=reader == 0
+        )
         if state is not None:
-            self._restore(state)
+            self._position.restore(state)
+        num_sources = len(settings.sources)
+        self.counters = StreamCounters(np.zeros(num_sources, np.int64), np.zeros(num_sources, np.int64))
+        self.news: list[dict[str, Any]] = []
         self._readers: list[tuple[LocalReader | WorkerReader, int]] = []  # and how many lanes each has
-        paths = tuple(str(Path(directory).resolve()) for directory in directories)
         try:
-            self._start_readers(chunks, paths, str(Path(tokenizer).resolve()), workers)
+            self._start_readers(opened, own_lanes, workers)
         except BaseException:
             self.close()
             raise
@@ -105,7 +102,12 @@ class TokenStream:
     @property
     def position(self) -> int:
         """Return the number of global samples handed out by all readers together."""
-        return self._position
+        return self._position.sample
+
+    @property
+    def changes(self) -> list[str]:
+        """Tell what the restored state did not have, and what it had besides: sources added and left out."""
+        return self._position.changes
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
@@ -120,42 +122,31 @@ class TokenStream:
         Raises DataError where a chunk is damaged or a worker died; the stream cannot be used afterwards.
         """
         global_batch = self._global_batch if global_batch is None else global_batch
-        num_samples = samples_per_reader(global_batch, self._num_readers, self._num_lanes)
+        lanes = self._settings.lanes
+        num_samples = samples_per_reader(global_batch, self._num_readers, lanes)
         try:
-            groups = [reader.read(lanes * (global_batch // self._num_lanes)) for reader, lanes in self._readers]
+            groups = [reader.read(count * (global_batch // lanes)) for reader, count in self._readers]
         except BaseException:
             self.close()
             raise
-        tokens = np.full((num_samples, self._sequence_length + 1), self._tokenizer.pad, np.int32)
-        weights = np.zeros((num_samples, self._sequence_length), np.uint8)
-        ids = np.full(num_samples, -1, np.int64)
-        if groups:
-            found = np.concatenate([group.ids for group in groups])
-            order = np.argsort(found, kind="stable")
-            real = len(found)
-            ids[:real] = found[order]
-            tokens[:real] = np.concatenate([group.tokens for group in groups])[order]
-            weights[:real] = 1
-            if self._mask_document_start:
-                weights[:real] = tokens[:real, 1:] != self._tokenizer.bos
-            # each lane's newest cursor stands in the last cycle, which is one row for each lane, in order
-            cursors = np.concatenate([group.cursors for group in groups])[order]
-            self._cursors = cursors[real - len(self._own_lanes) :]
-            assert np.array_equal(ids[real - len(self._own_lanes) : real] % self._num_lanes, self._own_lanes)
-            assert self._position <= ids[0] and ids[real - 1] < self._position + global_batch
-        self._position += global_batch
-        return StreamBatch(tokens, weights, ids)
+        if not groups:
+            self._position.sample += global_batch
+            return self._fill(None, num_samples)
+        group = SampleGroup.join(groups)
+        assert self.position <= group.ids.min() and group.ids.max() < self.position + global_batch
+        batch = self._fill(group, num_samples)
+        self._position.advance(group, global_batch)
+        self._count(group)
+        return batch
+
+    def take_news(self) -> list[dict[str, Any]]:
+        """Return the chunks put into quarantine since the last call: source, chunk, bytes, problem."""
+        news, self.news = self.news, []
+        return news
 
     def state(self) -> dict[str, Any]:
         """Return what resuming needs: this reader's part, which counts only samples handed out. JSON-able."""
-        return {
-            **self._identity(),
-            "position": self._position,
-            "cursors": [
-                [int(lane), *map(int, cursor)]
-                for lane, cursor in zip(self._own_lanes, self._cursors, strict=True)
-            ],
-        }
+        return self._position.state()
 
     def close(self) -> None:
         """End the workers."""
@@ -163,88 +154,56 @@ class TokenStream:
             reader.close()
         self._readers = []
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "version": STATE_VERSION,
-            "fingerprint": self.fingerprint,
-            "seed": self._seed,
-            "sequence_length": self._sequence_length,
-            "num_lanes": self._num_lanes,
-        }
+    def _fill(self, group: SampleGroup | None, num_samples: int) -> StreamBatch:
+        """Lay samples out in the order of their ids, with filler after them."""
+        length = self._settings.sequence_length
+        tokens = np.full((num_samples, length + 1), self._pad, np.int32)
+        weights = np.zeros((num_samples, length), np.uint8)
+        starts = np.zeros((num_samples, length + 1), np.bool_)
+        ids, sources = np.full(num_samples, -1, np.int64), np.full(num_samples, -1, np.int64)
+        if group is not None:
+            order = np.argsort(group.ids, kind="stable")
+            real = len(order)
+            ids[:real], sources[:real] = group.ids[order], group.sources[order]
+            tokens[:real] = group.tokens[order]
+            weights[:real] = 1
+            rank = np.empty(real, np.int64)
+            rank[order] = np.arange(real)
+            starts[np.repeat(rank, group.num_starts), group.starts] = True
+            for row in np.flatnonzero(group.lengths[order] <= length):
+                there = int(group.lengths[order[row]])
+                tokens[row, there:] = self._pad
+                weights[row, max(0, there - 1) :] = 0
+            if self._settings.mask_document_start:
+                weights[:real][starts[:real, 1:]] = 0
+        return StreamBatch(tokens, weights, starts[:, :-1], ids, sources)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        differences = [
-            f"{STATE_IDENTITY[key]}: the checkpoint has {_short(state.get(key))}, this run {_short(value)}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
-        ]
-        if differences:
-            raise DataConfigError(
-                f"the data position cannot be taken up: {'; '.join(differences)}; use the same values, or start "
-                "a new run"
-            )
-        cursors = {row[0]: row[1:] for row in state["cursors"]}
-        missing = [int(lane) for lane in self._own_lanes if lane not in cursors]
-        if missing or state["position"] % self._num_lanes:
-            raise DataConfigError(
-                f"the data position holds {len(cursors)} of {self._num_lanes} lanes (missing: {missing[:8]}); "
-                "merge the states of all readers first"
-            )
-        self._position = int(state["position"])
-        self._cursors = np.array([cursors[lane] for lane in self._own_lanes], np.int64).reshape(-1, 3)
+    def _count(self, group: SampleGroup) -> None:
+        counters = self.counters
+        counters.samples += np.bincount(group.sources, minlength=len(counters.samples))
+        for item in group.news:
+            if "chunk" in item:
+                counters.bad_chunks += 1
+                counters.bad_bytes[item["source"]] += item["bytes"]
+                self._position.bad_chunks.add((item["source"], item["chunk"]))
+                self.news.append({**item, "source": self.source_names[item["source"]]})
+            else:
+                counters.retries += item["retries"]
+                counters.num_bytes += item["num_bytes"]
+                counters.cache_hits += item["cache_hits"]
 
-    def _start_readers(
-        self, chunks: ChunkSequence, directories: tuple[str, ...], tokenizer: str, workers: int
-    ) -> None:
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        num_groups = min(max(workers, 1), len(self._own_lanes))
+    def _start_readers(self, opened: OpenedSources, own_lanes: np.ndarray, workers: int) -> None:
+        num_groups = min(max(workers, 1), len(own_lanes))
         for number in range(num_groups):
-            rows = range(number, len(self._own_lanes), num_groups)
+            lanes = tuple(int(lane) for lane in own_lanes[number::num_groups])
             task = LaneTask(
-                directories=directories,
-                tokenizer=tokenizer,
-                fingerprint=self.fingerprint,
-                seed=self._seed,
-                lanes=self._num_lanes,
-                position=self._position,
-                sequence_length=self._sequence_length,
-                cursors=tuple((int(self._own_lanes[row]), *map(int, self._cursors[row])) for row in rows),  # type: ignore[misc]
-                samples_per_batch=len(rows) * (self._global_batch // self._num_lanes),
+                settings=self._settings,
+                fingerprints=opened.fingerprints,
+                position=self.position,
+                own_lanes=lanes,
+                cursors=self._position.cursors_of(lanes),
+                bad_chunks=tuple(sorted(self._position.bad_chunks)),
+                samples_per_batch=len(lanes) * (self._global_batch // self._settings.lanes),
             )
-            reader = WorkerReader(task, dtype, number) if workers else LocalReader(chunks, task, dtype)
-            self._readers.append((reader, len(rows)))
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join the states of all readers into one that any number of readers can go on from.
-
-    Raises DataConfigError where they are of different runs or positions, or lanes are missing.
-    """
-    if not states:
-        raise DataConfigError("no data positions to merge; give the state of every reader")
-    first = states[0]
-    cursors: dict[int, list[int]] = {}
-    for state in states:
-        differing = [key for key in (*STATE_IDENTITY, "position") if state.get(key) != first.get(key)]
-        if differing:
-            key = differing[0]
-            raise DataConfigError(
-                f"the readers' data positions differ in {', '.join(differing)} ({key}: {_short(first.get(key))} and "
-                f"{_short(state.get(key))}); merge states that were taken together"
-            )
-        for lane, *cursor in state["cursors"]:
-            if cursors.setdefault(lane, cursor) != cursor:
-                raise DataConfigError(
-                    f"two readers claim lane {lane} at different places; give each state once"
-                )
-    missing = sorted(set(range(first["num_lanes"])) - set(cursors))
-    if missing:
-        raise DataConfigError(
-            f"the data positions hold {len(cursors)} of {first['num_lanes']} lanes (missing: {missing[:8]}); "
-            "merge the states of all readers"
-        )
-    return {**first, "cursors": [[lane, *cursors[lane]] for lane in sorted(cursors)]}
-
-
-def _short(value: Any) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else repr(value)
+            reader = WorkerReader(task, self._dtype, number) if workers else LocalReader(opened, task)
+            self._readers.append((reader, len(lanes)))

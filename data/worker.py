@@ -20,21 +20,27 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import IO
 
 import numpy as np
 
 from . import errors
 from .errors import DataError
-from .lanes import CURSOR_COLUMNS, ChunkSequence, Cursor, LaneGroup, SampleGroup, data_fingerprint, token_dtype
-from .shards import open_filled_shard_set
-from .tokenizer import Tokenizer
+from .lanes import LaneGroup, SampleGroup, token_dtype
+from .packing import CURSOR_COLUMNS, Cursor
+from .stream_settings import OpenedSources, StreamSettings
 
 FRAME_HEADER = struct.Struct("<cQ")  # kind, bytes of content
 GROUP_FRAME, ERROR_FRAME = b"G", b"E"
-GROUP_COUNT = struct.Struct("<Q")
+GROUP_COUNTS = struct.Struct("<QQQ")  # samples, document starts, bytes of news
+ROW_FIELDS = {
+    "ids": 1,
+    "sources": 1,
+    "cursors": CURSOR_COLUMNS,
+    "lengths": 1,
+    "num_starts": 1,
+}  # and their columns
 GROUP_TOKENS = 1 << 17
 MAX_GROUP_SAMPLES = 64
 MIN_QUEUED_GROUPS = 4
@@ -53,24 +59,22 @@ main()
 class LaneTask:
     """Say what a reader has to read. JSON-able.
 
-    ``cursors`` has a row ``(lane, chunk, document, token)`` for each lane; ``samples_per_batch`` is what one
-    global batch takes of them.
+    ``cursors`` has rows ``(source, lane, chunk, document, token)`` for the lanes that have begun a source, and
+    ``bad_chunks`` rows ``(source, chunk)``; ``samples_per_batch`` is what one global batch takes of these lanes.
     """
 
-    directories: tuple[str, ...]
-    tokenizer: str
-    fingerprint: str
-    seed: int
-    lanes: int
+    settings: StreamSettings
+    fingerprints: tuple[str, ...]
     position: int
-    sequence_length: int
-    cursors: tuple[tuple[int, int, int, int], ...]
+    own_lanes: tuple[int, ...]
+    cursors: tuple[tuple[int, int, int, int, int], ...]
+    bad_chunks: tuple[tuple[int, int], ...]
     samples_per_batch: int
 
     @property
     def group_samples(self) -> int:
         """Return how many samples go into one message."""
-        return max(1, min(MAX_GROUP_SAMPLES, GROUP_TOKENS // (self.sequence_length + 1)))
+        return max(1, min(MAX_GROUP_SAMPLES, GROUP_TOKENS // (self.settings.sequence_length + 1)))
 
     @property
     def queued_groups(self) -> int:
@@ -81,20 +85,29 @@ class LaneTask:
 class LocalReader:
     """Read lanes in this process."""
 
-    def __init__(self, chunks: ChunkSequence, task: LaneTask, dtype: np.dtype) -> None:
+    def __init__(self, opened: OpenedSources, task: LaneTask) -> None:
         """Start at the task's cursors."""
+        settings = task.settings
+        self._counters = opened.reader.counters
+        for number, source in enumerate(opened.sources):
+            source.know_bad(chunk for owner, chunk in task.bad_chunks if owner == number)
         self._group = LaneGroup(
-            chunks,
-            {lane: Cursor(chunk, document, token) for lane, chunk, document, token in task.cursors},
-            lanes=task.lanes,
+            opened.sources,
+            opened.mix,
+            {(source, lane): Cursor(*place) for source, lane, *place in task.cursors},
+            own_lanes=task.own_lanes,
+            num_lanes=settings.lanes,
             position=task.position,
-            sequence_length=task.sequence_length,
-            dtype=dtype,
+            sequence_length=settings.sequence_length,
+            packing=settings.packing,
+            seed=settings.seed,
+            dtype=token_dtype(opened.tokenizer.vocab_size),
         )
 
     def read(self, count: int) -> SampleGroup:
         """Return the next ``count`` samples."""
-        return self._group.read(count)
+        group = self._group.read(count)
+        return replace(group, news=(*group.news, self._counters.take()))
 
     def close(self) -> None:
         """Do nothing: there is no process to end."""
@@ -134,12 +147,7 @@ class WorkerReader:
         """
         while sum(len(group.ids) for group in self._pending) < count:
             self._pending.append(self._receive())
-        pending = SampleGroup(
-            np.concatenate([group.ids for group in self._pending]),
-            np.concatenate([group.cursors for group in self._pending]),
-            np.concatenate([group.tokens for group in self._pending]),
-        )
-        taken, rest = pending.take(count)
+        taken, rest = SampleGroup.join(self._pending).take(count)
         self._pending = [rest]
         return taken
 
@@ -158,7 +166,7 @@ class WorkerReader:
         if kind == ERROR_FRAME:
             failure = json.loads(content)
             raise getattr(errors, failure["class"])(failure["message"])
-        return _unpack_group(content, self._task.sequence_length, self._dtype)
+        return _unpack_group(content, self._task.settings.sequence_length, self._dtype)
 
     def _death(self) -> DataError:
         status = self._process.wait()
@@ -182,7 +190,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not get between the frames
     orders = json.loads(sys.stdin.readline())
     end_with_parent(orders["parent"])
-    task = LaneTask(**orders["task"])
+    task = LaneTask(**{**orders["task"], "settings": StreamSettings.of_json(orders["task"]["settings"])})
     waiting: queue.Queue[tuple[bytes, bytes] | None] = queue.Queue(maxsize=task.queued_groups)
     sender = threading.Thread(target=_send_frames, args=(frames, waiting), daemon=True)
     sender.start()
@@ -204,29 +212,33 @@ def end_with_parent(parent: int) -> None:
 
 
 def _read_groups(task: LaneTask) -> Iterator[bytes]:
-    tokenizer = Tokenizer(Path(task.tokenizer))
-    shard_sets = [open_filled_shard_set(Path(directory)) for directory in task.directories]
-    if data_fingerprint(shard_sets, tokenizer) != task.fingerprint:
-        raise DataError("the data or the tokenizer changed while the run was starting; start it again")
-    reader = LocalReader(
-        ChunkSequence(shard_sets, tokenizer, task.seed), task, token_dtype(tokenizer.vocab_size)
-    )
+    opened = OpenedSources(task.settings)
+    opened.check_same(task.fingerprints)
+    reader = LocalReader(opened, task)
     while True:
         yield _pack_group(reader.read(task.group_samples))
 
 
 def _pack_group(group: SampleGroup) -> bytes:
-    count = GROUP_COUNT.pack(len(group.ids))
-    return b"".join((count, group.ids.tobytes(), group.cursors.tobytes(), group.tokens.tobytes()))
+    news = json.dumps(group.news).encode()
+    counts = GROUP_COUNTS.pack(len(group.ids), len(group.starts), len(news))
+    return b"".join(
+        (counts, news, *(getattr(group, name).tobytes() for name in (*ROW_FIELDS, "starts", "tokens")))
+    )
 
 
 def _unpack_group(content: bytes, sequence_length: int, dtype: np.dtype) -> SampleGroup:
-    (count,) = GROUP_COUNT.unpack_from(content)
-    ids = np.frombuffer(content, np.int64, count, GROUP_COUNT.size)
-    place = GROUP_COUNT.size + ids.nbytes
-    cursors = np.frombuffer(content, np.int64, count * CURSOR_COLUMNS, place)
-    tokens = np.frombuffer(content, dtype, offset=place + cursors.nbytes)
-    return SampleGroup(ids, cursors.reshape(count, CURSOR_COLUMNS), tokens.reshape(count, sequence_length + 1))
+    count, num_starts, num_news = GROUP_COUNTS.unpack_from(content)
+    place = GROUP_COUNTS.size + num_news
+    news = tuple(json.loads(content[GROUP_COUNTS.size : place]))
+    arrays = {}
+    for name, columns in (*ROW_FIELDS.items(), ("starts", 1)):
+        size = num_starts if name == "starts" else count * columns
+        arrays[name] = np.frombuffer(content, np.int64, size, place)
+        place += arrays[name].nbytes
+    arrays["cursors"] = arrays["cursors"].reshape(count, CURSOR_COLUMNS)
+    tokens = np.frombuffer(content, dtype, offset=place).reshape(count, sequence_length + 1)
+    return SampleGroup(**arrays, tokens=tokens, news=news)
 
 
 def _send_frames(frames: IO[bytes], waiting: queue.Queue[tuple[bytes, bytes] | None]) -> None:

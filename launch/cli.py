@@ -115,7 +115,7 @@ def train(
 
     config = load_run(run, overrides or [])
     num_workers = config.run.processes or max(1, environ.num_gpus())
-    places = locate(config.data, environ.cache_dir(), _say)
+    places = locate(config.data, config.reading, environ.cache_dir(), _say)
     resolved = config.resolve(num_workers, vocab_size(places))
     lines = describe(resolved, directory)
     if dry_run:

@@ -154,7 +154,7 @@ def data_index(
     as_json: AsJson = False,
 ) -> None:
     """Index tar files made elsewhere: offsets, checksums, manifest."""
-    from ..data.inspect import index_directory
+    from ..data.indexing import index_directory
 
     result = index_directory(path, tokenizer=tokenizer)
     _print(result, as_json, "\n".join(f"{name}: {value}" for name, value in result.items()))

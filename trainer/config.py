@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..data.config import DataConfig
-from ..data.division import MAX_LANES, num_lanes, samples_per_reader
+from ..data.config import DataConfig, ReadingConfig
+from ..data.division import num_lanes, samples_per_reader
 from ..model.config import ModelConfig
 from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
@@ -198,6 +199,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelConfig
     data: DataConfig
+    reading: ReadingConfig = ReadingConfig()
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
     optimizer: OptimizerSection
@@ -239,16 +241,17 @@ class RunConfig(Section):
             batches = BatchSchedule.of(train.ramp, train.global_batch, self.data.sequence_length)
         except ValueError as error:
             problems.append(str(error))
-        lanes = num_lanes(*(phase.global_batch for phase in batches.phases))
         sizes = sorted({phase.global_batch for phase in batches.phases})
-        if lanes < min(dp, MAX_LANES) and dp <= sizes[0]:
-            problems.append(
-                f"the global batch(es) {', '.join(map(str, sizes))} have {lanes} as their largest common divisor up to "
-                f"{MAX_LANES}, fewer than the {dp} data-parallel ranks, which share data by it: some would have none; "
-                f"take multiples of {dp}"
-            )
-        for global_batch in sizes:
-            problems += self._batch_problems(global_batch, dp, lanes)
+        lanes = self.data.lanes or num_lanes(*sizes)
+        problems += self._lane_problems(sizes, dp, lanes)
+        if not any(size % lanes for size in sizes):
+            for global_batch in sizes:
+                problems += self._batch_problems(global_batch, dp, lanes)
+        mix_ends: tuple[int, ...] = ()
+        try:
+            mix_ends = batches.mix_ends(self.data.mix)
+        except ValueError as error:
+            problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
         return ResolvedRun(
@@ -257,8 +260,31 @@ class RunConfig(Section):
             data_parallel=dp,
             batches=batches,
             lanes=lanes,
+            mix_ends=mix_ends,
             steps=train.steps or batches.steps_for(train.tokens or 0),
         )
+
+    def _lane_problems(self, sizes: list[int], dp: int, lanes: int) -> list[str]:
+        """Check that the lanes divide every batch, and feed every data-parallel rank."""
+        if uneven := [size for size in sizes if size % lanes]:
+            return [
+                f"data.lanes = {lanes} does not divide the global batch {uneven[0]}; take a divisor of "
+                f"{' and '.join(map(str, sizes))}"
+            ]
+        if lanes >= dp or dp > sizes[0]:
+            return []
+        common = math.gcd(*sizes)
+        if common >= dp:
+            enough = min(count for count in range(dp, common + 1) if common % count == 0)
+            return [
+                f"the data is dealt into {lanes} lanes, and there are {dp} data-parallel ranks, of which some would "
+                f"have none; set data.lanes = {enough}, or more for more ranks later (it is fixed once a run has begun)"
+            ]
+        return [
+            f"the global batch(es) {', '.join(map(str, sizes))} have {common} as their largest common divisor, "
+            f"fewer than the {dp} data-parallel ranks, which share data by it: some would have none; "
+            f"take multiples of {dp}"
+        ]
 
     def _batch_problems(self, global_batch: int, dp: int, lanes: int) -> list[str]:
         """Check that a global batch gives every rank something, and the interleaved schedule what it can take."""
@@ -354,6 +380,7 @@ class ResolvedRun:
     data_parallel: int
     batches: BatchSchedule
     lanes: int
+    mix_ends: tuple[int, ...]  # the first samples that the rows of data.mix no longer rule
     steps: int
 
     @property

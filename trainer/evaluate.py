@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..data.config import ReadingConfig
 from ..data.heldout import load_heldout
+from ..data.reading.reader import RangeReader
 from .batch import cut, share
 from .engine import Engine
 from .runtime import Runtime
@@ -35,19 +37,26 @@ class HeldOut:
     def __init__(
         self,
         name: str,
-        directory: Path,
+        place: str,
         tokenizer: Path,
         runtime: Runtime,
         *,
         sequence_length: int,
         max_tokens: int,
+        reading: ReadingConfig,
     ) -> None:
         """Read the set on every reader and share it with the ranks of its replica."""
         self.name, self._runtime = name, runtime
         tokens = weights = None
         size = (0, 0, 0)
         if runtime.reads_data:
-            data = load_heldout(directory, tokenizer, sequence_length=sequence_length, max_tokens=max_tokens)
+            data = load_heldout(
+                place,
+                tokenizer,
+                sequence_length=sequence_length,
+                max_tokens=max_tokens,
+                reader=RangeReader(reading),
+            )
             mine = slice(runtime.dp_rank, None, runtime.dp_size)
             tokens, weights = data.tokens[mine], data.weights[mine]
             size = (len(data.tokens), int(data.weights.sum()), data.num_bytes)

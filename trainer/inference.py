@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from ..data.heldout import load_heldout
+from ..data.heldout import HeldOutSet, load_heldout
+from ..data.reading.reader import RangeReader
+from ..data.reading.transport import is_local, shown
 from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
 from ..model.layout import decoder_layout
@@ -75,15 +77,14 @@ class OpenCheckpoint:
         max_tokens = max_tokens or self.run.evaluate.max_tokens
         names = [path.name for path in directories]
         places = {
-            path.name if names.count(path.name) == 1 else str(path): path for path in directories
+            path.name if names.count(path.name) == 1 else str(path): str(path) for path in directories
         } or self._own_heldout()
         if not places:
             raise ConfigError("nothing to evaluate on: the run has no data.heldout; name shards with --data")
         logits = self._logits(self._working_dtype())
         results = {}
         for name, path in places.items():
-            length = self.run.data.sequence_length
-            data = load_heldout(path, self.tokenizer, sequence_length=length, max_tokens=max_tokens)
+            data = self._heldout_set(path, max_tokens)
             nats = 0.0
             for tokens, weights in zip(data.tokens, data.weights, strict=True):
                 ids = torch.from_numpy(tokens).long()
@@ -99,8 +100,17 @@ class OpenCheckpoint:
             }
         return results
 
-    def _own_heldout(self) -> dict[str, Path]:
-        return locate_heldout(self.run.data, processes.cache_dir())
+    def _own_heldout(self) -> dict[str, str]:
+        return locate_heldout(self.run.data, self.run.reading, processes.cache_dir(), self.tokenizer)
+
+    def _heldout_set(self, place: str, max_tokens: int) -> HeldOutSet:
+        return load_heldout(
+            place,
+            self.tokenizer,
+            sequence_length=self.run.data.sequence_length,
+            max_tokens=max_tokens,
+            reader=RangeReader(self.run.reading),
+        )
 
     def generate(self, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
         """Continue a prompt, as the beginning of a document."""
@@ -145,8 +155,7 @@ class OpenCheckpoint:
         except ValueError:
             return None
         for path in places.values():
-            length, most = self.run.data.sequence_length, self.run.evaluate.max_tokens
-            data = load_heldout(path, self.tokenizer, sequence_length=length, max_tokens=most)
+            data = self._heldout_set(path, self.run.evaluate.max_tokens)
             return torch.from_numpy(data.tokens[:VERIFY_SEQUENCES, :-1]).long()
         return None
 
@@ -169,7 +178,7 @@ class OpenCheckpoint:
             joules_source=str(records.ledger.get("joules_source", "none")),
             g_co2e=joules / 3.6e6 * grams if known else None,  # type: ignore[operator]
             licence=licence,
-            data=", ".join(Path(place).name if "/" in place else place for place in self.run.data.train),
+            data=", ".join(map(_short_place, self.run.data.places)),
             loss_curve=_curve(records, step),
             versions=self.state["versions"],
         )
@@ -189,3 +198,8 @@ def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"CPU ({platform.machine()}, {json.dumps(platform.processor() or 'unknown')})"
+
+
+def _short_place(place: str) -> str:
+    """Give what a card may say of a place: its last part."""
+    return Path(place).name if is_local(place) and "/" in place else shown(place)

@@ -11,8 +11,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from ..data.config import BUILTIN_PREFIX
+from ..data.reading.transport import is_local
 from .config import RunConfig
 from .errors import ConfigError
+
+# Keys of a section of which a run has one.
+EXCLUSIVE = {"train": ({"steps", "tokens"},), "data": ({"train", "sources"},)}
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -37,10 +42,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for section, fields in given.items():
         if isinstance(fields, dict) and isinstance(values.get(section, {}), dict):
             values[section] = _merged(values.get(section, {}), fields)
-            if (
-                section == "train" and len({"steps", "tokens"} & set(fields)) == 1
-            ):  # the new length replaces the old
-                values[section].pop(({"steps", "tokens"} - set(fields)).pop(), None)
+            for pair in EXCLUSIVE.get(section, ()):
+                if len(pair & set(fields)) == 1:  # what is given replaces what stands in the file
+                    values[section].pop((pair - set(fields)).pop(), None)
         else:
             values[section] = fields
     return validate_run(values, str(path))
@@ -50,29 +54,35 @@ def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
     """Make the paths of a parsed run file absolute: they are relative to the file they stand in."""
 
     def absolute(path: Any) -> Any:
-        if not isinstance(path, str) or not path or path.startswith("builtin:"):
+        if not isinstance(path, str) or not path or path.startswith(BUILTIN_PREFIX) or not is_local(path):
             return path
         return str((base / Path(path).expanduser()).resolve())
+
+    def several(paths: Any) -> Any:
+        return [absolute(path) for path in paths] if isinstance(paths, (list, tuple)) else absolute(paths)
 
     resolved = {
         name: dict(section) if isinstance(section, dict) else section for name, section in values.items()
     }
-    data, parallel = resolved.get("data"), resolved.get("parallel")
+    data = resolved.get("data")
     if isinstance(data, dict):
-        train = data.get("train")
-        data["train"] = (
-            [absolute(path) for path in train] if isinstance(train, (list, tuple)) else absolute(train)
-        )
-        if train is None:
-            del data["train"]
+        if "train" in data:
+            data["train"] = several(data["train"])
+        if isinstance(data.get("sources"), dict):
+            data["sources"] = {
+                name: {**source, "path": several(source["path"])}
+                if isinstance(source, dict) and "path" in source
+                else source
+                for name, source in data["sources"].items()
+            }
         if isinstance(data.get("heldout"), dict):
             data["heldout"] = {name: absolute(path) for name, path in data["heldout"].items()}
         if "tokenizer" in data:
             data["tokenizer"] = absolute(data["tokenizer"])
-    if isinstance(parallel, dict):
-        for key in ("ds_config", "nvme_path"):
-            if parallel.get(key):
-                parallel[key] = absolute(parallel[key])
+    for section, keys in (("parallel", ("ds_config", "nvme_path")), ("reading", ("cache",))):
+        fields = resolved.get(section)
+        if isinstance(fields, dict):
+            fields.update({key: absolute(fields[key]) for key in keys if fields.get(key)})
     return resolved
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.stream import merge_states
+from ..data.position import merge_states
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
 from .checkpoint import Checkpointer
@@ -116,8 +116,8 @@ class Trainer:
     def _check_same_run(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, tokenizer or dataset, every difference in one message."""
         differences = fixed_differences(state["run"], self._resolved.run.model_dump(mode="json"))
-        # Paths may move; the tokenizer and the data are known by their content.
-        differences = [line for line in differences if not line.startswith(("data.tokenizer:", "data.train:"))]
+        # Its path may move; the tokenizer is known by its content.
+        differences = [line for line in differences if not line.startswith("data.tokenizer:")]
         if state["tokenizer_sha256"] != self._tokenizer_sha256:
             differences.append(
                 "data.tokenizer: its content differs from the one the checkpoint was trained with"
@@ -139,6 +139,7 @@ class Trainer:
                 self._runtime,
                 sequence_length=run.data.sequence_length,
                 max_tokens=run.evaluate.max_tokens,
+                reading=run.reading,
             )
             for name, path in sorted(self._places.heldout.items())
         ]

@@ -1,4 +1,4 @@
-"""Where a run's data lies, once embedded corpora have prepared themselves. Imports no torch."""
+"""Where a run's data lies, once embedded corpora are prepared and shards without a manifest indexed. No torch."""
 
 from __future__ import annotations
 
@@ -8,76 +8,106 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.builtin import BuiltinCorpus, prepare_builtin
-from ..data.config import BUILTIN_PREFIX, DataConfig
+from ..data.config import BUILTIN_PREFIX, DataConfig, ReadingConfig
 from ..data.errors import DataConfigError
+from ..data.indexing import Indexer
+from ..data.reading.reader import RangeReader
 from ..data.tokenizer import Tokenizer
+
+ONLY_SOURCE = "train"  # the name of the source where data.train names the shards
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class DataPlaces:
-    """Shard directories and the tokenizer of a run."""
+    """Shard directories with manifests, by source and by held-out set, and the tokenizer of a run."""
 
-    train: tuple[Path, ...]
-    heldout: dict[str, Path]
+    train: dict[str, tuple[str, ...]]
+    heldout: dict[str, str]
     tokenizer: Path
 
 
 class _Locator:
-    """Finds what a `[data]` section names; embedded corpora are prepared into the cache on first use."""
+    """Finds what a `[data]` section names; what has to be made for it goes into the cache on first use."""
 
-    def __init__(self, data: DataConfig, cache_dir: Path, log: Callable[[str], None]) -> None:
+    def __init__(self, data: DataConfig, reading: ReadingConfig, cache_dir: Path, log: Log) -> None:
         self._data, self._cache_dir, self._log = data, cache_dir, log
+        self._reader = RangeReader(reading)
         self._corpora: dict[str, BuiltinCorpus] = {}
+        self._indexer: Indexer | None = None
+        self.problems: list[str] = []
 
-    def _place(self, place: str, part: Literal["train", "heldout", "tokenizer"]) -> Path:
-        if not place.startswith(BUILTIN_PREFIX):
-            return Path(place)
+    def _builtin(self, place: str, part: Literal["train", "heldout", "tokenizer"]) -> Path:
         if place not in self._corpora:
             self._corpora[place] = prepare_builtin(place, self._cache_dir, self._log)
         found: Path = getattr(self._corpora[place], part)
         return found
 
-    def train(self) -> tuple[Path, ...]:
-        return tuple(self._place(place, "train") for place in self._data.train)
+    def _shards(self, place: str, part: Literal["train", "heldout"], tokenizer: Path) -> str:
+        if place.startswith(BUILTIN_PREFIX):
+            return str(self._builtin(place, part))
+        try:
+            return self._indexer_for(tokenizer).indexed(place)
+        except DataConfigError as error:
+            self.problems.append(str(error))
+            return place
 
-    def heldout(self) -> dict[str, Path]:
-        return {name: self._place(place, "heldout") for name, place in self._data.heldout.items()}
+    def _indexer_for(self, tokenizer: Path) -> Indexer:
+        if self._indexer is None:
+            loaded = Tokenizer(tokenizer) if tokenizer.is_file() else None
+            self._indexer = Indexer(self._cache_dir / "indexes", self._reader, loaded, log=self._log)
+        return self._indexer
+
+    def train(self, tokenizer: Path) -> dict[str, tuple[str, ...]]:
+        named = {name: source.path for name, source in self._data.sources.items()} or {
+            ONLY_SOURCE: self._data.train
+        }
+        return {
+            name: tuple(self._shards(place, "train", tokenizer) for place in places)
+            for name, places in named.items()
+        }
+
+    def heldout(self, tokenizer: Path) -> dict[str, str]:
+        return {name: self._shards(place, "heldout", tokenizer) for name, place in self._data.heldout.items()}
 
     def tokenizer(self) -> Path:
-        return self._place(self._data.tokenizer, "tokenizer")
+        place = self._data.tokenizer
+        found = self._builtin(place, "tokenizer") if place.startswith(BUILTIN_PREFIX) else Path(place)
+        if not found.is_file():
+            self.problems.append(f"{found} is not there; make one with `basestone tokenizer train`")
+        return found
 
 
-def locate(data: DataConfig, cache_dir: Path, log: Callable[[str], None] = lambda _: None) -> DataPlaces:
-    """Turn the `[data]` section into paths, preparing embedded corpora into the cache on first use.
+def locate(data: DataConfig, reading: ReadingConfig, cache_dir: Path, log: Log = lambda _: None) -> DataPlaces:
+    """Turn the `[data]` section into places, preparing and indexing into the cache on first use.
 
     Raises:
-        DataConfigError: listing every directory or file that is not there.
+        DataConfigError: listing everything that is not there.
     """
-    locator = _Locator(data, cache_dir, log)
-    places = DataPlaces(locator.train(), locator.heldout(), locator.tokenizer())
-    problems = _without_manifest((*places.train, *places.heldout.values()))
-    if not places.tokenizer.is_file():
-        problems.append(f"{places.tokenizer} is not there; make one with `basestone tokenizer train`")
-    if problems:
-        raise DataConfigError("\n".join(problems))
+    locator = _Locator(data, reading, cache_dir, log)
+    tokenizer = locator.tokenizer()
+    places = DataPlaces(locator.train(tokenizer), locator.heldout(tokenizer), tokenizer)
+    _refuse(locator.problems)
     return places
 
 
-def locate_heldout(data: DataConfig, cache_dir: Path) -> dict[str, Path]:
+def locate_heldout(
+    data: DataConfig, reading: ReadingConfig, cache_dir: Path, tokenizer: Path
+) -> dict[str, str]:
     """Give the held-out sets alone, by name: what the run was trained on need not be there any more.
 
     Raises:
-        DataConfigError: listing every directory that is not there.
+        DataConfigError: listing every one that is not there.
     """
-    heldout = _Locator(data, cache_dir, lambda _: None).heldout()
-    if problems := _without_manifest(heldout.values()):
-        raise DataConfigError("\n".join(problems))
+    locator = _Locator(data, reading, cache_dir, lambda _: None)
+    heldout = locator.heldout(tokenizer)
+    _refuse(locator.problems)
     return heldout
 
 
-def _without_manifest(shards: Iterable[Path]) -> list[str]:
-    missing = [path for path in shards if not (path / "manifest.json").is_file()]
-    return [f"{path} holds no manifest.json; make shards with `basestone prepare`" for path in missing]
+def _refuse(problems: Iterable[str]) -> None:
+    if listed := "\n".join(problems):
+        raise DataConfigError(listed)
 
 
 def vocab_size(places: DataPlaces) -> int:

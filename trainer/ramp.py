@@ -20,13 +20,8 @@ class Phase(NamedTuple):
     global_batch: int
 
 
-class RampRow(Protocol):
-    """A row of `train.ramp`: one of the two ends is given."""
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences of its steps."""
-        ...
+class End(Protocol):
+    """Where a row of a schedule ends: one of the two is given."""
 
     @property
     def until_step(self) -> int | None:
@@ -36,6 +31,15 @@ class RampRow(Protocol):
     @property
     def until_tokens(self) -> int | None:
         """Or the tokens of the run at which it ends, rounded up to a step."""
+        ...
+
+
+class RampRow(End, Protocol):
+    """A row of `train.ramp`."""
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of its steps."""
         ...
 
 
@@ -71,6 +75,23 @@ class BatchSchedule:
             tokens += (end - step) * a_step
             step = end
         return cls((*phases, Phase(step, global_batch)), sequence_length)
+
+    def mix_ends(self, rows: Sequence[End]) -> tuple[int, ...]:
+        """Give for each row of `data.mix` the first sample after it, counted over the run.
+
+        Raises:
+            ValueError: a row ends before it begins.
+        """
+        ends: list[int] = []
+        for number, row in enumerate(rows):
+            step = row.until_step if row.until_step is not None else self.steps_for(row.until_tokens or 0)
+            sample = self.tokens_before(step) // self.sequence_length
+            if sample <= (ends[-1] if ends else 0):
+                raise ValueError(
+                    f"data.mix[{number}] ends at step {step}, before it begins; order the rows by their ends"
+                )
+            ends.append(sample)
+        return tuple(ends)
 
     def global_batch(self, step: int) -> int:
         """Give the sequences of a step, over all ranks."""

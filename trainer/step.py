@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..data.mixing import SourceSettings
 from ..data.stream import TokenStream
+from ..data.stream_settings import StreamSettings
 from .batch import cut, share
 from .config import ResolvedRun
 from .engine import Engine
@@ -32,19 +34,35 @@ def open_stream(
     """Open the stream of this rank's model replica on the rank that reads for it; None on the others."""
     if not runtime.reads_data:
         return None
-    run = resolved.run
     return TokenStream(
-        places.train,
-        places.tokenizer,
-        sequence_length=run.data.sequence_length,
-        global_batch=run.train.global_batch,
-        lanes=resolved.lanes,
-        seed=run.run.seed,
+        stream_settings(resolved, places),
+        global_batch=resolved.run.train.global_batch,
         reader=runtime.dp_rank,
         num_readers=runtime.dp_size,
         workers=workers,
-        mask_document_start=run.data.mask_document_start,
         state=state,
+    )
+
+
+def stream_settings(resolved: ResolvedRun, places: DataPlaces) -> StreamSettings:
+    """Say what a run streams."""
+    run, data = resolved.run, resolved.run.data
+    sources = tuple(
+        SourceSettings(name, found, source.weight if source else None, source.epochs if source else None)
+        for name, found in places.train.items()
+        for source in (data.sources.get(name),)
+    )
+    return StreamSettings(
+        sources=sources,
+        tokenizer=str(places.tokenizer.resolve()),
+        sequence_length=data.sequence_length,
+        lanes=resolved.lanes,
+        seed=run.run.seed,
+        packing=data.packing,
+        mask_document_start=data.mask_document_start,
+        temperature=data.temperature,
+        phases=tuple((end, dict(row.weights)) for end, row in zip(resolved.mix_ends, data.mix, strict=True)),
+        reading=run.reading.model_dump(),
     )
 
 

@@ -98,7 +98,7 @@ def train(arguments: argparse.Namespace) -> None:
     from .places import locate, vocab_size
 
     run = load_run(arguments.run, arguments.overrides)
-    places = locate(run.data, processes.cache_dir())
+    places = locate(run.data, run.reading, processes.cache_dir())
     resolved = run.resolve(processes.world_size(), vocab_size(places))
     processes.find_own_programs()
     from .engine import check_deepspeed
@@ -135,7 +135,7 @@ def verify(arguments: argparse.Namespace) -> None:
     from .places import locate
 
     run = load_run(arguments.run, arguments.overrides)
-    places = locate(run.data, processes.cache_dir())
+    places = locate(run.data, run.reading, processes.cache_dir())
     given = [parse_layout(text, arguments.processes) for text in arguments.layout]
     from . import verify as proof
 

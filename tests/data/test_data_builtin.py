@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from streams import open_stream
 
 from basestone.data.builtin import prepare_builtin
 from basestone.data.errors import DataConfigError
 from basestone.data.heldout import load_heldout
 from basestone.data.shards import open_shard_set
-from basestone.data.stream import TokenStream
 from basestone.data.tokenizer import Tokenizer
 
 SMALL = {"max_files": 60, "vocab_size": 512}
@@ -36,15 +36,12 @@ def test_a_small_corpus_is_whole_and_found_again(tmp_path: Path) -> None:
     assert train.text_bytes > 300_000 and heldout.num_documents > 0
     tokenizer = Tokenizer(corpus.tokenizer)
     assert tokenizer.vocab_size == 512 and tokenizer.sha256 == corpus.report["tokenizer_sha256"]
-    stream = TokenStream(
+    stream = open_stream(
         [corpus.train],
         corpus.tokenizer,
         sequence_length=64,
         global_batch=4,
         seed=0,
-        reader=0,
-        num_readers=1,
-        workers=0,
     )
     assert stream.next_batch().weights.all()
     assert (

@@ -38,7 +38,14 @@ def test_mistakes_are_named(change: dict, message: str) -> None:
 
 def test_every_field_says_whether_it_may_change_on_resume() -> None:
     marks = {name: field.json_schema_extra["on_resume"] for name, field in DataConfig.model_fields.items()}
-    assert {name for name, mark in marks.items() if mark == "free"} == {"workers", "heldout"}
+    assert {name for name, mark in marks.items() if mark == "free"} == {
+        "train",
+        "sources",
+        "temperature",
+        "mix",
+        "workers",
+        "heldout",
+    }
     assert set(marks.values()) == {"free", "fixed"}
     assert all(field.description for field in DataConfig.model_fields.values())
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import open_stream
 
 from basestone.data.division import num_lanes, samples_per_reader
 from basestone.data.errors import DataConfigError
-from basestone.data.stream import TokenStream, merge_states
+from basestone.data.position import merge_states
+from basestone.data.stream import TokenStream
 
 LENGTH, LANES = 48, 4
 BATCHES = [4, 4, 8, 8, 8, 20, 4, 8]
@@ -24,7 +26,7 @@ Samples = list[tuple[list[int], list[int]]]
 def open_streams(shards: Path, model: Path, readers: int, **more: Any) -> list[TokenStream]:
     arguments = {"sequence_length": LENGTH, "seed": 7, "global_batch": 8, "lanes": LANES, "workers": 0} | more
     return [
-        TokenStream([shards / "train"], model, reader=reader, num_readers=readers, **arguments)
+        open_stream([shards / "train"], model, reader=reader, num_readers=readers, **arguments)
         for reader in range(readers)
     ]
 
@@ -121,7 +123,8 @@ def test_lanes_of_a_ramp_are_fixed_by_all_of_its_batches(text_shards, model):
     assert num_lanes(4, 8, 12) == 4 and num_lanes(512, 768) == 256 and num_lanes(5, 8) == 1
     state = open_streams(text_shards, model, 1)[0].state()
     with pytest.raises(
-        DataConfigError, match=r"lanes \(from the global batch\): the checkpoint has 4, this run 8"
+        DataConfigError,
+        match=r"lanes \(from the global batch, or data.lanes\): the checkpoint has 4, this run 8",
     ):
         open_streams(text_shards, model, 1, lanes=None, state=state)
     with pytest.raises(DataConfigError, match="global batch is 0; it must be at least 1"):

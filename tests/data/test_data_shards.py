@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from basestone.data.errors import DataConfigError, DataError
-from basestone.data.inspect import index_directory, inspect_directory, verify_directory
+from basestone.data.indexing import index_directory
+from basestone.data.inspect import inspect_directory, verify_directory
 from basestone.data.shards import ShardWriter, open_filled_shard_set, open_shard_set
 
 
@@ -94,10 +95,11 @@ def test_foreign_tars_are_indexed(tmp_path: Path) -> None:
             [("a.txt", b"1"), ("b.jpg", b"2")],
             r"sample b has no .txt member but .jpg; a text shard holds one .txt",
         ),
-        ([("a.jpg", b"1")], r"sample a holds .jpg; expected a .txt member"),
         ([("a.txt", b"\xff\xfe")], r"sample a is not UTF-8 \(invalid start byte at byte 0\); pass the sources"),
         ([("noextension", b"1")], "member 'noextension' is not named KEY.EXTENSION"),
-        ([("a.tok.u16", b"1")], "sample a holds .tok.u16; a token block holds"),
+        ([("a.tok.u16", b"1")], "block a ends inside a number"),
+        ([("a.txt", b"1"), ("b.json", b"{}")], "sample b has a .json member without a string `text`"),
+        ([("a.tok.u16", b"12"), ("b.txt", b"1")], "sample b holds .txt; a token block holds"),
         ([("a.tok.u16", b"123"), ("a.len.u32", b"1234")], "block a ends inside a number"),
         ([("a.tok.u16", b"1234"), ("a.len.u32", b"\1\0\0\0")], "holds 2 tokens but its lengths add up to 1"),
     ],
@@ -145,7 +147,7 @@ def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.txt", b"1")])
     write_tar(tmp_path / "b.tar", [("a.tok.u16", b"1234"), ("a.len.u32", b"\2\0\0\0")])
     (tmp_path / "manifest.json").write_text('{"tokenizer_sha256": "abc"}')
-    with pytest.raises(DataError, match="mixes shards of text and of token blocks"):
+    with pytest.raises(DataError, match="mixes shards of text and tokens"):
         index_directory(tmp_path)
 
 

@@ -14,11 +14,13 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import open_stream
 
 from basestone.data.division import num_lanes, samples_per_reader
 from basestone.data.errors import DataConfigError
 from basestone.data.order import hash_integers, permute_all, permute_index
-from basestone.data.stream import StreamBatch, TokenStream, merge_states
+from basestone.data.position import merge_states
+from basestone.data.stream import StreamBatch, TokenStream
 from basestone.data.tokenizer import Tokenizer
 
 LENGTH = 48
@@ -29,7 +31,7 @@ def open_streams(
 ) -> list[TokenStream]:
     arguments = {"sequence_length": LENGTH, "seed": 7, "global_batch": batch, "workers": workers} | more
     return [
-        TokenStream(shards, model, reader=reader, num_readers=readers, **arguments) for reader in range(readers)
+        open_stream(shards, model, reader=reader, num_readers=readers, **arguments) for reader in range(readers)
     ]
 
 
@@ -280,7 +282,8 @@ def test_several_directories_are_mixed(text_shards: Path, token_shards: Path, mo
     both = [text_shards / "heldout", token_shards / "train"]
     streams = open_streams(both, model, 1, batch=8)
     alone = [open_streams([directory], model, 1, batch=8) for directory in both]
-    assert streams[0].fingerprint not in {other[0].fingerprint for other in alone}
+    fingerprints = [stream.state()["sources"][0]["fingerprint"] for (stream,) in (streams, *alone)]
+    assert len(set(fingerprints)) == 3
     samples = take(streams, 3)
     resumed = open_streams(both, model, 3, batch=8, state=streams[0].state(), workers=1)
     assert take(resumed, 2) == take(streams, 2)
@@ -304,13 +307,15 @@ def test_a_state_of_something_else_is_refused_with_all_differences(
         open_streams([text_shards / "train"], other_model, 1, batch=12, seed=9, sequence_length=32, state=state)
     message = str(caught.value)
     for part in (
-        "data and tokenizer (fingerprint)",
+        "tokenizer: the checkpoint has ",
         "seed: the checkpoint has 7, this run 9",
         "sequence length: the checkpoint has 48, this run 32",
-        "lanes (from the global batch): the checkpoint has 8, this run 12",
+        "lanes (from the global batch, or data.lanes): the checkpoint has 8, this run 12",
     ):
         assert part in message
-    with pytest.raises(DataConfigError, match=r"cannot be taken up: data and tokenizer \(fingerprint\)"):
+    with pytest.raises(
+        DataConfigError, match=r"cannot be taken up: content of the source 'train' \(fingerprint\)"
+    ):
         open_streams([text_shards / "heldout"], model, 1, batch=8, state=state)
 
 
@@ -326,7 +331,7 @@ def test_one_readers_state_is_not_taken_for_all(text_shards: Path, model: Path) 
     with pytest.raises(DataConfigError, match="no data positions"):
         merge_states([])
     other = open_streams([text_shards / "train"], model, 1, batch=8)[0].state()
-    wrong = {**other, "cursors": [[lane, 9, 9, 9] for lane in range(8)]}
+    wrong = {**other, "lanes": [0, 1]}
     with pytest.raises(DataConfigError, match="two readers claim lane 0"):
         merge_states([other, wrong])
 
@@ -341,19 +346,19 @@ def test_tokens_of_another_tokenizer_are_refused(token_shards: Path, other_model
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"directories": []}, "no shard directories"),
+        ({"shards": []}, "no shard directories"),
         ({"reader": 2}, "reader is 2; it must be 0 to 0"),
         ({"sequence_length": 0}, "sequence length is 0"),
-        ({"workers": -1}, "workers -1"),
+        ({"workers": -1}, "workers is -1"),
         ({"global_batch": 0}, "global batch is 0"),
         ({"num_readers": 0}, "it must be"),
-        ({"directories": [Path("/nonexistent")]}, "shard directory /nonexistent does not exist"),
+        ({"shards": [Path("/nonexistent")]}, "shard directory /nonexistent does not exist"),
     ],
 )
 def test_impossible_requests_are_named(change: dict, message: str, text_shards: Path, model: Path) -> None:
     arguments = {
-        "directories": [text_shards / "train"],
-        "tokenizer": model,
+        "shards": [text_shards / "train"],
+        "model": model,
         "sequence_length": 8,
         "global_batch": 4,
         "seed": 0,
@@ -362,6 +367,6 @@ def test_impossible_requests_are_named(change: dict, message: str, text_shards: 
         "workers": 0,
     }
     with pytest.raises(DataConfigError, match=message):
-        TokenStream(**{**arguments, **change})
+        open_stream(**{**arguments, **change})
     with pytest.raises(DataConfigError, match="number of readers is 0"):
         samples_per_reader(4, 0)

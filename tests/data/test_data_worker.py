@@ -9,27 +9,26 @@ import time
 from pathlib import Path
 
 import pytest
+from streams import open_stream, stream_settings
 
 from basestone.data.errors import DataConfigError, DataError
 from basestone.data.stream import TokenStream
 
 pytestmark = pytest.mark.faults
+TESTS = str(Path(__file__).parents[1])
 START = """
 import sys, time
-from pathlib import Path
-from basestone.data.stream import TokenStream
-stream = TokenStream([Path(sys.argv[1])], Path(sys.argv[2]), sequence_length=32, global_batch=8, seed=1, reader=0,
-                     num_readers=1, workers=2)
+sys.path.insert(0, {tests!r})
+from streams import open_stream
+stream = open_stream([sys.argv[1]], sys.argv[2], sequence_length=32, global_batch=8, seed=1, workers=2)
 stream.next_batch()
 print(*stream.worker_pids, flush=True)
 {then}
 """
 
 
-def open_stream(shards: Path, model: Path, workers: int) -> TokenStream:
-    return TokenStream(
-        [shards], model, sequence_length=32, global_batch=8, seed=1, reader=0, num_readers=1, workers=workers
-    )
+def small_stream(shards: Path, model: Path, workers: int) -> TokenStream:
+    return open_stream([shards], model, sequence_length=32, global_batch=8, seed=1, workers=workers)
 
 
 def is_running(pid: int) -> bool:
@@ -55,7 +54,7 @@ def flip_bit(file: Path, offset: int) -> None:
 
 
 def test_a_killed_worker_is_an_error_that_says_so(text_shards: Path, model: Path) -> None:
-    stream = open_stream(text_shards / "train", model, 2)
+    stream = small_stream(text_shards / "train", model, 2)
     stream.next_batch()
     pids = stream.worker_pids
     os.kill(pids[1], signal.SIGKILL)
@@ -66,7 +65,7 @@ def test_a_killed_worker_is_an_error_that_says_so(text_shards: Path, model: Path
 
 
 def test_a_crashed_worker_names_its_signal(text_shards: Path, model: Path) -> None:
-    stream = open_stream(text_shards / "train", model, 1)
+    stream = small_stream(text_shards / "train", model, 1)
     stream.next_batch()
     os.kill(stream.worker_pids[0], signal.SIGSEGV)
     with pytest.raises(DataError, match="was ended by SIGSEGV; its last words are in the log"):
@@ -75,7 +74,7 @@ def test_a_crashed_worker_names_its_signal(text_shards: Path, model: Path) -> No
 
 
 def test_job_signals_leave_workers_at_work(text_shards: Path, model: Path) -> None:
-    stream, plain = (open_stream(text_shards / "train", model, workers) for workers in (1, 0))
+    stream, plain = (small_stream(text_shards / "train", model, workers) for workers in (1, 0))
     stream.next_batch()
     plain.next_batch()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -86,7 +85,7 @@ def test_job_signals_leave_workers_at_work(text_shards: Path, model: Path) -> No
 
 
 def test_workers_hold_no_torch_and_end_on_close(text_shards: Path, model: Path) -> None:
-    stream = open_stream(text_shards / "train", model, 1)
+    stream = small_stream(text_shards / "train", model, 1)
     stream.next_batch()
     (pid,) = stream.worker_pids
     maps = Path(f"/proc/{pid}/maps").read_text()
@@ -96,7 +95,7 @@ def test_workers_hold_no_torch_and_end_on_close(text_shards: Path, model: Path) 
 
 
 def test_a_dropped_stream_ends_its_workers(text_shards: Path, model: Path) -> None:
-    stream = open_stream(text_shards / "train", model, 2)
+    stream = small_stream(text_shards / "train", model, 2)
     pids = stream.worker_pids
     del stream
     assert wait_gone(pids)
@@ -104,7 +103,7 @@ def test_a_dropped_stream_ends_its_workers(text_shards: Path, model: Path) -> No
 
 @pytest.mark.parametrize("then", ["time.sleep(600)", "pass", "raise SystemExit(3)"])
 def test_workers_end_with_their_parent(then: str, text_shards: Path, model: Path) -> None:
-    script = START.format(then=then)
+    script = START.format(then=then, tests=TESTS)
     parent = subprocess.Popen(
         [sys.executable, "-c", script, str(text_shards / "train"), str(model)],
         stdout=subprocess.PIPE,
@@ -123,7 +122,7 @@ def test_workers_end_with_their_parent(then: str, text_shards: Path, model: Path
 
 def test_workers_end_though_a_fork_of_the_parent_lives(text_shards: Path, model: Path) -> None:
     """The fork keeps the pipes open, so the workers cannot tell the parent's end by them."""
-    script = START.format(then='import os\nos.write(1, b"%d\\n" % os.fork())\ntime.sleep(60)')
+    script = START.format(then='import os\nos.write(1, b"%d\\n" % os.fork())\ntime.sleep(60)', tests=TESTS)
     parent = subprocess.Popen(
         [sys.executable, "-c", script, str(text_shards / "train"), str(model)],
         stdout=subprocess.PIPE,
@@ -150,7 +149,7 @@ def test_a_flipped_bit_is_found_and_placed(
     shards = tmp_path / "shards"
     shutil.copytree(text_shards / "train", shards)
     flip_bit(shards / "00000.tar", 700)
-    stream = open_stream(shards, model, workers)
+    stream = small_stream(shards, model, workers)
     with pytest.raises(
         DataError, match=r"shard .*00000.tar, bytes 0-\d+: checksum is [0-9a-f]{8}, expected"
     ) as caught:
@@ -165,7 +164,7 @@ def test_a_shard_cut_while_training_is_found(
 ) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(text_shards / "train", shards)
-    stream = open_stream(shards, model, workers)
+    stream = small_stream(shards, model, workers)
     stream.next_batch()
     for file in shards.glob("*.tar"):
         with open(file, "r+b") as handle:
@@ -181,10 +180,10 @@ def test_a_shard_lost_while_training_is_a_storage_error(
 ) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(text_shards / "train", shards)
-    stream = open_stream(shards, model, workers)
+    stream = small_stream(shards, model, workers)
     stream.next_batch()
     shutil.rmtree(shards)
-    with pytest.raises(DataError, match=r"reading shard .* failed: No such file") as caught:
+    with pytest.raises(DataError, match=r"shard .*, bytes \d+-\d+: No such file") as caught:
         for _ in range(10_000):
             stream.next_batch()
     assert caught.value.exit_code == 74
@@ -194,12 +193,13 @@ def test_data_that_changes_during_the_start_is_refused(text_shards: Path, model:
     from basestone.data.lanes import token_dtype
     from basestone.data.worker import LaneTask, WorkerReader
 
-    task = LaneTask((str(text_shards / "train"),), str(model), "other", 1, 1, 0, 32, ((0, 0, 0, 0),), 1)
+    def task(shards: Path, tokenizer: str) -> LaneTask:
+        settings = stream_settings([shards], Path(tokenizer), sequence_length=32, lanes=1, seed=1)
+        return LaneTask(settings, ("other",), 0, (0,), (), (), 1)
+
     with pytest.raises(DataError, match="changed while the run was starting"):
-        WorkerReader(task, token_dtype(600), 0).read(1)
-    missing = LaneTask((str(tmp_path / "no"),), str(model), "other", 1, 1, 0, 32, ((0, 0, 0, 0),), 1)
+        WorkerReader(task(text_shards / "train", str(model)), token_dtype(600), 0).read(1)
     with pytest.raises(DataConfigError, match="does not exist"):
-        WorkerReader(missing, token_dtype(600), 0).read(1)
-    broken = LaneTask((str(text_shards / "train"),), "\0", "other", 1, 1, 0, 32, ((0, 0, 0, 0),), 1)
+        WorkerReader(task(tmp_path / "no", str(model)), token_dtype(600), 0).read(1)
     with pytest.raises(DataError, match="a data worker failed: ValueError: embedded null byte"):
-        WorkerReader(broken, token_dtype(600), 0).read(1)
+        WorkerReader(task(text_shards / "train", "\0"), token_dtype(600), 0).read(1)

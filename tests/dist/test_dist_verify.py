@@ -65,7 +65,7 @@ class Proof:
         run = load_run(folder / f"{family}.toml")
         self.processes = processes
         self.verification = Verification(
-            run, locate(run.data, folder), num_processes=processes, steps=STEPS, dtype=dtype
+            run, locate(run.data, run.reading, folder), num_processes=processes, steps=STEPS, dtype=dtype
         )
         self._asked = [SERIAL]
         self._verdicts = self.verification.run(iter(self._queue, None))  # type: ignore[arg-type]
@@ -363,7 +363,7 @@ def test_a_run_of_fewer_steps_whose_rate_ends_at_nothing(folder):
     run = load_run(
         folder / "llama.toml", ["train.steps=1", "schedule.final_ratio=0.0", "schedule.warmup_steps=1"]
     )
-    places = locate(run.data, folder)
+    places = locate(run.data, run.reading, folder)
     short = Verification(run, places, num_processes=2, steps=3, dtype="fp32")
     (verdict,) = short.run([parse_layout("pp2-z1", 2)])
     assert_equal(verdict)

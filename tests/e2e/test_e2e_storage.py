@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from streams import open_stream
 
 from basestone.data.errors import DataError
-from basestone.data.stream import TokenStream
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -43,7 +43,7 @@ def test_a_full_disk_at_the_ledger(tmp_path, corpus, basestone):
 
 def batches(shards: Path, tokenizer: Path, seed: int, reader: int) -> int:
     """Count what a reader of two gives before it comes to the damage."""
-    stream = TokenStream(
+    stream = open_stream(
         (shards,),
         tokenizer,
         sequence_length=64,
@@ -51,7 +51,6 @@ def batches(shards: Path, tokenizer: Path, seed: int, reader: int) -> int:
         seed=seed,
         reader=reader,
         num_readers=2,
-        workers=0,
     )
     for number in range(400):
         try:

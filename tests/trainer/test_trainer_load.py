@@ -139,7 +139,7 @@ def test_all_errors_come_at_once(run_file):
     assert got[0] == "model.hiden_size: unknown key; did you mean 'hidden_size'?"
     assert got[1] == "train.global_batch: Input should be greater than 0 (got 0)"
     assert got[2].startswith("optimizer.lr: Input should be a valid number") and got[2].endswith("(got 'fast')")
-    assert got[3].startswith("nothing: unknown key; known keys: run, model, data, parallel")
+    assert got[3].startswith("nothing: unknown key; known keys: run, model, data, reading")
 
 
 def test_missing_sections_and_keys(tmp_path):
@@ -147,7 +147,7 @@ def test_missing_sections_and_keys(tmp_path):
     path.write_text("[data]\n[train]\nsteps = 1\n[optimizer]\n")
     assert lines(path) == [
         "model: is missing",
-        "data.train: is missing",
+        "data.sources: is missing, and so is train; give train, a list of shards, or sources, by name",
         "data.tokenizer: is missing",
         "data.sequence_length: is missing",
         "train.global_batch: is missing",

@@ -1,0 +1,201 @@
+"""Pack documents into sequences: end to end and cut anywhere, or whole where they fit best."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .order import hash_integers, permute_all
+
+CURSOR_COLUMNS = 3
+WINDOW_SEQUENCES = 64  # fewer leave more filler at a window's end, more take longer to resume
+
+
+@dataclass
+class Cursor:
+    """Hold the place of a lane in a source: chunks finished, and the place within the present ones.
+
+    That is the document in the chunk's order and the token within it where documents are cut; the sequence of the
+    window, and 0, where they are kept whole.
+    """
+
+    chunk: int = 0
+    document: int = 0
+    token: int = 0
+
+
+class Documents(Protocol):
+    """The documents of one lane of one source."""
+
+    def read(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
+        """Return the documents of the lane's chunk with this number, in training order."""
+        ...
+
+    def expect(self, chunk: int) -> None:
+        """Begin to read a chunk that will be asked for."""
+        ...
+
+    def tokenize(self, document: str | np.ndarray) -> np.ndarray:
+        """Return a document's framed tokens."""
+        ...
+
+
+class Packer(Protocol):
+    """Make one sequence after another out of a lane's documents."""
+
+    cursor: Cursor
+
+    def fill(self, row: np.ndarray) -> tuple[int, list[int]]:
+        """Write the next sequence into ``row`` (integers [sequence_length + 1]) and move the cursor.
+
+        Returns how many tokens it holds, the rest of the row being left as it is, and where in it documents begin.
+        """
+        ...
+
+
+class SplitPacker:
+    """Lay documents end to end and cut; each sequence shares one token with the next."""
+
+    def __init__(self, documents: Documents, cursor: Cursor) -> None:
+        """Start at a cursor; nothing is read before the first sequence is asked for."""
+        self._source = documents
+        self.cursor = cursor
+        self._open_chunk: int | None = None
+        self._documents: Sequence[str] | Sequence[np.ndarray] = ()
+        self._open_document: tuple[int, int] | None = None
+        self._tokens: np.ndarray = np.zeros(0, np.int32)
+
+    def fill(self, row: np.ndarray) -> tuple[int, list[int]]:
+        """See Packer; the row is always full."""
+        filled, cursor = 0, self.cursor
+        starts: list[int] = []
+        size = len(row)
+        while True:
+            tokens = self._current_document()
+            if cursor.token == 0:
+                starts.append(filled)
+            count = min(size - filled, len(tokens) - cursor.token)
+            row[filled : filled + count] = tokens[cursor.token : cursor.token + count]
+            filled += count
+            cursor.token += count
+            if filled == size:
+                cursor.token -= 1  # the last token is only a target here, and the next sequence's first input
+                return filled, starts
+
+    def _current_document(self) -> np.ndarray:
+        """Return the tokens of the document under the cursor, moving past what is used up."""
+        cursor = self.cursor
+        while True:
+            if self._open_chunk != cursor.chunk:
+                self._documents = self._source.read(cursor.chunk)
+                self._open_chunk = cursor.chunk
+                self._source.expect(cursor.chunk + 1)
+            if cursor.document >= len(self._documents):
+                cursor.chunk, cursor.document, cursor.token = cursor.chunk + 1, 0, 0
+                continue
+            if self._open_document != (cursor.chunk, cursor.document):
+                self._tokens = self._source.tokenize(self._documents[cursor.document])
+                self._open_document = (cursor.chunk, cursor.document)
+            if cursor.token < len(self._tokens):
+                return self._tokens
+            cursor.document, cursor.token = cursor.document + 1, 0
+
+
+class BestFitPacker:
+    """Keep documents whole: put each into the sequence with the least room that still takes it.
+
+    Best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling") over a window of chunks;
+    only documents longer than a sequence are cut, and what is left of a sequence stays empty.
+    """
+
+    def __init__(self, documents: Documents, cursor: Cursor, window_chunks: int, key: int) -> None:
+        """Start at a cursor, whose chunk is the first of a window of ``window_chunks`` chunks.
+
+        ``key`` decides the order of a window's sequences, which come out of the packing sorted by length.
+        """
+        self._source = documents
+        self.cursor = cursor
+        self._window_chunks, self._key = window_chunks, key
+        self._open_window: int | None = None
+        self._sequences: list[list[np.ndarray]] = []
+
+    def fill(self, row: np.ndarray) -> tuple[int, list[int]]:
+        """See Packer."""
+        cursor = self.cursor
+        while True:
+            if self._open_window != cursor.chunk:
+                self._sequences = self._pack_window(len(row))
+                self._open_window = cursor.chunk
+            if cursor.document < len(self._sequences):
+                break
+            cursor.chunk, cursor.document = cursor.chunk + self._window_chunks, 0
+        pieces = self._sequences[cursor.document]
+        cursor.document += 1
+        filled, starts = 0, []
+        for piece in pieces:
+            starts.append(filled)
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return filled, starts
+
+    def _pack_window(self, size: int) -> list[list[np.ndarray]]:
+        chunks = range(self.cursor.chunk, self.cursor.chunk + self._window_chunks)
+        for chunk in chunks:
+            self._source.expect(chunk)
+        pieces = [
+            tokens[start : start + size]
+            for chunk in chunks
+            for tokens in map(self._source.tokenize, self._source.read(chunk))
+            for start in range(0, len(tokens), size)
+        ]
+        # a piece of one token predicts nothing
+        sequences = best_fit([piece for piece in pieces if len(piece) > 1], size)
+        order = permute_all(len(sequences), hash_integers(self._key, self.cursor.chunk))
+        return [sequences[number] for number in order]
+
+
+def best_fit(pieces: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    """Put pieces (each at most ``size`` long) into sequences of ``size``, in the order in which these are opened.
+
+    The longest piece comes first, and equal ones in the order given: the result depends on the pieces alone.
+    """
+    sequences: list[list[np.ndarray]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens of room, sequence), sorted
+    for piece in sorted(pieces, key=len, reverse=True):
+        place = bisect_left(rooms, (len(piece), 0))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
+        else:
+            room, number = size, len(sequences)
+            sequences.append([])
+        sequences[number].append(piece)
+        if room > len(piece):
+            left = (room - len(piece), number)
+            rooms.insert(bisect_left(rooms, left), left)
+    return sequences
+
+
+def window_chunks(tokens_per_chunk: float, sequence_length: int) -> int:
+    """Return how many chunks make a window of some ``WINDOW_SEQUENCES`` sequences."""
+    return max(1, round(WINDOW_SEQUENCES * sequence_length / max(1.0, tokens_per_chunk)))
+
+
+def positions_of(starts: np.ndarray) -> np.ndarray:
+    """Return each token's place in its document, counted within its row: int64 like ``starts``.
+
+    ``starts`` bool [num_samples, sequence_length], true where a document begins; a row begins one by itself.
+    """
+    places = np.arange(starts.shape[1])
+    begins = np.where(starts, places, 0)
+    return places - np.maximum.accumulate(begins, axis=1)
+
+
+def document_lengths(starts: np.ndarray) -> list[np.ndarray]:
+    """Return for each row the lengths of the documents in it, int64, which add up to the sequence length."""
+    edges = starts.copy()
+    edges[:, 0] = True
+    return [np.diff(np.append(np.flatnonzero(row), len(row))) for row in edges]

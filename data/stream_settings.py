@@ -1,0 +1,104 @@
+"""What decides a stream's samples, and how a process opens what it names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import ReadingConfig
+from .errors import DataConfigError, DataError
+from .lanes import Source, data_fingerprint
+from .mixing import Mix, MixPhase, SourceSettings, comparable_sizes, mix_weights
+from .reading.reader import RangeReader
+from .shards import open_filled_shard_set
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """Say what is streamed. JSON-able by ``dataclasses.asdict``.
+
+    ``lanes`` divides every global batch. ``phases`` are rows ``(first sample that they no longer rule, weights by
+    source name)`` of the mix before the sources' own weights begin. ``mask_document_start`` gives weight 0 to
+    predicting a document's first token.
+    """
+
+    sources: tuple[SourceSettings, ...]
+    tokenizer: str
+    sequence_length: int
+    lanes: int
+    seed: int
+    packing: str = "split"
+    mask_document_start: bool = False
+    temperature: float | None = None
+    phases: tuple[tuple[int, dict[str, float]], ...] = ()
+    reading: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of_json(values: dict[str, Any]) -> StreamSettings:
+        """Make it from ``asdict`` once it went through JSON."""
+        sources = tuple(
+            SourceSettings(**{**source, "places": tuple(source["places"])}) for source in values["sources"]
+        )
+        phases = tuple((int(until), weights) for until, weights in values["phases"])
+        return StreamSettings(**{**values, "sources": sources, "phases": phases})
+
+    def check(self) -> None:
+        """Raise DataConfigError for what cannot be meant."""
+        if not self.sources or not all(source.places for source in self.sources):
+            raise DataConfigError("no shard directories; give at least one in data.train")
+        if self.sequence_length < 1 or self.lanes < 1:
+            raise DataConfigError(
+                f"sequence length is {self.sequence_length} and lanes {self.lanes}; at least 1 is needed of each"
+            )
+
+
+class OpenedSources:
+    """A stream's sources as one process reads them."""
+
+    def __init__(self, settings: StreamSettings) -> None:
+        """Open every manifest. Raises DataConfigError for input to change, DataError for damage."""
+        settings.check()
+        reading = ReadingConfig(**settings.reading)
+        self.tokenizer = Tokenizer(Path(settings.tokenizer))
+        self.reader = RangeReader(reading)
+        pool = ThreadPoolExecutor(reading.threads, "read-ahead")  # its threads start on use
+        shard_sets = [
+            [open_filled_shard_set(place, self.reader) for place in source.places]
+            for source in settings.sources
+        ]
+        self.sources = [
+            Source(sets, self.tokenizer, settings.seed, reading=reading, pool=pool) for sets in shard_sets
+        ]
+        self.fingerprints = tuple(data_fingerprint(sets) for sets in shard_sets)
+        self.num_bytes = sum(source.num_bytes for source in self.sources)
+        self.mix = Mix(self._phases(settings), settings.seed)
+
+    def check_same(self, fingerprints: Sequence[str]) -> None:
+        """Raise DataError where the sources are not what another process found."""
+        if list(self.fingerprints) != list(fingerprints):
+            raise DataError("the data changed while the run was starting; start it again")
+
+    def _phases(self, settings: StreamSettings) -> list[MixPhase]:
+        names = [source.name for source in settings.sources]
+        own: tuple[float, ...] = (1.0,)
+        if len(names) > 1:
+            own = mix_weights(settings.sources, self._sizes(settings, names), settings.temperature)
+        firsts = [0, *(until for until, _ in settings.phases)]
+        rows = [
+            *(tuple(float(weights.get(name, 0.0)) for name in names) for _, weights in settings.phases),
+            own,
+        ]
+        return [MixPhase(first, weights) for first, weights in zip(firsts, rows, strict=True)]
+
+    def _sizes(self, settings: StreamSettings, names: list[str]) -> list[int]:
+        if settings.sources[0].weight is not None:
+            return [0] * len(names)
+        return comparable_sizes(
+            [source.num_tokens for source in self.sources],
+            [source.text_bytes for source in self.sources],
+            names,
+        )
