@@ -9,7 +9,7 @@ mix, the seed and ``i`` alone, whatever process reads it, and a lane's place in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -121,11 +121,9 @@ class Source:
         shard_set = self._shard_sets[place]
         return shard_set, number - int(self._ends[place]) + shard_set.num_chunks
 
-    def know_bad(self, numbers: Iterable[int]) -> None:
-        """Count chunks as in quarantine that were found before."""
-        for number in numbers:
-            shard_set, chunk = self._locate(number)
-            self._bad_chunks[number] = int(shard_set.chunks[chunk, 2])
+    def know_bad(self, sizes: Mapping[int, int]) -> None:
+        """Count chunks (number -> bytes) as in quarantine that were found before."""
+        self._bad_chunks.update(sizes)
 
     def take_news(self) -> list[dict[str, Any]]:
         """Return the chunks that were put into quarantine since the last call: number, bytes, what is wrong."""

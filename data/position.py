@@ -38,7 +38,7 @@ class StreamPosition:
     ) -> None:
         """Begin at sample 0; the first reader keeps what is not by lane, so that merging counts it once."""
         self.sample = 0
-        self.bad_chunks: set[tuple[int, int]] = set()
+        self.bad_chunks: dict[tuple[int, int], int] = {}  # (source, chunk) -> bytes
         self.changes: list[str] = []
         self._names = [source.name for source in settings.sources]
         self._fingerprints = list(fingerprints)
@@ -78,7 +78,9 @@ class StreamPosition:
                 "name": name,
                 "fingerprint": self._fingerprints[number],
                 "samples": int(self._samples[number]),
-                "bad_chunks": sorted(chunk for source, chunk in self.bad_chunks if source == number),
+                "bad_chunks": sorted(
+                    [chunk, size] for (source, chunk), size in self.bad_chunks.items() if source == number
+                ),
                 "cursors": [
                     [int(lane), *map(int, cursor)]
                     for lane, cursor in zip(self._own_lanes, self._cursors[number], strict=True)
@@ -149,7 +151,7 @@ class StreamPosition:
         cursors = {row[0]: row[1:] for row in source["cursors"]}
         for row, lane in enumerate(self._own_lanes):
             self._cursors[number, row] = cursors.get(int(lane), (0, 0, 0))
-        self.bad_chunks |= {(number, int(chunk)) for chunk in source["bad_chunks"]}
+        self.bad_chunks |= {(number, int(chunk)): int(size) for chunk, size in source["bad_chunks"]}
         self._samples[number] = source["samples"] if self._is_first else 0
 
 
@@ -194,7 +196,7 @@ def _merge_source(merged: dict[str, dict[str, Any]], source: dict[str, Any]) -> 
             "together"
         )
     have["samples"] += source["samples"]
-    have["bad_chunks"] = sorted({*have["bad_chunks"], *source["bad_chunks"]})
+    have["bad_chunks"] = sorted(map(list, {*map(tuple, have["bad_chunks"]), *map(tuple, source["bad_chunks"])}))
     have["cursors"] = sorted([*have["cursors"], *source["cursors"]])
 
 

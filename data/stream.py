@@ -33,21 +33,7 @@ class StreamBatch:
     sources: np.ndarray
 
 
-@dataclass
-class StreamCounters:
-    """Count what this reader has handed out and met since it began.
-
-    ``samples`` and ``bad_bytes`` are by source: samples handed out, bytes of the chunks put into quarantine.
-    ``retries`` are reads tried again, ``num_bytes`` those read from the places themselves, ``cache_hits`` chunks
-    that the cache had.
-    """
-
-    samples: np.ndarray
-    bad_bytes: np.ndarray
-    bad_chunks: int = 0
-    retries: int = 0
-    num_bytes: int = 0
-    cache_hits: int = 0
+COUNTERS = ("retries", "cache_hits", "bytes_read", "bad_chunks", "bad_bytes")
 
 
 class TokenStream:
@@ -89,9 +75,9 @@ class TokenStream:
         )
         if state is not None:
             self._position.restore(state)
-        num_sources = len(settings.sources)
-        self.counters = StreamCounters(np.zeros(num_sources, np.int64), np.zeros(num_sources, np.int64))
-        self.news: list[dict[str, Any]] = []
+        self._samples = np.zeros(len(settings.sources), np.int64)
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._news: list[dict[str, Any]] = []
         self._readers: list[tuple[LocalReader | WorkerReader, int]] = []  # and how many lanes each has
         try:
             self._start_readers(opened, own_lanes, workers)
@@ -139,9 +125,20 @@ class TokenStream:
         self._count(group)
         return batch
 
+    def take_counts(self) -> tuple[np.ndarray, dict[str, int]]:
+        """Return what was handed out and met since the last call.
+
+        That is the samples of each source, int64 [num_sources], and by name (``COUNTERS``) the reads tried again, the
+        chunks that the cache had, the bytes read from the places themselves, and the chunks put into quarantine and
+        their bytes.
+        """
+        samples, counts = self._samples, self._counts
+        self._samples, self._counts = np.zeros_like(samples), dict.fromkeys(COUNTERS, 0)
+        return samples, counts
+
     def take_news(self) -> list[dict[str, Any]]:
         """Return the chunks put into quarantine since the last call: source, chunk, bytes, problem."""
-        news, self.news = self.news, []
+        news, self._news = self._news, []
         return news
 
     def state(self) -> dict[str, Any]:
@@ -179,18 +176,18 @@ class TokenStream:
         return StreamBatch(tokens, weights, starts[:, :-1], ids, sources)
 
     def _count(self, group: SampleGroup) -> None:
-        counters = self.counters
-        counters.samples += np.bincount(group.sources, minlength=len(counters.samples))
+        self._samples += np.bincount(group.sources, minlength=len(self._samples))
         for item in group.news:
-            if "chunk" in item:
-                counters.bad_chunks += 1
-                counters.bad_bytes[item["source"]] += item["bytes"]
-                self._position.bad_chunks.add((item["source"], item["chunk"]))
-                self.news.append({**item, "source": self.source_names[item["source"]]})
-            else:
-                counters.retries += item["retries"]
-                counters.num_bytes += item["num_bytes"]
-                counters.cache_hits += item["cache_hits"]
+            if "chunk" not in item:
+                for name, count in item.items():
+                    self._counts[name] += count
+                continue
+            key = item["source"], item["chunk"]
+            if key not in self._position.bad_chunks:  # another worker may have met it in another epoch
+                self._position.bad_chunks[key] = item["bytes"]
+                self._counts["bad_chunks"] += 1
+                self._counts["bad_bytes"] += item["bytes"]
+                self._news.append({**item, "source": self.source_names[item["source"]]})
 
     def _start_readers(self, opened: OpenedSources, own_lanes: np.ndarray, workers: int) -> None:
         num_groups = min(max(workers, 1), len(own_lanes))
@@ -202,7 +199,7 @@ class TokenStream:
                 position=self.position,
                 own_lanes=lanes,
                 cursors=self._position.cursors_of(lanes),
-                bad_chunks=tuple(sorted(self._position.bad_chunks)),
+                bad_chunks=tuple((*key, size) for key, size in sorted(self._position.bad_chunks.items())),
                 samples_per_batch=len(lanes) * (self._global_batch // self._settings.lanes),
             )
             reader = WorkerReader(task, self._dtype, number) if workers else LocalReader(opened, task)

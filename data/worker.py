@@ -60,7 +60,7 @@ class LaneTask:
     """Say what a reader has to read. JSON-able.
 
     ``cursors`` has rows ``(source, lane, chunk, document, token)`` for the lanes that have begun a source, and
-    ``bad_chunks`` rows ``(source, chunk)``; ``samples_per_batch`` is what one global batch takes of these lanes.
+    ``bad_chunks`` rows ``(source, chunk, bytes)``; ``samples_per_batch`` is what one global batch takes of these lanes.
     """
 
     settings: StreamSettings
@@ -68,7 +68,7 @@ class LaneTask:
     position: int
     own_lanes: tuple[int, ...]
     cursors: tuple[tuple[int, int, int, int, int], ...]
-    bad_chunks: tuple[tuple[int, int], ...]
+    bad_chunks: tuple[tuple[int, int, int], ...]
     samples_per_batch: int
 
     @property
@@ -90,7 +90,7 @@ class LocalReader:
         settings = task.settings
         self._counters = opened.reader.counters
         for number, source in enumerate(opened.sources):
-            source.know_bad(chunk for owner, chunk in task.bad_chunks if owner == number)
+            source.know_bad({chunk: size for owner, chunk, size in task.bad_chunks if owner == number})
         self._group = LaneGroup(
             opened.sources,
             opened.mix,

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.position import merge_states
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
 from .checkpoint import Checkpointer
@@ -20,13 +19,14 @@ from .console import RunConsole
 from .engine import Engine
 from .errors import EXIT_STOPPED, EXIT_USER, ConfigError, NumericsError, Stopped, exit_code_of
 from .evaluate import HeldOut
+from .feed import Feed
 from .load import fixed_differences
 from .meters import Meters
 from .places import DataPlaces
 from .record import Recorder
 from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
-from .step import StepFigures, TrainingStep, open_stream
+from .step import StepFigures, TrainingStep
 
 
 class Trainer:
@@ -68,14 +68,9 @@ class Trainer:
         state = self._checkpointer.restore(self._engine.state, self._check_same_run, resume)
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
-        self._stream = open_stream(
-            resolved,
-            self._places,
-            runtime,
-            workers=resolved.run.data.workers,
-            state=state["data"] if state else None,
-        )
-        self._training_step = TrainingStep(self._engine, resolved, runtime, self._stream)
+        data_state = state["data"] if state else None
+        self._feed = Feed(resolved, self._places, runtime, workers=resolved.run.data.workers, state=data_state)
+        self._training_step = TrainingStep(self._engine, resolved, runtime, self._feed)
         self._held_out = self._open_held_out()
         self._meters = Meters(resolved, runtime)
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
@@ -108,6 +103,9 @@ class Trainer:
         event = "resume" if state else "start"
         where = f"at step {self.step}" if state else f"{self._resolved.steps} steps"
         directory.event(self.step, event, f"{where} on {self._resolved.world_size} process(es)")
+        for change in self._feed.changes:
+            directory.event(self.step, "data", change)
+            self._console.say(f"data: {change}")
         directory.save_ledger()
         if state:
             self._console.say(f"resuming {where} (attempt {directory.attempt})")
@@ -195,6 +193,10 @@ class Trainer:
         self._meters.phase("optimizer", figures.optimizer_s)
         self._meters.step(figures.num_tokens)
         self._tokens += figures.num_tokens
+        for item in self._feed.add_counts(figures.data_counts):
+            if self._directory is not None:
+                self._directory.quarantine({"step": self.step + 1, **item})
+                self._console.say(f"passed over {item['bytes']} bytes of {item['source']}: {item['problem']}")
         return figures
 
     # ---- between steps --------------------------------------------------------------------------------------
@@ -211,6 +213,7 @@ class Trainer:
             "global_batch": self._resolved.batches.global_batch(self.step - 1),
             "tokens": self._tokens,
             **line,
+            **self._feed.record(),
         }
         self._recorder.step(record)
 
@@ -225,12 +228,11 @@ class Trainer:
 
     def _save(self, event: str) -> None:
         started_s = time.perf_counter()
-        cursors = self._runtime.gather_all(self._stream.state() if self._stream is not None else None)
         state = {
             "step": self.step,
             "tokens": self._tokens,
             "optimizer_steps": self._engine.state.steps,
-            "data": merge_states([cursor for cursor in cursors if cursor is not None]),
+            "data": self._feed.state(),
             "run": self._resolved.run.model_dump(mode="json"),
             "tokenizer_sha256": self._tokenizer_sha256,
             "ledger": self._directory.ledger.useful() if self._directory is not None else {},
@@ -269,8 +271,7 @@ class Trainer:
         self._console.close()
         self._recorder.close()
         self._meters.close()
-        if self._stream is not None:
-            self._stream.close()
+        self._feed.close()
         self._engine.close()
         if self._directory is not None:
             self._directory.close()

@@ -25,7 +25,16 @@ from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
-FILES = ("run.toml", "metrics.jsonl", "events.jsonl", "ledger.json", "tokenizer.model", "latest", *MARKERS)
+FILES = (
+    "run.toml",
+    "metrics.jsonl",
+    "events.jsonl",
+    "quarantine.jsonl",
+    "ledger.json",
+    "tokenizer.model",
+    "latest",
+    *MARKERS,
+)
 
 
 @dataclass
@@ -116,6 +125,7 @@ class RunDirectory:
             self._old_failure = _identity(path / "FAILED")
             self._metrics = _Lines(path / "metrics.jsonl")
             self._events = _Lines(path / "events.jsonl")
+            self._quarantine: _Lines | None = None
         except Exception:
             os.close(self._lock)
             raise
@@ -154,6 +164,12 @@ class RunDirectory:
         """Append one line to events.jsonl."""
         record = {"time": _now(), "attempt": self.attempt, "step": step, "event": event, "message": message}
         self._events.append(record)
+
+    def quarantine(self, record: dict[str, Any]) -> None:
+        """Append one line to quarantine.jsonl, which is there once a chunk was passed over."""
+        if self._quarantine is None:
+            self._quarantine = _Lines(self.path / "quarantine.jsonl")
+        self._quarantine.append({"time": _now(), "attempt": self.attempt, **record})
 
     def save_ledger(self, durable: bool = False) -> None:
         """Write the ledger; `durable` waits for the disk."""
@@ -200,7 +216,8 @@ class RunDirectory:
         """Save the ledger where the disk lets it, release the lock and the files."""
         with warned_of("the ledger was not saved"):
             self.save_ledger()
-        for descriptor in (self._metrics.descriptor, self._events.descriptor, self._lock):
+        lines = [lines for lines in (self._metrics, self._events, self._quarantine) if lines is not None]
+        for descriptor in (*(one.descriptor for one in lines), self._lock):
             os.close(descriptor)
 
 

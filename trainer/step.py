@@ -5,65 +5,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ..data.mixing import SourceSettings
-from ..data.stream import TokenStream
-from ..data.stream_settings import StreamSettings
-from .batch import cut, share
+from .batch import cut
 from .config import ResolvedRun
 from .engine import Engine
 from .errors import NumericsError
-from .places import DataPlaces
+from .feed import Feed
 from .runtime import Runtime, seed_step
 from .schedule import learning_rate
-
-
-def open_stream(
-    resolved: ResolvedRun,
-    places: DataPlaces,
-    runtime: Runtime,
-    *,
-    workers: int,
-    state: dict[str, Any] | None = None,
-) -> TokenStream | None:
-    """Open the stream of this rank's model replica on the rank that reads for it; None on the others."""
-    if not runtime.reads_data:
-        return None
-    return TokenStream(
-        stream_settings(resolved, places),
-        global_batch=resolved.run.train.global_batch,
-        reader=runtime.dp_rank,
-        num_readers=runtime.dp_size,
-        workers=workers,
-        state=state,
-    )
-
-
-def stream_settings(resolved: ResolvedRun, places: DataPlaces) -> StreamSettings:
-    """Say what a run streams."""
-    run, data = resolved.run, resolved.run.data
-    sources = tuple(
-        SourceSettings(name, found, source.weight if source else None, source.epochs if source else None)
-        for name, found in places.train.items()
-        for source in (data.sources.get(name),)
-    )
-    return StreamSettings(
-        sources=sources,
-        tokenizer=str(places.tokenizer.resolve()),
-        sequence_length=data.sequence_length,
-        lanes=resolved.lanes,
-        seed=run.run.seed,
-        packing=data.packing,
-        mask_document_start=data.mask_document_start,
-        temperature=data.temperature,
-        phases=tuple((end, dict(row.weights)) for end, row in zip(resolved.mix_ends, data.mix, strict=True)),
-        reading=run.reading.model_dump(),
-    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +23,7 @@ class StepFigures:
     """What a step gave, the same on every rank but for the seconds.
 
     `loss` in nats a token, `grad_norm` before clipping, `num_tokens` the predictions that counted; `asked` tells
-    whether any rank was asked to stop.
+    whether any rank was asked to stop. `data_counts` are those of Feed.take_counts over all ranks.
     """
 
     loss: float
@@ -79,6 +31,7 @@ class StepFigures:
     lr: float
     num_tokens: int
     asked: bool
+    data_counts: tuple[float, ...]
     data_s: float
     forward_backward_s: float
     optimizer_s: float
@@ -87,11 +40,9 @@ class StepFigures:
 class TrainingStep:
     """Reads a global batch, runs it forward and backward, checks the numbers and updates."""
 
-    def __init__(
-        self, engine: Engine, resolved: ResolvedRun, runtime: Runtime, stream: TokenStream | None
-    ) -> None:
-        """Take the stream of this rank's model replica on the rank that reads for it, None on the others."""
-        self._engine, self._resolved, self._runtime, self._stream = engine, resolved, runtime, stream
+    def __init__(self, engine: Engine, resolved: ResolvedRun, runtime: Runtime, feed: Feed) -> None:
+        """Take what the steps work with."""
+        self._engine, self._resolved, self._runtime, self._feed = engine, resolved, runtime, feed
 
     def run(self, step: int, *, asked: bool = False) -> StepFigures:
         """Do optimizer step `step`, counted from 0; every rank calls this.
@@ -101,10 +52,12 @@ class TrainingStep:
         """
         run, runtime = self._resolved.run, self._runtime
         started_s = time.perf_counter()
-        tokens, weights = self._read(step)
-        # Tokens that count, and who was asked to stop: one small reduction over all ranks.
+        tokens, weights = self._feed.read(step)
+        # Tokens that count, who was asked to stop, what the readers met: one small reduction over all ranks.
         counted = float(weights.sum()) if runtime.reads_data else 0.0
-        num_tokens, num_asked = self._sum_over_ranks(counted, float(asked))
+        num_tokens, num_asked, *data_counts = self._sum_over_ranks(
+            counted, float(asked), *self._feed.take_counts()
+        )
         read_s = time.perf_counter()
         seed_step(run.run.seed, step, runtime)
         own = float(
@@ -125,20 +78,10 @@ class TrainingStep:
             lr=lr,
             num_tokens=int(num_tokens),
             asked=num_asked > 0,
+            data_counts=tuple(data_counts),
             data_s=read_s - started_s,
             forward_backward_s=forward_s - read_s,
             optimizer_s=time.perf_counter() - forward_s,
-        )
-
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        global_batch = self._resolved.batches.global_batch(step)
-        batch = self._stream.next_batch(global_batch) if self._stream is not None else None
-        return share(
-            batch.tokens if batch else None,
-            batch.weights if batch else None,
-            self._resolved.samples_per_rank(global_batch),
-            self._resolved.run.data.sequence_length,
-            self._runtime,
         )
 
     def _sum_over_ranks(self, *values: float) -> list[float]:

@@ -21,10 +21,11 @@ from .config import ResolvedRun, RunConfig, ScheduleSection
 from .ds_config import deepspeed_config
 from .engine import Engine
 from .errors import ConfigError
+from .feed import Feed
 from .forks import run_ranks, threads_each
 from .layouts import Layout
 from .places import DataPlaces, vocab_size
-from .step import TrainingStep, open_stream
+from .step import TrainingStep
 from .trace import Difference, PieceWatch, Trace
 
 EPSILON = 1e-5
@@ -220,8 +221,8 @@ def _steps(
         tensor=parallel.tensor, pipeline=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline
     )
     engine = Engine(resolved, runtime)
-    stream = open_stream(resolved, places, runtime, workers=0)
-    training_step = TrainingStep(engine, resolved, runtime, stream)
+    feed = Feed(resolved, places, runtime, workers=0)
+    training_step = TrainingStep(engine, resolved, runtime, feed)
     watch = PieceWatch(engine.state, run.optimizer)
     for step in range(num_steps):
         yield step, training_step.run(step), watch, runtime

@@ -6,8 +6,8 @@ import random
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -33,27 +33,22 @@ GIB = 1 << 30
 Result = TypeVar("Result")
 
 
-@dataclass
 class ReadCounters:
-    """Count what reading took: bytes that came from the place itself, tries after the first, hits of the cache."""
+    """Count bytes that came from the places themselves, tries after the first, and hits of the cache."""
 
-    num_bytes: int = 0
-    retries: int = 0
-    cache_hits: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self) -> None:
+        """Begin at 0; threads may count at once."""
+        self._lock, self._counts = threading.Lock(), Counter[str]()
 
-    def add(self, num_bytes: int = 0, retries: int = 0, cache_hits: int = 0) -> None:
-        """Add to the counts; threads may call at once."""
-        with self.lock:
-            self.num_bytes += num_bytes
-            self.retries += retries
-            self.cache_hits += cache_hits
+    def add(self, name: str, count: int = 1) -> None:
+        """Add to ``bytes_read``, ``retries`` or ``cache_hits``."""
+        with self._lock:
+            self._counts[name] += count
 
     def take(self) -> dict[str, int]:
         """Return the counts since the last call."""
-        with self.lock:
-            taken = {"num_bytes": self.num_bytes, "retries": self.retries, "cache_hits": self.cache_hits}
-            self.num_bytes = self.retries = self.cache_hits = 0
+        with self._lock:
+            taken, self._counts = dict(self._counts), Counter[str]()
         return taken
 
 
@@ -121,11 +116,11 @@ class RangeReader:
         key = f"{shown(place)} {offset} {length} {crc32}"
         if cache is not None and (kept := cache.get(key)) is not None:
             if zlib.crc32(kept) == crc32:
-                self.counters.add(cache_hits=1)
+                self.counters.add("cache_hits")
                 return kept
             cache.discard(key)
         content = self._persist(where, lambda: self._read_once(place, offset, length, crc32))
-        self.counters.add(num_bytes=length)
+        self.counters.add("bytes_read", length)
         if cache is not None:
             cache.put(key, content)
         return content
@@ -160,7 +155,7 @@ class RangeReader:
                 return read()
             except ReadError as error:
                 if error.transient and attempt < self.settings.attempts:
-                    self.counters.add(retries=1)
+                    self.counters.add("retries")
                     longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1))
                     self._sleep(max(error.after_s, longest_s * self._chance()))
                     continue

@@ -1,0 +1,143 @@
+"""A run's training data on one rank: its reader's stream, where it reads, and what all readers have met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..data.lanes import check_bad_bytes
+from ..data.mixing import SourceSettings
+from ..data.position import merge_states
+from ..data.stream import COUNTERS, TokenStream
+from ..data.stream_settings import StreamSettings
+from .batch import share
+from .config import ResolvedRun
+from .places import DataPlaces
+from .runtime import Runtime
+
+
+class Feed:
+    """Hands every rank of a model replica the same samples, and counts over all replicas."""
+
+    def __init__(
+        self,
+        resolved: ResolvedRun,
+        places: DataPlaces,
+        runtime: Runtime,
+        *,
+        workers: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Open the stream on the rank that reads for its replica; `state` comes from `state()`."""
+        self._resolved, self._runtime = resolved, runtime
+        settings = stream_settings(resolved, places)
+        self._names = [source.name for source in settings.sources]
+        self._stream: TokenStream | None = None
+        if runtime.reads_data:
+            self._stream = TokenStream(
+                settings,
+                global_batch=resolved.run.train.global_batch,
+                reader=runtime.dp_rank,
+                num_readers=runtime.dp_size,
+                workers=workers,
+                state=state,
+            )
+        before = {source["name"]: source for source in state["sources"]} if state else {}
+        self._samples = [before.get(name, {}).get("samples", 0) for name in self._names]
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        bad = [size for name in self._names for _, size in before.get(name, {}).get("bad_chunks", ())]
+        self._counts["bad_chunks"], self._counts["bad_bytes"] = len(bad), sum(bad)
+
+    @property
+    def changes(self) -> list[str]:
+        """What the restored position did not know of the sources, on the rank that reads for the first replica."""
+        return self._stream.changes if self._stream is not None else []
+
+    def read(self, step: int) -> tuple[Tensor, Tensor]:
+        """Give tokens int32 [samples, sequence + 1] and weights int32 [samples, sequence] of a step."""
+        global_batch = self._resolved.batches.global_batch(step)
+        batch = self._stream.next_batch(global_batch) if self._stream is not None else None
+        return share(
+            batch.tokens if batch else None,
+            batch.weights if batch else None,
+            self._resolved.samples_per_rank(global_batch),
+            self._resolved.run.data.sequence_length,
+            self._runtime,
+        )
+
+    def take_counts(self) -> list[float]:
+        """Give what this rank's reader counted since the last call, to be added up over all ranks."""
+        if self._stream is None:
+            return [0.0] * (len(self._names) + len(COUNTERS))
+        samples, counts = self._stream.take_counts()
+        return [*map(float, samples), *(float(counts[name]) for name in COUNTERS)]
+
+    def add_counts(self, counts: Sequence[float]) -> list[dict[str, Any]]:
+        """Take the sums over all ranks; return the chunks put into quarantine, on rank 0 those of all readers.
+
+        Raises:
+            DataError: on every rank, where more than `reading.max_bad_fraction` of the bytes is in quarantine.
+        """
+        for number in range(len(self._names)):
+            self._samples[number] += int(counts[number])
+        met = dict(zip(COUNTERS, map(int, counts[len(self._names) :]), strict=True))
+        for name, count in met.items():
+            self._counts[name] += count
+        if not met["bad_chunks"]:
+            return []
+        found = self._runtime.gather_all(self._stream.take_news() if self._stream is not None else [])
+        news = [item for items in found for item in items]
+        total = self._runtime.broadcast(self._stream.num_bytes if self._stream is not None else 0)
+        limit = self._resolved.run.reading.max_bad_fraction
+        check_bad_bytes(self._counts["bad_bytes"], total, limit, news[-1]["problem"])
+        return news
+
+    def record(self) -> dict[str, Any]:
+        """Give the figures of the run so far for a line of metrics; shares only where there are several sources."""
+        record: dict[str, Any] = {
+            "data_bytes_read": self._counts["bytes_read"],
+            "data_retries": self._counts["retries"],
+            "data_cache_hits": self._counts["cache_hits"],
+            "data_bad_chunks": self._counts["bad_chunks"],
+            "data_bad_bytes": self._counts["bad_bytes"],
+        }
+        if len(self._names) > 1:
+            total = max(1, sum(self._samples))
+            record["data_shares"] = {
+                name: samples / total for name, samples in zip(self._names, self._samples, strict=True)
+            }
+        return record
+
+    def state(self) -> dict[str, Any]:
+        """Give the position of all readers together; every rank calls this."""
+        parts = self._runtime.gather_all(self._stream.state() if self._stream is not None else None)
+        return merge_states([part for part in parts if part is not None])
+
+    def close(self) -> None:
+        """Stop the readers."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def stream_settings(resolved: ResolvedRun, places: DataPlaces) -> StreamSettings:
+    """Say what a run streams."""
+    run, data = resolved.run, resolved.run.data
+    sources = tuple(
+        SourceSettings(name, found, source.weight if source else None, source.epochs if source else None)
+        for name, found in places.train.items()
+        for source in (data.sources.get(name),)
+    )
+    return StreamSettings(
+        sources=sources,
+        tokenizer=str(places.tokenizer.resolve()),
+        sequence_length=data.sequence_length,
+        lanes=resolved.lanes,
+        seed=run.run.seed,
+        packing=data.packing,
+        mask_document_start=data.mask_document_start,
+        temperature=data.temperature,
+        phases=tuple((end, dict(row.weights)) for end, row in zip(resolved.mix_ends, data.mix, strict=True)),
+        reading=run.reading.model_dump(),
+    )
