@@ -269,5 +269,7 @@ def _from_store(error: Exception) -> ReadError:
 
 
 def _one_line(error: Exception) -> str:
+    reason = getattr(error, "reason", None)  # urllib3's own text holds the whole URL
+    error = reason if isinstance(reason, Exception) else error
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

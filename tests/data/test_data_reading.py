@@ -1,0 +1,262 @@
+"""Reading from anywhere: what is tried again, what is not, and that nothing is lost or made up."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from servers import FakeHub, serving
+from streams import open_stream
+
+from basestone.data.config import ReadingConfig
+from basestone.data.errors import DataConfigError, DataError, DataStorageError
+from basestone.data.indexing import Indexer
+from basestone.data.lanes import Source
+from basestone.data.reading.reader import FIRST_WAIT_S, RangeReader
+from basestone.data.reading.transport import join, shown
+from basestone.data.shards import open_shard_set
+from basestone.data.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.faults
+
+
+def impatient(**settings) -> RangeReader:
+    """A reader that does not wait between its tries."""
+    return RangeReader(ReadingConfig(**settings), sleep=lambda _: None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    content = random.Random(1).randbytes(100_000)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a b.tar").write_bytes(content)
+    return tmp_path / "files"
+
+
+def test_ranges_over_http_are_those_of_the_file(folder: Path) -> None:
+    content = (folder / "a b.tar").read_bytes()
+    with serving(folder) as server:
+        place, reader = f"{server.url}/a%20b.tar", impatient()
+        assert reader.size(place)[0] == len(content) and reader.size(place)[1]
+        assert reader.read_all(place) == content
+        for offset, length in ((0, 1), (99_999, 1), (5, 7_000), (0, 100_000), (50, 0)):
+            assert reader.read(place, offset, length) == content[offset : offset + length]
+        assert reader.counters.take() == {"bytes_read": 207_002}
+
+
+@pytest.mark.parametrize("fault", ["status 500", "status 503", "short", "reset", "flip", "hang"])
+def test_what_passes_is_tried_again(fault: str, folder: Path) -> None:
+    content = (folder / "a b.tar").read_bytes()
+    with serving(folder, fault_rate=1.0, faults=(fault,), most_in_a_row=3, hang_s=0.3) as server:
+        reader = impatient(attempts=4, timeout_s=0.2)
+        crc32 = zlib.crc32(content[100:900])
+        assert reader.read(f"{server.url}/a b.tar", 100, 800, crc32=crc32) == content[100:900]
+        assert reader.counters.take()["retries"] == 3 == server.met[fault]
+        with pytest.raises(DataError, match=r"a b.tar, bytes 0-800: ") as caught:
+            impatient(attempts=2, timeout_s=0.2).read(f"{server.url}/a b.tar", 0, 800, crc32=crc32)
+        assert caught.value.exit_code == (76 if fault == "flip" else 74)
+
+
+def test_waits_grow_are_random_and_heed_the_server(folder: Path) -> None:
+    waits: list[float] = []
+    with serving(folder, fault_rate=1.0, faults=("status 500",), most_in_a_row=5) as server:
+        reader = RangeReader(ReadingConfig(attempts=6), sleep=waits.append, chance=lambda: 0.5)
+        reader.read(f"{server.url}/a b.tar", 0, 10)
+    assert waits == [0.5 * FIRST_WAIT_S * 2**number for number in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("{url}/none.tar", r"/none.tar, bytes 0-10: status 404; check that it is there"),
+        ("http://127.0.0.1:1/x.tar", r"refused.*\(tried 2 times\); check that it is there"),
+        ("http://user:secret@127.0.0.1:1/x.tar?key=secret", r"shard http://127.0.0.1:1/x.tar: |x.tar, bytes"),
+        ("s4://bucket/x.tar", r"the scheme s4:// is not known; use a path, http\(s\)://, s3://"),
+        ("gs://bucket/x.tar", r"the scheme gs:// needs a package .*; pip install 'basestone\[gcs\]'"),
+        ("pipe:cat x.tar", r"'pipe:cat x.tar' would run a command; set reading.allow_pipe = true"),
+        ("/none/x.tar", r"/none/x.tar, bytes 0-10: No such file or directory; check that it is there"),
+    ],
+)
+def test_what_cannot_be_read_is_said_once_without_secrets(place: str, message: str, folder: Path) -> None:
+    with serving(folder) as server:
+        with pytest.raises(DataError, match=message) as caught:
+            impatient(attempts=2).read(place.format(url=server.url), 0, 10)
+        assert "secret" not in str(caught.value)
+        assert len(server.requests) <= 1, "a 404 is not asked for again"
+
+
+def test_a_server_without_ranges_is_refused(folder: Path) -> None:
+    with (
+        serving(folder, ranges=False) as server,
+        pytest.raises(DataStorageError, match=r"gives no byte ranges \(status 200\); copy the shards"),
+    ):
+        impatient().read(f"{server.url}/a b.tar", 10, 10)
+
+
+def test_pipes_give_what_the_command_writes(folder: Path) -> None:
+    content = (folder / "a b.tar").read_bytes()
+    reader, place = impatient(allow_pipe=True, attempts=2), f"pipe:cat '{folder}/a b.tar'"
+    assert reader.size(place) == (len(content), "")
+    assert reader.read(place, 70_000, 30_000) == content[70_000:]
+    with pytest.raises(DataStorageError, match=r"ended with status 1 \(tried 2 times\)"):
+        reader.read("pipe:cat /none", 0, 10)
+    with pytest.raises(DataStorageError, match=r"cannot be started: .*No such file"):
+        reader.read("pipe:/none/command", 0, 10)
+    with pytest.raises(DataStorageError, match=r"cannot be started: No closing quotation"):
+        reader.read("pipe:cat 'x", 0, 10)
+    marker = folder / "marker"
+    with pytest.raises(DataError):
+        reader.read(f"pipe:cat /none; touch {marker}", 0, 10)
+    assert not marker.exists(), "no shell reads the command"
+
+
+def test_places_are_joined_and_shown() -> None:
+    assert join("/a/b", "c.tar") == "/a/b/c.tar" and join("/a", "/c.tar") == "/c.tar"
+    assert join("s3://b/dir/", "c.tar") == "s3://b/dir/c.tar" and join("/a", "s3://b/c") == "s3://b/c"
+    assert join("https://h/d?token=1", "c.tar") == "https://h/d/c.tar?token=1"
+    assert shown("https://me:pw@host:80/d/c.tar?token=1#x") == "https://host:80/d/c.tar"
+
+
+def chunks_over(server, shards: Path, tokenizer: Path, num_reads: int, **settings) -> tuple[Source, int]:
+    """Read chunks of a served directory until so many requests went wrong; compare each with the local file."""
+    local = open_shard_set(shards)
+    reading = ReadingConfig(**settings)
+    reader = RangeReader(reading, sleep=lambda _: None)
+    place = f"{server.url}/{shards.name}"
+    source = Source([open_shard_set(place, reader)], Tokenizer(tokenizer), 3, reading=reading)
+    expected = Source([local], Tokenizer(tokenizer), 3, reading=reading)
+    ordinal = 0
+    while sum(server.met.values()) < num_reads:
+        assert source.read(ordinal) == expected.read(ordinal), f"chunk {ordinal} of the sequence"
+        ordinal += 1
+    return source, ordinal
+
+
+@pytest.mark.parametrize("num_reads", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_faults_that_pass_lose_nothing(num_reads: int, text_shards: Path, model: Path) -> None:
+    with serving(text_shards, fault_rate=0.6, most_in_a_row=4, hang_s=0.1) as server:
+        source, count = chunks_over(
+            server,
+            text_shards / "train",
+            model,
+            num_reads,
+            attempts=5,
+            timeout_s=0.06,
+            on_bad_chunk="quarantine",
+        )
+        assert source.take_news() == [] and count > num_reads / 4
+        assert all(
+            server.met[fault] > num_reads / 20 for fault in ("status 500", "short", "reset", "flip", "hang")
+        )
+
+
+def test_damage_that_stays_loses_exactly_its_chunk(text_shards: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_shards / "train", tmp_path / "served" / "train")
+    local = open_shard_set(text_shards / "train")
+    bad = [3, 11, local.num_chunks - 1]
+    for chunk in bad:
+        shard, offset, length = (int(value) for value in local.chunks[chunk, :3])
+        file = tmp_path / "served" / "train" / local.files[shard]
+        content = bytearray(file.read_bytes())
+        content[offset + length // 2] ^= 4
+        file.write_bytes(content)
+    reading = ReadingConfig(on_bad_chunk="quarantine", max_bad_fraction=0.5, attempts=5, timeout_s=0.1)
+    with serving(tmp_path / "served", fault_rate=0.5, most_in_a_row=2, hang_s=0.2) as server:
+        reader = RangeReader(reading, sleep=lambda _: None)
+        source = Source([open_shard_set(f"{server.url}/train", reader)], Tokenizer(model), 3, reading=reading)
+        expected = Source([local], Tokenizer(model), 3, reading=reading)
+        lost = 0
+        for ordinal in range(2 * local.num_chunks):
+            got, want = source.read(ordinal), expected.read(ordinal)
+            assert got == want or got == []
+            lost += not got
+    news = source.take_news()
+    assert sorted(item["chunk"] for item in news) == bad and lost == 2 * len(bad)
+    for item in news:
+        shard, offset, length = (int(value) for value in local.chunks[item["chunk"], :3])
+        assert f"{local.files[shard]}, bytes {offset}-{offset + length}: " in item["problem"]
+        assert item["bytes"] == length
+
+
+def test_a_stream_over_http_is_the_local_one(text_shards: Path, model: Path) -> None:
+    arguments = {"sequence_length": 48, "global_batch": 12, "seed": 7}
+    with serving(text_shards, fault_rate=0.5, faults=("status 500", "flip"), most_in_a_row=2) as server:
+        for workers in (0, 2):
+            stream = open_stream([f"{server.url}/train"], model, workers=workers, **arguments)
+            mine = open_stream([text_shards / "train"], model, **arguments)
+            for _ in range(6):
+                got, want = stream.next_batch(), mine.next_batch()
+                assert (got.tokens == want.tokens).all() and (got.ids == want.ids).all()
+            _, counts = stream.take_counts()
+            assert counts["retries"] > 0 and counts["bytes_read"] > 0 and counts["bad_chunks"] == 0
+            assert stream.state()["sources"] == mine.state()["sources"]
+            stream.close()
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory):
+    """A real S3 client's bucket, on moto's server."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import fsspec
+
+    filesystem = fsspec.filesystem("s3")
+    filesystem.mkdir("corpus")
+    yield filesystem
+    patch.undo()
+    server.stop()
+
+
+def test_a_stream_from_s3_is_the_local_one(s3, text_shards: Path, model: Path, tmp_path: Path) -> None:
+    s3.put(str(text_shards / "train"), "corpus/train", recursive=True)
+    arguments = {"sequence_length": 48, "global_batch": 12, "seed": 7, "workers": 1}
+    stream = open_stream(["s3://corpus/train"], model, **arguments)
+    mine = open_stream([text_shards / "train"], model, **arguments)
+    for _ in range(4):
+        assert (stream.next_batch().tokens == mine.next_batch().tokens).all()
+    stream.close()
+    mine.close()
+    reader = impatient(attempts=2)
+    for tar in sorted((text_shards / "train").glob("*.tar")):
+        s3.put(str(tar), f"corpus/raw/{tar.name}")
+    indexer = Indexer(tmp_path / "kept", reader, chunk_bytes=4096)
+    indexed = indexer.indexed("s3://corpus/raw/")
+    assert open_shard_set(indexed, reader).fingerprint == open_shard_set(text_shards / "train").fingerprint
+    with pytest.raises(DataStorageError, match=r"s3://corpus/none.tar, bytes 0-10: .*check that it is there"):
+        reader.read("s3://corpus/none.tar", 0, 10)
+    with pytest.raises(DataConfigError, match=r"s3://corpus/empty/ holds no manifest.json and no .tar files"):
+        indexer.indexed("s3://corpus/empty/")
+
+
+def test_a_stream_from_the_hub_is_the_local_one(text_shards: Path, model: Path, tmp_path: Path) -> None:
+    hub = FakeHub(text_shards / "train", "us/corpus")
+    code = """
+import sys
+from pathlib import Path
+from streams import open_stream
+place, local, model = sys.argv[1:]
+streams = [open_stream([p], Path(model), sequence_length=48, global_batch=12, seed=7) for p in (place, local)]
+for _ in range(3):
+    a, b = (stream.next_batch() for stream in streams)
+    assert (a.tokens == b.tokens).all()
+"""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    tests = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, environment.get("PYTHONPATH", "")]))
+    words = ["hf://datasets/us/corpus", str(text_shards / "train"), str(model)]
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    hub.close()
+    assert done.returncode == 0, done.stderr
+    assert any("/resolve/" in request for request in hub.requests)
