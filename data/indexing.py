@@ -10,13 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .documents import LENGTHS_DTYPE, TOKENS_KIND
-from .errors import DataConfigError, DataStorageError
+from .errors import DataConfigError
 from .index import ShardIndex, index_shard
 from .megatron import BIN_SUFFIX, index_megatron
 from .prepare import DEFAULT_CHUNK_BYTES
@@ -96,8 +96,9 @@ class Indexer:
         size, mark = self.reader.size(shard)
         kept = self.keep / f"tar-{_digest([INDEX_VERSION, shard, size, mark, self.chunk_bytes])}.json"
         if kept.is_file():
-            values = json.loads(kept.read_bytes())
-            return ShardIndex(**{**values, "chunks": [tuple(row) for row in values["chunks"]]})
+            with suppress(ValueError, TypeError, KeyError):  # a file that someone edited is made anew
+                values = json.loads(kept.read_bytes())
+                return ShardIndex(**{**values, "chunks": [tuple(row) for row in values["chunks"]]})
         # a command gives no ranges, only everything from its beginning
         chunk_bytes = size + 1 if shard.startswith(PIPE_PREFIX) else self.chunk_bytes
         with self._local_copy(shard, size) as path:
@@ -127,7 +128,7 @@ def has_manifest(place: str, reader: RangeReader) -> bool:
         return os.path.isfile(join(place, MANIFEST_NAME))
     try:
         reader.size(join(place, MANIFEST_NAME))
-    except DataStorageError:
+    except DataConfigError:
         return False
     return True
 

@@ -26,7 +26,7 @@ from .documents import (
     expand_samples,
     split_documents,
 )
-from .errors import DataConfigError, DataError, DataStorageError
+from .errors import DataConfigError, DataError
 from .index import ShardIndex, index_shard, write_sample_index
 from .reading.reader import RangeReader
 from .reading.transport import is_local, join, shown
@@ -345,8 +345,8 @@ def _read_manifest(place: str, reader: RangeReader) -> dict[str, Any]:
     try:
         manifest = json.loads(reader.read_all(name))
     except ValueError as error:
-        if isinstance(error, DataStorageError):
-            raise DataConfigError(f"{error}; a shard directory holds a {MANIFEST_NAME}") from error
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{shown(name)} is no JSON ({error}); run `data index {shown(place)}`") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__

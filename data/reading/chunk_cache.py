@@ -49,11 +49,9 @@ class ChunkCache:
         partial = path.with_name(f"{PARTIAL_PREFIX}{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(exist_ok=True)
-            self._reserve(len(content))
-            with open(
-                partial, "wb"
-            ) as stream:  # not synced: a torn file fails its checksum and is fetched again
-                stream.write(content)
+            self._reserve(partial, len(content))
+            with open(partial, "r+b") as stream:
+                stream.write(content)  # not synced: a torn file fails its checksum and is fetched again
             os.replace(partial, path)
         except OSError:  # most often a full disk: going on without is better than stopping a run
             with contextlib.suppress(OSError):
@@ -68,12 +66,15 @@ class ChunkCache:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self._directory / name[:2] / name
 
-    def _reserve(self, num_bytes: int) -> None:
+    def _reserve(self, partial: Path, num_bytes: int) -> None:
+        """Make room and an empty file of the full size, so that another process that counts anew counts it."""
         with self._locked_total() as total:
             wanted = total.read() + num_bytes
             if wanted > self._max_bytes:
                 wanted = self._evict(int(self._max_bytes * KEPT_FRACTION) - num_bytes) + num_bytes
-            total.write(wanted)
+            total.write(wanted)  # first: whoever is killed now leaves a count that is too high, not too low
+            with open(partial, "wb") as stream:
+                stream.truncate(num_bytes)
 
     def _evict(self, max_bytes: int) -> int:
         """Remove the chunks used longest ago until at most so many bytes are left; return how many are."""
@@ -82,6 +83,8 @@ class ChunkCache:
         for _, size, path in files:
             if left <= max_bytes:
                 break
+            if path.name.startswith(PARTIAL_PREFIX):
+                continue  # a process is writing it
             path.unlink(missing_ok=True)
             left -= size
         return left
@@ -110,9 +113,12 @@ class ChunkCache:
 
     @contextlib.contextmanager
     def _locked_total(self) -> Iterator[_Total]:
-        with open(self._directory / TOTAL_NAME, "a+b") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield _Total(stream.fileno())
+        descriptor = os.open(self._directory / TOTAL_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield _Total(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class _Total:
@@ -126,5 +132,4 @@ class _Total:
         return int(content) if content.strip().isdigit() else 0
 
     def write(self, value: int) -> None:
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, b"%d" % value, 0)
+        os.pwrite(self._descriptor, b"%020d" % value, 0)  # one call of one length: a kill leaves no half of it

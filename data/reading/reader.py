@@ -95,8 +95,11 @@ class RangeReader:
             ) from error
 
     def size(self, place: str) -> tuple[int, str]:
-        """Return a file's size in bytes, and a mark that changes with its content where the place knows one."""
-        return self._persist(shown(place), lambda: self._transport(place).size(place))
+        """Return a file's size in bytes, and a mark that changes with its content where the place knows one.
+
+        Raises DataConfigError where there is no such file or it may not be read, DataStorageError where storage fails.
+        """
+        return self._persist(shown(place), lambda: self._transport(place).size(place), missing=DataConfigError)
 
     def read_all(self, place: str) -> bytes:
         """Return a whole file."""
@@ -148,8 +151,10 @@ class RangeReader:
             return self._pipes
         return self._http if place.startswith(("http://", "https://")) else self._filesystems
 
-    def _persist(self, where: str, read: Callable[[], Result]) -> Result:
-        """Read, and read again after a growing, random wait while that may help."""
+    def _persist(
+        self, where: str, read: Callable[[], Result], missing: type[DataError] = DataStorageError
+    ) -> Result:
+        """Read, and read again after a growing, random wait while that may help; ``missing`` is for what cannot."""
         for attempt in range(1, self.settings.attempts + 1):
             try:
                 return read()
@@ -162,7 +167,8 @@ class RangeReader:
                 if error.damaged:
                     raise DataError(f"{where}: {error}") from error
                 tries = f" (tried {attempt} times)" if attempt > 1 else ""
-                raise DataStorageError(
+                kind = DataStorageError if error.transient else missing
+                raise kind(
                     f"{where}: {error}{tries}; check that it is there, may be read, and that the storage is well"
                 ) from error
         raise AssertionError("the last attempt returns or raises")
