@@ -97,6 +97,11 @@ class DataConfig(Section):
         description="Documents end to end, cut anywhere; or whole into the sequence where they fit best",
         json_schema_extra=FIXED,
     )
+    attention: Literal["sequence", "document"] = Field(
+        default="sequence",
+        description="What a token sees: all before it in its sequence, or of its own document only",
+        json_schema_extra=FIXED,
+    )
     mask_document_start: bool = Field(
         default=False,
         description="Give no loss to predicting a document's first token from the end of the one before",

@@ -20,12 +20,14 @@ class HeldOutSet:
     """Hold whole documents, end to end, cut into sequences.
 
     ``tokens`` int32 [num_sequences, sequence_length + 1], the last one padded; ``weights`` uint8
-    [num_sequences, sequence_length]: every token but the very first is predicted once. ``num_bytes`` is the
+    [num_sequences, sequence_length]: every token but the very first is predicted once; ``starts`` bool
+    [num_sequences, sequence_length], true where a document begins. ``num_bytes`` is the
     size of the documents' text in UTF-8, for bits per byte.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
+    starts: np.ndarray
     num_bytes: int
     num_documents: int
 
@@ -67,6 +69,7 @@ def load_heldout(
     return HeldOutSet(
         tokens=stream[starts + np.arange(sequence_length + 1)],
         weights=(targets < num_tokens).astype(np.uint8),
+        starts=np.isin(starts + np.arange(sequence_length), np.cumsum([0, *map(len, taken)])),
         num_bytes=num_bytes,
         num_documents=len(taken),
     )

@@ -16,7 +16,12 @@ tokenizer_app = typer.Typer(
 )
 data_app = typer.Typer(name="data", help="Index, look at and verify shards.", no_args_is_help=True)
 
-Shards = Annotated[Path, typer.Argument(help="A shard directory (with manifest.json).", show_default=False)]
+Shards = Annotated[
+    str, typer.Argument(help="A shard directory (with manifest.json), at a path or URL.", show_default=False)
+]
+AllowPipe = Annotated[
+    bool, typer.Option("--allow-pipe", help="Let places of the form pipe:COMMAND run commands.")
+]
 Model = Annotated[Path, typer.Argument(help="A SentencePiece model.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
 HELDOUT_FRACTION = 0.01
@@ -147,46 +152,89 @@ def tokenizer_export(
     print(out)
 
 
-@data_app.command("index", epilog="Example: basestone data index third-party/")
+@data_app.command(
+    "index",
+    epilog="Examples: basestone data index third-party/ | "
+    "basestone data index 's3://bucket/web-{000..127}.tar' --out shards/web",
+)
 def data_index(
-    path: Annotated[Path, typer.Argument(help="A directory of .tar files.", show_default=False)],
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            help="A directory of .tar files; with --out also .tar files and directories at URLs, with {000..127} or *, "
+            "and a Megatron .bin.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Write the index here, not beside the shards, which it names by their places."
+        ),
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Whose ids token blocks hold.")] = None,
+    allow_pipe: AllowPipe = False,
     as_json: AsJson = False,
 ) -> None:
-    """Index tar files made elsewhere: offsets, checksums, manifest."""
-    from ..data.indexing import index_directory
+    """Index shards made elsewhere: offsets, checksums, manifest."""
+    from ..data.errors import DataConfigError
+    from ..data.indexing import index_directory, index_places
 
-    result = index_directory(path, tokenizer=tokenizer)
+    if out is not None:
+        result = index_places(places, out, tokenizer=tokenizer, reader=_reader(allow_pipe), log=_say)
+    elif len(places) == 1 and "://" not in places[0]:
+        result = index_directory(Path(places[0]), tokenizer=tokenizer)
+    else:
+        raise DataConfigError(
+            f"{' '.join(places)}: only one local directory is indexed in place; say where the index goes: --out DIR"
+        )
     _print(result, as_json, "\n".join(f"{name}: {value}" for name, value in result.items()))
 
 
 @data_app.command("inspect", epilog="Example: basestone data inspect shards/notes/train")
 def data_inspect(
-    path: Shards,
+    place: Shards,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Count tokens with it.")] = None,
     documents: Annotated[int, typer.Option(help="Documents to show.", min=0)] = 3,
+    allow_pipe: AllowPipe = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a shard directory holds, and the beginning of some documents."""
+    """Show what a shard directory holds, how long its documents are, and the beginning of some."""
     from ..data.inspect import inspect_directory
 
-    result = inspect_directory(path, tokenizer, documents)
-    lines = [f"{name}: {value}" for name, value in result.items() if name != "examples"]
+    result = inspect_directory(place, tokenizer, documents, _reader(allow_pipe))
+    lines = [f"{name}: {value}" for name, value in result.items() if name not in ("lengths", "examples")]
+    if lengths := result["lengths"]:
+        figures = ", ".join(f"{name} {value:,}" for name, value in lengths.items() if name != "unit")
+        lines.append(f"lengths of documents, in {lengths['unit']}: {figures}")
     for example in result["examples"]:
         lines += ["", f"--- {example['tokens']} tokens, {example['bytes']} bytes", str(example["text"])]
     _print(result, as_json, "\n".join(lines))
 
 
 @data_app.command("verify", epilog="Example: basestone data verify shards/notes/train")
-def data_verify(path: Shards, as_json: AsJson = False) -> None:
-    """Read every chunk against its checksum."""
+def data_verify(place: Shards, allow_pipe: AllowPipe = False, as_json: AsJson = False) -> None:
+    """Read every chunk against its checksum, and name each that is damaged."""
     from ..data.inspect import verify_directory
 
-    bad = verify_directory(path)
-    text = "\n".join(item["problem"] for item in bad) or f"{path}: every chunk matches its checksum"
+    bad = verify_directory(place, _reader(allow_pipe), _show_chunks if sys.stderr.isatty() else None)
+    text = "\n".join(item["problem"] for item in bad) or f"{place}: every chunk matches its checksum"
     _print(bad, as_json, text)
     if bad:
         raise typer.Exit(76)
+
+
+def _reader(allow_pipe: bool) -> Any:
+    """Make what reads shards for a command."""
+    from ..data.config import ReadingConfig
+    from ..data.reading.reader import RangeReader
+
+    return RangeReader(ReadingConfig(allow_pipe=allow_pipe))
+
+
+def _show_chunks(done: int, total: int) -> None:
+    """Keep a line of progress; it ends with the last chunk."""
+    print(f"\r{done:,} of {total:,} chunks", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _texts(sources: list[str]) -> Iterator[str]:

@@ -141,9 +141,9 @@ class LearnedPositions(nn.Module):
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, first: int, length: int) -> Tensor:
-        """Give positions [first, first + length) as [length, 1, h]."""
-        return self.weight[first : first + length].unsqueeze(1)
+    def forward(self, places: Tensor) -> Tensor:
+        """Look up places, int64 [b or 1, s], as [s, b or 1, h]."""
+        return F.embedding(places, self.weight).transpose(0, 1)
 
 
 class Embedding(nn.Module):
@@ -165,14 +165,17 @@ class Embedding(nn.Module):
             else None
         )
 
-    def forward(self, tokens_bs: Tensor) -> Tensor:
-        """Look up words, add positions, drop out."""
+    def forward(self, tokens_bs: Tensor, starts_bs: Tensor | None = None) -> Tensor:
+        """Look up words, add positions (counted from the document's start where these are given), drop out."""
         x = self.word(tokens_bs)
         if not self.config.sequence_parallel:
             x = x.transpose(0, 1).contiguous()
         if self.position is not None:
             rank = parallel_state.get_tensor_model_parallel_rank() if self.config.sequence_parallel else 0
-            x = x + self.position(rank * x.shape[0], x.shape[0])
+            places = torch.arange(tokens_bs.shape[1], device=tokens_bs.device).unsqueeze(0)
+            if starts_bs is not None:
+                places = places - torch.where(starts_bs, places, 0).cummax(dim=1).values
+            x = x + self.position(places[:, rank * x.shape[0] : (rank + 1) * x.shape[0]])
         if self.config.hidden_dropout and self.training:
             if self.config.sequence_parallel:
                 with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -237,37 +240,41 @@ class Decoder(MegatronModule):
         """Take what the previous stage sent; Megatron's schedules call this."""
         self.received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def _run_layer(self, layer: nn.Module, x_sbh: Tensor, rope: Tensor | None) -> Tensor:
+    def _run_layer(self, layer: nn.Module, x_sbh: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
         if self.recompute and self.training:
             x_sbh, _ = torch.utils.checkpoint.checkpoint(
                 layer,
                 x_sbh,
-                attention_mask=None,
+                attention_mask=mask,
                 rotary_pos_emb=rope,
                 use_reentrant=False,
                 context_fn=_same_draws,
             )
         else:
-            x_sbh, _ = layer(x_sbh, attention_mask=None, rotary_pos_emb=rope)
+            x_sbh, _ = layer(x_sbh, attention_mask=mask, rotary_pos_emb=rope)
         return x_sbh
 
-    def forward(self, tokens_bs: Tensor, labels_bs: Tensor | None = None) -> Tensor:
-        """Run the stage.
+    def forward(
+        self, tokens_bs: Tensor, labels_bs: Tensor | None = None, starts_bs: Tensor | None = None
+    ) -> Tensor:
+        """Run the stage; with `starts_bs`, true where a document begins, attention keeps to documents.
 
         Returns [s, b, h] for the next stage; on the last stage the loss of every position in nats, fp32 [b, s],
         or without labels the logits [b, s, v] of this rank's part of the padded vocabulary.
         """
         if self.first:
-            x_sbh = self.embed(tokens_bs)
+            x_sbh = self.embed(tokens_bs, starts_bs)
         else:
             assert self.received is not None, "the schedule hands a later stage its input"
             x_sbh = self.received
+        # Rotary angles count on over documents: attention sees differences of places alone.
         rope = self.rotary(tokens_bs.shape[1]) if self.rotary is not None else None
+        mask = None if starts_bs is None else document_mask(starts_bs)
         # Under sequence parallel each rank holds other tokens: their dropout masks are the rank's own.
         own_masks = self.config.sequence_parallel and self.training
         with tensor_parallel.get_cuda_rng_tracker().fork() if own_masks else nullcontext():
             for layer in self.layers.values():
-                x_sbh = self._run_layer(layer, x_sbh, rope)
+                x_sbh = self._run_layer(layer, x_sbh, mask, rope)
         if not self.last:
             return x_sbh
         weight = self.embed.word.weight if self.model.tied else None
@@ -285,3 +292,14 @@ class Decoder(MegatronModule):
             group=parallel_state.get_tensor_model_parallel_group(),
         )
         return losses_sb.transpose(0, 1)
+
+
+def document_mask(starts_bs: Tensor) -> Tensor:
+    """Say what attention may not see: bool [b, 1, s, s], true for later tokens and for those of other documents.
+
+    `starts_bs` bool [b, s], true where a document begins.
+    """
+    document_bs = starts_bs.cumsum(dim=1)
+    apart = document_bs.unsqueeze(2) != document_bs.unsqueeze(1)
+    later = torch.ones(apart.shape[1:], dtype=torch.bool, device=apart.device).triu(1)
+    return (apart | later).unsqueeze(1)

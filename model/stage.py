@@ -53,10 +53,12 @@ class Stage(nn.Module):
             chunk.training = mode
         return super().train(mode)
 
-    def forward(self, tokens_bs: Tensor, labels_bs: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_bs: Tensor, labels_bs: Tensor | None = None, starts_bs: Tensor | None = None
+    ) -> Tensor:
         """Run a stage that is the whole model; Megatron-core's schedules call the chunks of others."""
         (chunk,) = self.chunks
-        return chunk(tokens_bs, labels_bs)
+        return chunk(tokens_bs, labels_bs, starts_bs)
 
 
 def _schedule_config(config: TransformerConfig, num_chunks: int) -> TransformerConfig:

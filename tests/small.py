@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from basestone.trainer import runtime as processes
-from basestone.trainer.batch import cut
+from basestone.trainer.batch import MicroBatch, cut
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import Engine
 
@@ -61,18 +61,34 @@ def batch_of(step: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens.astype(np.int32), weights
 
 
+def micro_batches_of(
+    step: int, run: RunConfig, rows: slice, multiple: int = 1
+) -> tuple[list[MicroBatch], float]:
+    """Give some rows of a step's batch as micro-batches, and how many predictions of the whole batch count."""
+    tokens, weights = batch_of(step)
+    apart = run.data.attention == "document"
+    starts = np.random.default_rng(10_000 + step).random(weights.shape) < 0.1
+    marks = weights + 2 * starts
+    batches = cut(
+        torch.from_numpy(tokens[rows]),
+        torch.from_numpy(marks[rows]),
+        run.train.micro_batch,
+        multiple,
+        documents_apart=apart,
+    )
+    return batches, float(weights.sum())
+
+
 def train(engine: Engine, run: RunConfig, steps: range) -> list[tuple[float, float]]:
     """Give (loss, gradient norm) of each step, the same on every rank."""
     runtime, curve = engine.runtime, []
     for step in steps:
-        tokens, weights = batch_of(step)
-        mine = slice(runtime.dp_rank, None, runtime.dp_size)
+        batches, num_tokens = micro_batches_of(step, run, slice(runtime.dp_rank, None, runtime.dp_size))
         processes.seed_step(run.run.seed, step, runtime)
-        batches = cut(torch.from_numpy(tokens[mine]), torch.from_numpy(weights[mine]), run.train.micro_batch)
-        total = engine.forward_backward(batches, float(weights.sum()))
+        total = engine.forward_backward(batches, num_tokens)
         dist.all_reduce(total)
         norm = engine.update(LR)
-        curve.append((float(total) / float(weights.sum()), norm))
+        curve.append((float(total) / num_tokens, norm))
     return curve
 
 

@@ -225,7 +225,7 @@ class Engine:
     def _forward_step(self, scale: float) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
         def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> Any:
             batch = next(batches)
-            losses_bs = chunk(batch.tokens, batch.labels)
+            losses_bs = chunk(batch.tokens, batch.labels, batch.starts)
 
             def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 total = (output * batch.weights).sum()
@@ -356,12 +356,12 @@ class _EngineChunk(nn.Module):
         """Pass on what the schedule hands over."""
         self.stage.chunks[0].set_input_tensor(tensor)
 
-    def forward(self, tokens_bs: Tensor, labels_bs: Tensor) -> Tensor:
+    def forward(self, tokens_bs: Tensor, labels_bs: Tensor, starts_bs: Tensor | None = None) -> Tensor:
         """Run one micro-batch; the last one of a step is the accumulation boundary."""
         if self.stage.training:
             self._remaining -= 1
             self.engine.set_gradient_accumulation_boundary(self._remaining == 0)
-        return self.engine(tokens_bs, labels_bs)
+        return self.engine(tokens_bs, labels_bs, starts_bs)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..data.config import ReadingConfig
 from ..data.heldout import load_heldout
 from ..data.reading.reader import RangeReader
-from .batch import cut, share
+from .batch import cut, marks_of, share
 from .engine import Engine
 from .runtime import Runtime
 
@@ -43,11 +43,12 @@ class HeldOut:
         *,
         sequence_length: int,
         max_tokens: int,
+        documents_apart: bool,
         reading: ReadingConfig,
     ) -> None:
         """Read the set on every reader and share it with the ranks of its replica."""
-        self.name, self._runtime = name, runtime
-        tokens = weights = None
+        self.name, self._runtime, self._documents_apart = name, runtime, documents_apart
+        tokens = marks = None
         size = (0, 0, 0)
         if runtime.reads_data:
             data = load_heldout(
@@ -58,19 +59,25 @@ class HeldOut:
                 reader=RangeReader(reading),
             )
             mine = slice(runtime.dp_rank, None, runtime.dp_size)
-            tokens, weights = data.tokens[mine], data.weights[mine]
+            tokens, marks = data.tokens[mine], marks_of(data.weights[mine], data.starts[mine])
             size = (len(data.tokens), int(data.weights.sum()), data.num_bytes)
         total, self.num_tokens, self.num_bytes = runtime.broadcast(size)
         own = len(range(runtime.dp_rank, total, runtime.dp_size))
-        self._tokens, self._weights = share(tokens, weights, own, sequence_length, runtime)
+        self._tokens, self._marks = share(tokens, marks, own, sequence_length, runtime)
         # Every rank runs as many forwards as the busiest: the schedule's collectives have to match.
         missing = -(-total // runtime.dp_size) - own
         self._tokens = torch.cat((self._tokens, self._tokens.new_zeros(missing, self._tokens.shape[1])))
-        self._weights = torch.cat((self._weights, self._weights.new_zeros(missing, self._weights.shape[1])))
+        self._marks = torch.cat((self._marks, self._marks.new_zeros(missing, self._marks.shape[1])))
 
     def measure(self, engine: Engine, micro_batch: int) -> HeldOutLoss:
         """Run the model over the set; the same result on every rank."""
-        batches = cut(self._tokens, self._weights, micro_batch, engine.micro_batch_multiple)
+        batches = cut(
+            self._tokens,
+            self._marks,
+            micro_batch,
+            engine.micro_batch_multiple,
+            documents_apart=self._documents_apart,
+        )
         total = engine.evaluate(batches).double()
         dist.all_reduce(total)
         nats = float(total)

@@ -12,7 +12,7 @@ from ..data.mixing import SourceSettings
 from ..data.position import merge_states
 from ..data.stream import COUNTERS, TokenStream
 from ..data.stream_settings import StreamSettings
-from .batch import share
+from .batch import marks_of, share
 from .config import ResolvedRun
 from .places import DataPlaces
 from .runtime import Runtime
@@ -56,12 +56,12 @@ class Feed:
         return self._stream.changes if self._stream is not None else []
 
     def read(self, step: int) -> tuple[Tensor, Tensor]:
-        """Give tokens int32 [samples, sequence + 1] and weights int32 [samples, sequence] of a step."""
+        """Give tokens int32 [samples, sequence + 1] and marks int32 [samples, sequence] of a step; see batch.py."""
         global_batch = self._resolved.batches.global_batch(step)
         batch = self._stream.next_batch(global_batch) if self._stream is not None else None
         return share(
             batch.tokens if batch else None,
-            batch.weights if batch else None,
+            marks_of(batch.weights, batch.starts) if batch else None,
             self._resolved.samples_per_rank(global_batch),
             self._resolved.run.data.sequence_length,
             self._runtime,

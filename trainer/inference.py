@@ -86,9 +86,11 @@ class OpenCheckpoint:
         for name, path in places.items():
             data = self._heldout_set(path, max_tokens)
             nats = 0.0
-            for tokens, weights in zip(data.tokens, data.weights, strict=True):
+            apart = self.run.data.attention == "document"
+            for tokens, weights, starts in zip(data.tokens, data.weights, data.starts, strict=True):
                 ids = torch.from_numpy(tokens).long()
-                scores = logits(ids[None, :-1])[0].log_softmax(-1)
+                begins = torch.from_numpy(starts)[None] if apart else None
+                scores = logits(ids[None, :-1], begins)[0].log_softmax(-1)
                 picked = scores.gather(1, ids[1:, None]).squeeze(1)
                 nats -= float((picked * torch.from_numpy(weights)).sum())
             count = int(data.weights.sum())

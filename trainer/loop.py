@@ -137,6 +137,7 @@ class Trainer:
                 self._runtime,
                 sequence_length=run.data.sequence_length,
                 max_tokens=run.evaluate.max_tokens,
+                documents_apart=run.data.attention == "document",
                 reading=run.reading,
             )
             for name, path in sorted(self._places.heldout.items())

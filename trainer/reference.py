@@ -34,12 +34,16 @@ def load_decoder(model: ModelConfig, weights: Weights, runtime: Runtime, *, roun
     return decoder.eval()
 
 
-def logits_of(decoder: Decoder, runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """Give a function from ids, int64 [batch, sequence], to fp32 logits [batch, sequence, true vocabulary]."""
+def logits_of(decoder: Decoder, runtime: Runtime) -> Callable[..., Tensor]:
+    """Give a function from ids, int64 [batch, sequence], to fp32 logits [batch, sequence, true vocabulary].
+
+    Its second argument, bool [batch, sequence], may say where documents begin: attention then keeps to them.
+    """
 
     @torch.no_grad()
-    def logits(ids: Tensor) -> Tensor:
-        return decoder(ids.to(runtime.device))[..., : decoder.model.vocab_size].float().cpu()
+    def logits(ids: Tensor, starts: Tensor | None = None) -> Tensor:
+        starts = None if starts is None else starts.to(runtime.device)
+        return decoder(ids.to(runtime.device), None, starts)[..., : decoder.model.vocab_size].float().cpu()
 
     return logits
 

@@ -52,17 +52,16 @@ class TrainingStep:
         """
         run, runtime = self._resolved.run, self._runtime
         started_s = time.perf_counter()
-        tokens, weights = self._feed.read(step)
+        tokens, marks = self._feed.read(step)
         # Tokens that count, who was asked to stop, what the readers met: one small reduction over all ranks.
-        counted = float(weights.sum()) if runtime.reads_data else 0.0
+        counted = float((marks % 2).sum()) if runtime.reads_data else 0.0
         num_tokens, num_asked, *data_counts = self._sum_over_ranks(
             counted, float(asked), *self._feed.take_counts()
         )
         read_s = time.perf_counter()
         seed_step(run.run.seed, step, runtime)
-        own = float(
-            self._engine.forward_backward(cut(tokens, weights, run.train.micro_batch), max(1.0, num_tokens))
-        )
+        batches = cut(tokens, marks, run.train.micro_batch, documents_apart=run.data.attention == "document")
+        own = float(self._engine.forward_backward(batches, max(1.0, num_tokens)))
         (total,) = self._sum_over_ranks(own)
         loss = total / max(1.0, num_tokens)
         if not math.isfinite(loss):
