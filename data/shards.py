@@ -36,6 +36,7 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "basestone-shards-1"
 LENGTHS_NAME = "documents.len.u32"  # beside the manifest of Megatron's files: the tokens of every document
 HEADER_BYTES = 512
+KINDS = (TEXT_KIND, TOKENS_KIND, MEGATRON_KIND, SAMPLES_KIND)
 CHUNK_COLUMNS = 4  # offset, length, samples, crc32
 
 
@@ -43,13 +44,15 @@ CHUNK_COLUMNS = 4  # offset, length, samples, crc32
 class ShardSet:
     """Hold an opened shard directory: what its manifest says, for local files checked against their sizes.
 
-    ``files`` are names in the directory, or places of their own. ``chunks`` is int64 [num_chunks, 5]: shard number,
+    ``files`` are names in the directory, or places of their own, and ``sizes`` their bytes. ``chunks`` is
+    int64 [num_chunks, 5]: shard number,
     byte offset, byte length, samples, crc32.
     """
 
     place: str
     kind: str
     files: tuple[str, ...]
+    sizes: tuple[int, ...]
     chunks: np.ndarray
     num_documents: int
     text_bytes: int
@@ -142,41 +145,12 @@ def open_shard_set(
     shard is missing or cut or the manifest is damaged.
     """
     place, reader = str(directory), reader or RangeReader()
-    manifest = _read_manifest(place, reader)
-    manifest_place = shown(join(place, MANIFEST_NAME))
-    try:
-        shards = manifest["shards"]
-        files = tuple(str(shard["file"]) for shard in shards)
-        rows = [(number, *row) for number, shard in enumerate(shards) for row in shard["chunks"]]
-        chunks = np.array(rows, dtype=np.int64).reshape(len(rows), CHUNK_COLUMNS + 1)
-        kind, recorded = manifest["kind"], manifest["fingerprint"]
-        sizes = [int(shard["bytes"]) for shard in shards]
-        found = manifest_fingerprint(kind, shards, manifest.get("tokenizer_sha256"))
-        documents, text_bytes = int(manifest["documents"]), int(manifest["bytes_text"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{manifest_place} is damaged ({type(error).__name__}: {error}); run `data index {shown(place)}`"
-        ) from error
-    if kind not in (TEXT_KIND, TOKENS_KIND, MEGATRON_KIND, SAMPLES_KIND) or found != recorded:
-        raise DataError(
-            f"{manifest_place} is damaged: its content gives fingerprint {found[:12]}, it says "
-            f"{str(recorded)[:12]}; run `data index {shown(place)}`"
-        )
+    name = join(place, MANIFEST_NAME)
+    _check_directory(place, name)
+    shard_set = reader.read_parsed(name, lambda content: _parse_manifest(content, place, reader))
     if check_files:
-        _check_files(place, files, sizes)
-    return ShardSet(
-        place=place,
-        kind=kind,
-        files=files,
-        chunks=chunks,
-        num_documents=documents,
-        text_bytes=text_bytes,
-        num_tokens=manifest.get("tokens"),
-        tokenizer_sha256=manifest.get("tokenizer_sha256"),
-        fingerprint=found,
-        reader=reader,
-        token_dtype=manifest.get("token_dtype"),
-    )
+        _check_files(shard_set)
+    return shard_set
 
 
 def open_filled_shard_set(directory: Path | str, reader: RangeReader | None = None) -> ShardSet:
@@ -332,34 +306,65 @@ class ShardWriter:
         self._stream = self._tar = None
 
 
-def _read_manifest(place: str, reader: RangeReader) -> dict[str, Any]:
-    name = join(place, MANIFEST_NAME)
-    if is_local(place):
-        if not Path(place).is_dir():
-            raise DataConfigError(f"shard directory {place} does not exist; make it with `prepare`")
-        if not Path(name).is_file():
-            raise DataConfigError(
-                f"{place} has no {MANIFEST_NAME}; make shards with `prepare`, or index the tar files that are "
-                f"there with `data index {place}`"
-            )
+def _check_directory(place: str, manifest: str) -> None:
+    """Say of a local directory what is missing."""
+    if not is_local(place):
+        return
+    if not Path(place).is_dir():
+        raise DataConfigError(f"shard directory {place} does not exist; make it with `prepare`")
+    if not Path(manifest).is_file():
+        raise DataConfigError(
+            f"{place} has no {MANIFEST_NAME}; make shards with `prepare`, or index the tar files that are "
+            f"there with `data index {place}`"
+        )
+
+
+def _parse_manifest(content: bytes, place: str, reader: RangeReader) -> ShardSet:
+    """Make a set of what a manifest says; its fingerprint must be that of its content."""
+    name, directory = shown(join(place, MANIFEST_NAME)), shown(place)
     try:
-        manifest = json.loads(reader.read_all(name))
+        manifest = json.loads(content)
     except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{shown(name)} is no JSON ({error}); run `data index {shown(place)}`") from error
+        raise DataError(f"{name} is no JSON ({error}); run `data index {directory}`") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataConfigError(
-            f"{shown(name)} has format {found!r}, expected {MANIFEST_FORMAT!r}; run `data index {shown(place)}`"
+            f"{name} has format {found!r}, expected {MANIFEST_FORMAT!r}; run `data index {directory}`"
         )
-    return manifest
+    try:
+        shards, kind, recorded = manifest["shards"], manifest["kind"], manifest["fingerprint"]
+        rows = [(number, *row) for number, shard in enumerate(shards) for row in shard["chunks"]]
+        found = manifest_fingerprint(kind, shards, manifest.get("tokenizer_sha256"))
+        shard_set = ShardSet(
+            place=place,
+            kind=kind,
+            files=tuple(str(shard["file"]) for shard in shards),
+            sizes=tuple(int(shard["bytes"]) for shard in shards),
+            chunks=np.array(rows, dtype=np.int64).reshape(len(rows), CHUNK_COLUMNS + 1),
+            num_documents=int(manifest["documents"]),
+            text_bytes=int(manifest["bytes_text"]),
+            num_tokens=manifest.get("tokens"),
+            tokenizer_sha256=manifest.get("tokenizer_sha256"),
+            fingerprint=found,
+            reader=reader,
+            token_dtype=manifest.get("token_dtype"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} is damaged ({type(error).__name__}: {error}); run `data index {directory}`"
+        ) from error
+    if kind not in KINDS or found != recorded:
+        raise DataError(
+            f"{name} is damaged: its content gives fingerprint {found[:12]}, it says {str(recorded)[:12]}; "
+            f"run `data index {directory}`"
+        )
+    return shard_set
 
 
-def _check_files(place: str, files: Sequence[str], sizes: Sequence[int]) -> None:
+def _check_files(shard_set: ShardSet) -> None:
     """Compare the sizes of local shards; over a network a question for each would take longer than the start."""
-    for file, expected in zip(files, sizes, strict=True):
-        path = join(place, file)
+    for file, expected in zip(shard_set.files, shard_set.sizes, strict=True):
+        path = join(shard_set.place, file)
         if not is_local(path):
             continue
         try:
@@ -371,5 +376,5 @@ def _check_files(place: str, files: Sequence[str], sizes: Sequence[int]) -> None
         if found != expected:
             raise DataError(
                 f"shard {path} has {found} bytes, expected {expected}; it was cut or changed: copy it "
-                f"anew, or run `data index {place}` if it was changed on purpose"
+                f"anew, or run `data index {shard_set.place}` if it was changed on purpose"
             )

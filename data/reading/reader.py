@@ -106,6 +106,19 @@ class RangeReader:
         num_bytes, _ = self.size(place)
         return self.read(place, 0, num_bytes)
 
+    def read_parsed(self, place: str, parse: Callable[[bytes], Result]) -> Result:
+        """Return what ``parse`` makes of a whole file; over a network, where it raises DataError, it is read again."""
+
+        def read() -> Result:
+            try:
+                return parse(self.read_all(place))
+            except DataError as error:
+                if is_local(place) or type(error) is not DataError:
+                    raise
+                raise ReadError(str(error), transient=True, damaged=True) from error
+
+        return self._persist(shown(place), read)
+
     def read(
         self, place: str, offset: int, length: int, *, crc32: int | None = None, where: str | None = None
     ) -> bytes:

@@ -140,20 +140,11 @@ def chunks_over(server, shards: Path, tokenizer: Path, num_reads: int, **setting
 def test_faults_that_pass_lose_nothing(num_reads: int, text_shards: Path, model: Path) -> None:
     # few of them hang, as each of these costs a timeout, which has to be long enough for a busy machine
     faults = (*FAULTS[:-1] * 10, "hang")
+    settings = {"attempts": 8, "timeout_s": 0.5, "on_bad_chunk": "quarantine"}
     with serving(text_shards, fault_rate=0.6, faults=faults, most_in_a_row=4, hang_s=0.6) as server:
-        source, count = chunks_over(
-            server,
-            text_shards / "train",
-            model,
-            num_reads,
-            attempts=5,
-            timeout_s=0.06,
-            on_bad_chunk="quarantine",
-        )
+        source, count = chunks_over(server, text_shards / "train", model, num_reads, **settings)
         assert source.take_news() == [] and count > num_reads / 4
-        assert all(
-            server.met[fault] > num_reads / 20 for fault in ("status 500", "short", "reset", "flip", "hang")
-        )
+        assert all(server.met[fault] > num_reads / 10 for fault in FAULTS[:-1]) and server.met["hang"] > 1
 
 
 def test_damage_that_stays_loses_exactly_its_chunk(text_shards: Path, model: Path, tmp_path: Path) -> None:
