@@ -72,6 +72,17 @@ class Tokenizer:
         """Return the text of tokens; bos, eos and pad give nothing."""
         return self._processor.decode([int(token) for token in ids])
 
+    def pieces(self) -> list[bytes]:
+        """Return the bytes that each token stands for, the blank before a word included; specials have none."""
+        return [self._piece(token) for token in range(self.vocab_size)]
+
+    def _piece(self, token: int) -> bytes:
+        model = self._processor
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            return b""
+        piece = model.id_to_piece(token)
+        return bytes([int(piece[3:5], 16)]) if model.is_byte(token) else piece.replace("\u2581", " ").encode()
+
 
 @dataclass(frozen=True)
 class TokenizerReport:
