@@ -1,8 +1,8 @@
-"""Write a SentencePiece BPE model as a Hugging Face tokenizer with exactly the same ids.
+"""Write a tokenizer of any kind as a Hugging Face tokenizer with exactly the same ids.
 
-The model file's protobuf wire format is read here, so no protobuf package is needed. Exactness holds for BPE
-with the identity normaliser; anything else is refused, because `tokenizers` breaks ties and normalises
-differently there.
+A tokenizer.json is copied as it is; tiktoken's ranks are converted in hf_tiktoken.py. A SentencePiece model file's
+protobuf wire format is read here, so no protobuf package is needed. Exactness holds for BPE with the identity
+normaliser; anything else is refused, because `tokenizers` breaks ties and normalises differently there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataConfigError
+from .hf_tiktoken import convert_ranks
 from .storage import storage_errors, write_atomic
+from .tokenizer import Tokenizer
+from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, read_tokenizer_file
 
 # piece types of sentencepiece_model.proto
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -43,24 +46,31 @@ class SentencePieceModel:
 
 
 def write_hf_tokenizer(model_path: Path, out_dir: Path, *, model_max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and tokenizer.model into ``out_dir``.
+    """Write tokenizer.json and tokenizer_config.json into ``out_dir``; of a SentencePiece model also its file.
 
-    Encoding with ``add_special_tokens=False`` gives SentencePiece's ids; with ``True`` it puts bos first, as
-    the documents of training start with it. Reads the same in transformers 4 and 5.
+    Encoding with ``add_special_tokens=False`` gives the tokenizer's own ids. With ``True`` it puts bos first, as
+    the documents of training start with it; a tokenizer.json keeps what it says itself. Reads the same in
+    transformers 4 and 5.
 
-    Raises DataConfigError for a model that has no exact equivalent.
+    Raises DataConfigError for a tokenizer that has no exact equivalent.
     """
-    model = read_sentencepiece_model(model_path)
-    fast = _build_tokenizer(model)
-    config = _tokenizer_config(model, model_max_length)
+    file = read_tokenizer_file(model_path)
+    if file.kind == SENTENCEPIECE:
+        model = read_sentencepiece_model(model_path)
+        files = {
+            "tokenizer.json": _build_tokenizer(model).to_str(pretty=True).encode(),
+            "tokenizer_config.json": _json(_tokenizer_config(model, model_max_length)),
+            "tokenizer.model": file.content,
+        }
+    else:
+        tokenizer = Tokenizer(model_path)  # refuses what no run could use
+        content = file.content if file.kind == HUGGINGFACE else convert_ranks(file, tokenizer)
+        config = _named_config(file.settings, model_max_length)
+        files = {"tokenizer.json": content, "tokenizer_config.json": _json(config)}
     with storage_errors(f"writing the tokenizer into {out_dir}"):
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(out_dir / "tokenizer.json", fast.to_str(pretty=True).encode())
-        write_atomic(
-            out_dir / "tokenizer_config.json",
-            (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
-        )
-        write_atomic(out_dir / "tokenizer.model", model_path.read_bytes())
+        for name, content in files.items():
+            write_atomic(out_dir / name, content)
 
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
@@ -211,9 +221,7 @@ def _tokenizer_config(model: SentencePieceModel, model_max_length: int) -> dict[
     }
     eos = _control(model, "</s>")
     return {
-        # transformers takes tokenizer.json as it is under this name; under a model's own class it would rebuild it
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model_max_length,
+        **_base_config(model_max_length),
         "bos_token": _control(model, "<s>"),
         "eos_token": eos,
         "unk_token": next(piece.text for piece in model.pieces if piece.kind == UNKNOWN),
@@ -221,9 +229,27 @@ def _tokenizer_config(model: SentencePieceModel, model_max_length: int) -> dict[
         "add_bos_token": True,
         "add_eos_token": False,
         "add_prefix_space": False,
+        "added_tokens_decoder": added,
+    }
+
+
+def _named_config(settings: dict[str, Any], model_max_length: int) -> dict[str, Any]:
+    """Return the configuration of a tokenizer whose specials are known by name."""
+    names = {f"{name}_token": settings[name] for name in ("bos", "eos", "unk", "pad") if name in settings}
+    return {**_base_config(model_max_length), "pad_token": settings["eos"], **names}
+
+
+def _base_config(model_max_length: int) -> dict[str, Any]:
+    return {
+        # transformers takes tokenizer.json as it is under this name; under a model's own class it would rebuild it
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model_max_length,
         "clean_up_tokenization_spaces": False,
         # a literal "<s>" in a text is text, as it was in training
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
-        "added_tokens_decoder": added,
     }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -45,8 +45,7 @@ class ShardSet:
     """Hold an opened shard directory: what its manifest says, for local files checked against their sizes.
 
     ``files`` are names in the directory, or places of their own, and ``sizes`` their bytes. ``chunks`` is
-    int64 [num_chunks, 5]: shard number,
-    byte offset, byte length, samples, crc32.
+    int64 [num_chunks, 5]: shard number, byte offset, byte length, samples, crc32.
     """
 
     place: str

@@ -1,4 +1,4 @@
-"""Tokenise text with SentencePiece, and train such a tokenizer.
+"""Tokenise text, and train a SentencePiece tokenizer.
 
 The settings of training are those that convert exactly to Hugging Face's `tokenizers`
 (see hf_tokenizer.py): BPE with byte fallback, no normalisation, no blank put before the text. Newlines and
@@ -21,6 +21,8 @@ import sentencepiece
 
 from .errors import DataConfigError
 from .storage import storage_errors, write_atomic
+from .tokenizer_engines import open_engine
+from .tokenizer_files import SENTENCEPIECE, read_tokenizer_file
 
 DEFAULT_SYMBOLS = ("\n", "\n\n", "\n\n\n", "\t", "\t\t", "\t\t\t", "\t\t\t\t")
 LINE_BYTES = 4096  # SentencePiece skips training lines longer than this
@@ -28,60 +30,59 @@ PRINTABLE_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class Tokenizer:
-    """Tokenise with a SentencePiece model that has pieces for the beginning and the end of a document.
+    """Tokenise with a SentencePiece model, a Hugging Face tokenizer.json or a tiktoken file (tokenizer_files.py).
 
-    ``sha256`` is that of the model file; it goes into fingerprints.
+    ``sha256`` covers everything that decides ids; it goes into fingerprints. It is that of a SentencePiece model's
+    file. ``content`` is all of it as one file, which ``Tokenizer`` reads again. ``unk`` is -1 where there is none.
     """
 
     def __init__(self, path: Path) -> None:
-        """Load a model. Raises DataConfigError where the file is missing, no model, or lacks bos or eos."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataConfigError(
-                f"tokenizer {path} cannot be read ({error.strerror}); train one with `tokenizer train`"
-            ) from error
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(content)
-        except RuntimeError as error:
-            raise DataConfigError(f"tokenizer {path} is no SentencePiece model; give a .model file") from error
+        """Load a tokenizer. Raises DataConfigError where it is missing, damaged, or lacks bos or eos."""
+        file = read_tokenizer_file(path)
+        self._engine = open_engine(file)
         self.path = path
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos: int = self._processor.bos_id()
-        self.eos: int = self._processor.eos_id()
-        self.unk: int = self._processor.unk_id()
+        self.kind = file.kind
+        self.content = file.whole()
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        self.vocab_size: int = self._engine.vocab_size
+        self.bos: int = self._engine.bos
+        self.eos: int = self._engine.eos
+        self.unk: int = self._engine.unk
         if self.bos < 0 or self.eos < 0:
-            raise DataConfigError(
-                f"tokenizer {path} has no piece for the {'beginning' if self.bos < 0 else 'end'} of a document; "
+            name, end = ("bos", "beginning") if self.bos < 0 else ("eos", "end")
+            remedy = (
                 "train it with bos and eos pieces"
+                if file.kind == SENTENCEPIECE
+                else f'name a special token, {name} = "...", in {file.path.name}.toml beside it; one may serve as both'
             )
+            raise DataConfigError(f"tokenizer {path} has no piece for the {end} of a document; {remedy}")
         # models of other origins often have no pad piece; weights of 0 make the filler's value immaterial
-        self.pad: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos
+        self.pad: int = self._engine.pad if self._engine.pad >= 0 else self.eos
 
     def encode(self, text: str) -> np.ndarray:
         """Return a text's tokens, int32 [num_tokens], with no specials."""
-        return np.array(self._processor.encode(text), np.int32)
+        return np.array(self._engine.encode(text), np.int32)
 
     def encode_document(self, text: str) -> np.ndarray:
         """Return a document's tokens framed as in training: bos, text, eos; int32 [num_tokens + 2]."""
-        return np.array([self.bos, *self._processor.encode(text), self.eos], np.int32)
+        return np.array([self.bos, *self._engine.encode(text), self.eos], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens; bos, eos and pad give nothing."""
-        return self._processor.decode([int(token) for token in ids])
+        return self._engine.decode([int(token) for token in ids])
 
     def pieces(self) -> list[bytes]:
         """Return the bytes that each token stands for, the blank before a word included; specials have none."""
-        return [self._piece(token) for token in range(self.vocab_size)]
+        return self._engine.pieces()
 
-    def _piece(self, token: int) -> bytes:
-        model = self._processor
-        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
-            return b""
-        piece = model.id_to_piece(token)
-        return bytes([int(piece[3:5], 16)]) if model.is_byte(token) else piece.replace("\u2581", " ").encode()
+    def token_id(self, piece: str) -> int:
+        """Return the id of a piece as the vocabulary spells it. Raises DataConfigError where there is none."""
+        found = self._engine.token_id(piece)
+        if found < 0:
+            raise DataConfigError(
+                f"tokenizer {self.path} has no piece {piece!r}; train one with `tokenizer train --special '{piece}'`"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -102,24 +103,31 @@ def train_tokenizer(
     vocab_size: int,
     seed_sentences_bytes: int = 32 << 20,
     user_symbols: tuple[str, ...] = (),
+    specials: tuple[str, ...] = (),
+    split_digits: bool = True,
 ) -> TokenizerReport:
     """Train a BPE model and write it to ``out``.
 
     Where the texts are larger than ``seed_sentences_bytes``, trains on a sample of whole documents chosen by
     their hash, so that it depends on neither chance nor order. ``user_symbols`` are added to the runs of
-    newlines and tabs; they may hold no blank. The ids of unk, bos, eos and pad are 0, 1, 2 and 3.
+    newlines and tabs: each is one token wherever it stands in a text. ``specials`` are tokens that no text gives,
+    as masks and sentinels are; their ids begin at 4, in this order. Neither may hold a blank. The ids of unk, bos,
+    eos and pad are 0, 1, 2 and 3. ``split_digits`` makes every digit a token.
 
     Raises DataConfigError for an unusable vocabulary size or symbol and for texts that hold nothing.
     """
-    for symbol in user_symbols:
-        if not symbol or " " in symbol or "\u2581" in symbol:
-            raise DataConfigError(
-                f"user symbol {symbol!r} is empty or holds a blank; such symbols have no exact Hugging Face form"
-            )
+    _check_symbols(user_symbols, specials)
     sample = _sample_texts(texts, seed_sentences_bytes)
     if not sample:
         raise DataConfigError("no text to train a tokenizer on; check that the sources hold documents")
-    content = _train_bpe(sample, vocab_size, tuple(dict.fromkeys(DEFAULT_SYMBOLS + user_symbols)))
+    symbols = list(dict.fromkeys(DEFAULT_SYMBOLS + user_symbols))
+    content = _train_bpe(
+        sample,
+        vocab_size,
+        user_defined_symbols=symbols,
+        control_symbols=list(specials),
+        split_digits=split_digits,
+    )
     with storage_errors(f"writing the tokenizer {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, content)
@@ -133,41 +141,27 @@ def train_tokenizer(
     )
 
 
-def inspect_tokenizer(path: Path, texts: Iterable[str]) -> dict[str, Any]:
-    """Measure a tokenizer on texts: size, specials, bytes per token, and texts that do not come back.
-
-    SentencePiece stands a blank for the character U+2581, so a text that holds one does not come back.
-    """
-    tokenizer = Tokenizer(path)
-    num_texts = num_bytes = num_tokens = num_unknown = 0
-    failures: list[str] = []
-    num_failures = 0
-    for text in texts:
-        ids = tokenizer.encode(text)
-        num_texts += 1
-        num_bytes += len(text.encode())
-        num_tokens += len(ids)
-        num_unknown += int((ids == tokenizer.unk).sum())
-        if tokenizer.decode(ids) != text:
-            num_failures += 1
-            if len(failures) < 5:
-                failures.append(text[:80])
-    return {
-        "path": str(path),
-        "sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "specials": {"unk": tokenizer.unk, "bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad},
-        "texts": num_texts,
-        "bytes": num_bytes,
-        "tokens": num_tokens,
-        "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
-        "unknown_tokens": num_unknown,
-        "round_trip_failures": num_failures,
-        "round_trip_examples": failures,
-    }
+def _check_symbols(user_symbols: tuple[str, ...], specials: tuple[str, ...]) -> None:
+    for symbol in (*user_symbols, *specials):
+        if not symbol or " " in symbol or "\u2581" in symbol:
+            raise DataConfigError(
+                f"user symbol {symbol!r} is empty or holds a blank; such symbols have no exact Hugging Face form"
+            )
+    standard = ("<unk>", "<s>", "</s>", "<pad>")
+    taken = [piece for piece in (*user_symbols, *specials) if piece in standard]
+    taken += [
+        piece
+        for place, piece in enumerate(specials)
+        if piece in (*DEFAULT_SYMBOLS, *user_symbols, *specials[:place])
+    ]
+    if taken:
+        raise DataConfigError(
+            f"symbols {', '.join(map(repr, taken))} are taken; give each once, as ordinary or as special, and none of "
+            f"{' '.join(standard)}"
+        )
 
 
-def _train_bpe(sample: list[str], vocab_size: int, symbols: tuple[str, ...]) -> bytes:
+def _train_bpe(sample: list[str], vocab_size: int, **settings: Any) -> bytes:
     """Return the bytes of a trained model file."""
     model = io.BytesIO()
     try:
@@ -181,10 +175,8 @@ def _train_bpe(sample: list[str], vocab_size: int, symbols: tuple[str, ...]) -> 
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=False,
             byte_fallback=True,
-            split_digits=True,
             character_coverage=0.9999,
             required_chars=PRINTABLE_ASCII,
-            user_defined_symbols=list(symbols),
             max_sentence_length=4 * LINE_BYTES,
             num_threads=1,  # the number is written into the model file
             unk_id=0,
@@ -192,6 +184,7 @@ def _train_bpe(sample: list[str], vocab_size: int, symbols: tuple[str, ...]) -> 
             eos_id=2,
             pad_id=3,
             minloglevel=2,
+            **settings,
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip() or str(error)

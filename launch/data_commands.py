@@ -22,7 +22,13 @@ Shards = Annotated[
 AllowPipe = Annotated[
     bool, typer.Option("--allow-pipe", help="Let places of the form pipe:COMMAND run commands.")
 ]
-Model = Annotated[Path, typer.Argument(help="A SentencePiece model.", show_default=False)]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="A SentencePiece model, a tokenizer.json or its directory, or a .tiktoken file.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
 HELDOUT_FRACTION = 0.01
 
@@ -108,19 +114,49 @@ def tokenizer_train(
     ],
     out: Annotated[Path, typer.Option("--out", help="The model file to write.", show_default=False)],
     vocab_size: Annotated[int, typer.Option(help="Pieces.", min=300)] = 32000,
+    symbol: Annotated[
+        list[str] | None,
+        typer.Option("--symbol", help="A text that is always one token; repeatable.", show_default=False),
+    ] = None,
+    special: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--special", help="A token that no text gives, as <mask>; repeatable.", show_default=False
+        ),
+    ] = None,
+    sentinels: Annotated[
+        int, typer.Option(help="Sentinels for span corruption: <extra_id_0> has the largest id.", min=0)
+    ] = 0,
+    split_digits: Annotated[bool, typer.Option(help="Make every digit a token.")] = True,
+    training_megabytes: Annotated[
+        int, typer.Option(help="Train on a sample of documents of this size at most.", min=1)
+    ] = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Train a SentencePiece BPE whose ids are the same in Hugging Face."""
+    """Train a SentencePiece BPE whose ids are the same in Hugging Face, and measure it on text held back."""
     from dataclasses import asdict
 
     from ..data.tokenizer import train_tokenizer
+    from ..data.tokenizer_inspect import hold_back, inspect_tokenizer
 
-    report = train_tokenizer(_texts(sources), out, vocab_size=vocab_size)
+    held_back: list[str] = []
+    report = train_tokenizer(
+        hold_back(_with_progress(_texts(sources)), held_back),
+        out,
+        vocab_size=vocab_size,
+        seed_sentences_bytes=training_megabytes << 20,
+        user_symbols=tuple(symbol or ()),
+        specials=(*(special or ()), *(f"<extra_id_{n}>" for n in reversed(range(sentinels)))),
+        split_digits=split_digits,
+    )
+    measured = inspect_tokenizer(out, held_back) if held_back else None
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(report).items()}
     _print(
-        {name: str(value) if isinstance(value, Path) else value for name, value in asdict(report).items()},
+        {**values, "held_back": measured},
         as_json,
         f"{out}: {report.vocab_size:,} pieces from {report.sample_bytes / 1e6:,.1f} MB of "
-        f"{report.num_documents:,} documents, sha256 {report.sha256[:12]}",
+        f"{report.num_documents:,} documents, sha256 {report.sha256[:12]}\n"
+        + (_fertility(measured) if measured else "no document was held back, there are so few: not measured"),
     )
 
 
@@ -132,8 +168,8 @@ def tokenizer_inspect(
     sources: Annotated[list[str], typer.Argument(help="Text to measure on.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Show a tokenizer's size, specials, bytes a token, and what does not survive a round trip."""
-    from ..data.tokenizer import inspect_tokenizer
+    """Show a tokenizer's size, specials, bytes a token, unused pieces, and what does not survive a round trip."""
+    from ..data.tokenizer_inspect import inspect_tokenizer
 
     result = inspect_tokenizer(model, _texts(sources))
     _print(result, as_json, "\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -235,6 +271,30 @@ def _reader(allow_pipe: bool) -> Any:
 def _show_chunks(done: int, total: int) -> None:
     """Keep a line of progress; it ends with the last chunk."""
     print(f"\r{done:,} of {total:,} chunks", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _with_progress(texts: Iterator[str]) -> Iterator[str]:
+    """Pass texts on, and count them on a terminal; training begins behind the last."""
+    size = 0
+    for number, text in enumerate(texts, start=1):
+        yield text
+        size += len(text)
+        if sys.stderr.isatty() and number % 100 == 0:
+            line = f"\r{number:,} documents read, {size / 1e6:,.1f} M characters"
+            print(line, end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\rall documents read; training", file=sys.stderr, flush=True)
+
+
+def _fertility(measured: dict[str, Any]) -> str:
+    """Say in a line how a tokenizer does on text that it was not trained on."""
+    lost = measured["round_trip_failures"]
+    return (
+        f"on {measured['texts']:,} documents held back ({measured['bytes'] / 1e6:,.2f} MB): "
+        f"{measured['bytes_per_token'] or 0:.2f} bytes/token, {measured['tokens_per_word'] or 0:.2f} tokens/word, "
+        f"{measured['byte_tokens_share'] or 0:.2%} byte tokens, "
+        + (f"{lost:,} do not come back as they were (see `tokenizer inspect`)" if lost else "all come back")
+    )
 
 
 def _texts(sources: list[str]) -> Iterator[str]:

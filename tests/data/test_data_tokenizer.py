@@ -9,7 +9,8 @@ from torture import torture_strings
 
 from basestone.data.errors import DataConfigError
 from basestone.data.hf_tokenizer import write_hf_tokenizer
-from basestone.data.tokenizer import Tokenizer, inspect_tokenizer, train_tokenizer
+from basestone.data.tokenizer import Tokenizer, train_tokenizer
+from basestone.data.tokenizer_inspect import hold_back, inspect_tokenizer
 
 STRINGS = torture_strings(1000, seed=20)
 
@@ -60,10 +61,60 @@ def test_user_symbols_are_one_token_each(documents: list[str], tmp_path: Path) -
 def test_inspection_counts(model: Path) -> None:
     found = inspect_tokenizer(model, ["hello world\n", "bar \u2581 x"])
     assert found["texts"] == 2 and found["vocab_size"] == 600 and found["unknown_tokens"] == 0
-    assert found["round_trip_failures"] == 1 and found["round_trip_examples"] == ["bar \u2581 x"]
+    assert found["round_trip_failures"] == 1 and found["round_trip_examples"] == [
+        {"text": "bar \u2581 x", "decoded": "bar   x"}
+    ]
     tokenizer = Tokenizer(model)
     tokens = sum(len(tokenizer.encode(text)) for text in ("hello world\n", "bar \u2581 x"))
     assert found["bytes_per_token"] == (12 + len("bar \u2581 x".encode())) / tokens
+
+
+def test_what_is_held_back_does_not_depend_on_order() -> None:
+    texts = [f"text {number} " + "x" * 30_000 for number in range(10_000)]
+    one, other = [], []
+    given = list(hold_back(texts, one))
+    assert sorted(given) == sorted(hold_back(texts[::-1], other))
+    assert not set(given) & set(one) and len(given) == pytest.approx(9800, abs=5 * 14)
+    assert 4_000_000 < sum(map(len, one)) <= 4 << 20 and one != other
+
+
+def test_specials_are_given_by_no_text(documents: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "s.model"
+    train_tokenizer(iter(documents), path, vocab_size=520, specials=("<mask>", "[CLS]"), user_symbols=("<b>",))
+    tokenizer = Tokenizer(path)
+    assert (tokenizer.token_id("<mask>"), tokenizer.token_id("[CLS]")) == (4, 5)
+    text = "a <mask> [CLS] <b>"
+    assert (
+        not {4, 5} & set(tokenizer.encode(text).tolist()) and tokenizer.decode(tokenizer.encode(text)) == text
+    )
+    assert tokenizer.token_id("<b>") in tokenizer.encode(text)
+    write_hf_tokenizer(path, tmp_path / "hf", model_max_length=64)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert fast.convert_tokens_to_ids("<mask>") == 4
+    for string in (text, *STRINGS[:300]):
+        assert fast(string, add_special_tokens=False)["input_ids"] == tokenizer.encode(string).tolist(), string
+
+
+def test_digits_are_split_or_not(documents: list[str], tmp_path: Path) -> None:
+    texts = [*documents, "in 2001 and 2002\n" * 300]
+    for split in (True, False):
+        train_tokenizer(iter(texts), tmp_path / "d.model", vocab_size=600, split_digits=split)
+        assert (len(Tokenizer(tmp_path / "d.model").encode("2001")) == 4) == split
+
+
+def test_symbols_are_given_once(documents: list[str], tmp_path: Path) -> None:
+    for symbols, specials, named in (
+        (("<s>",), (), "'<s>'"),
+        ((), ("<pad>",), "'<pad>'"),
+        (("<m>",), ("<m>",), "'<m>'"),
+        ((), ("<m>", "<m>"), "'<m>'"),
+        ((), ("\n",), r"'\\n'"),
+    ):
+        with pytest.raises(DataConfigError, match=f"symbols {named} are taken; give each once"):
+            train_tokenizer(
+                iter(documents), tmp_path / "x", vocab_size=600, user_symbols=symbols, specials=specials
+            )
 
 
 def test_mistakes_are_named(tmp_path: Path, documents: list[str]) -> None:
