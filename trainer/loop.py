@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
 from .checkpoint import Checkpointer
@@ -97,7 +97,7 @@ class Trainer:
         directory = self._directory
         copy = directory.path / "tokenizer.model"
         if not copy.exists():
-            shutil.copyfile(self._places.tokenizer, copy)
+            write_atomic(copy, Tokenizer(self._places.tokenizer).content)
         self._recorder.write_config(self._resolved, self._versions)
         directory.mark(None)
         event = "resume" if state else "start"

@@ -54,7 +54,7 @@ class _Locator:
 
     def _indexer_for(self, tokenizer: Path) -> Indexer:
         if self._indexer is None:
-            loaded = Tokenizer(tokenizer) if tokenizer.is_file() else None
+            loaded = Tokenizer(tokenizer) if tokenizer.exists() else None
             self._indexer = Indexer(self._cache_dir / "indexes", self._reader, loaded, log=self._log)
         return self._indexer
 
@@ -73,7 +73,7 @@ class _Locator:
     def tokenizer(self) -> Path:
         place = self._data.tokenizer
         found = self._builtin(place, "tokenizer") if place.startswith(BUILTIN_PREFIX) else Path(place)
-        if not found.is_file():
+        if not found.exists():
             self.problems.append(f"{found} is not there; make one with `basestone tokenizer train`")
         return found
 
