@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/checkpoint_index.py
 	$(BIN)/python bench/pipeline_bubble.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/loader.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
