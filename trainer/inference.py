@@ -53,7 +53,7 @@ class OpenCheckpoint:
     def _find_tokenizer(self, given: Path | None) -> Path:
         wanted = self.state["tokenizer_sha256"]
         found = given or self.run_dir / "tokenizer.model"
-        if not found.is_file():
+        if not found.exists():
             raise ConfigError(f"{found}: the checkpoint's tokenizer is not there; name it with --tokenizer")
         if Tokenizer(found).sha256 != wanted:
             raise ConfigError(
