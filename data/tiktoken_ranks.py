@@ -43,6 +43,7 @@ class Preset:
 PRESETS = {
     "gpt2": Preset(_GPT2, 50256, {END_OF_TEXT: 50256}),
     "r50k_base": Preset(_GPT2, 50256, {END_OF_TEXT: 50256}),
+    "p50k_base": Preset(_GPT2, 50280, {END_OF_TEXT: 50256}),
     "cl100k_base": Preset(
         _CL100K,
         100256,

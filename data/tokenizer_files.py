@@ -12,7 +12,6 @@ For the last two FILE.toml beside the file may name ``bos``, ``eos``, ``pad``, `
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from dataclasses import dataclass, field
@@ -52,10 +51,6 @@ class TokenizerFile:
             "content": self.content.decode(),
         }
         return (json.dumps(parts, ensure_ascii=False, sort_keys=True, indent=0) + "\n").encode()
-
-    def sha256(self) -> str:
-        """Return the hash of the whole."""
-        return hashlib.sha256(self.whole()).hexdigest()
 
 
 def read_tokenizer_file(path: Path) -> TokenizerFile:

@@ -297,6 +297,16 @@ def test_bos_and_eos_are_a_choice(tmp_path: Path, hf_directory: Path) -> None:
     assert Tokenizer(tmp_path).bos == Tokenizer(tmp_path).eos == Tokenizer(tmp_path).pad == 1
 
 
+def test_ids_that_no_piece_has_count(tmp_path: Path) -> None:
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<e>": 0, "a": 3, "b": 9}, unk_token="a"))
+    fast.add_special_tokens(["<e>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json.toml").write_text('bos = "<e>"\neos = "<e>"')
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 10 and tokenizer.unk == 3
+    assert tokenizer.pieces() == [b"", b"", b"", b"a", *[b""] * 5, b"b"]
+
+
 def test_word_starts_of_each_kind(existing: Path, tmp_path: Path) -> None:
     pieces = Tokenizer(existing).pieces()
     starts = word_starts(pieces)
