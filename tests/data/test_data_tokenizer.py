@@ -84,6 +84,9 @@ def test_specials_are_given_by_no_text(documents: list[str], tmp_path: Path) -> 
     train_tokenizer(iter(documents), path, vocab_size=520, specials=("<mask>", "[CLS]"), user_symbols=("<b>",))
     tokenizer = Tokenizer(path)
     assert (tokenizer.token_id("<mask>"), tokenizer.token_id("[CLS]")) == (4, 5)
+    assert tokenizer.token_id("<unk>") == 0
+    with pytest.raises(DataConfigError, match=r"has no piece '<nope>'; train one with .* --special '<nope>'"):
+        tokenizer.token_id("<nope>")
     text = "a <mask> [CLS] <b>"
     assert (
         not {4, 5} & set(tokenizer.encode(text).tolist()) and tokenizer.decode(tokenizer.encode(text)) == text

@@ -307,6 +307,15 @@ def test_ids_that_no_piece_has_count(tmp_path: Path) -> None:
     assert tokenizer.pieces() == [b"", b"", b"", b"a", *[b""] * 5, b"b"]
 
 
+def test_an_unknown_piece_is_found_by_its_id(tmp_path: Path) -> None:
+    fast = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    fast.add_special_tokens(["<e>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json.toml").write_text('bos = "<e>"\neos = "<e>"')
+    assert Tokenizer(tmp_path).unk == 0
+    assert inspect_tokenizer(tmp_path, ["ab"])["unknown_tokens"] == 1
+
+
 def test_word_starts_of_each_kind(existing: Path, tmp_path: Path) -> None:
     pieces = Tokenizer(existing).pieces()
     starts = word_starts(pieces)
