@@ -307,6 +307,28 @@ def test_ids_that_no_piece_has_count(tmp_path: Path) -> None:
     assert tokenizer.pieces() == [b"", b"", b"", b"a", *[b""] * 5, b"b"]
 
 
+def test_names_come_from_the_map_then_the_configuration_then_the_sidecar(
+    tmp_path: Path, hf_directory: Path
+) -> None:
+    shutil.copyfile(hf_directory / "tokenizer.json", tmp_path / "tokenizer.json")
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (0, 1, 2)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<|im_start|>"}')
+    assert (Tokenizer(tmp_path).bos, Tokenizer(tmp_path).eos) == (0, 3)
+    (tmp_path / "tokenizer.json.toml").write_text('eos = "<eos>"\npad = "<bos>"')
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (0, 1, 0)
+    (tmp_path / "tokenizer.json.toml").write_text('pad = "<bos>"\neos = "<eos>"')
+    assert Tokenizer(tmp_path).sha256 == tokenizer.sha256
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(
+        DataConfigError, match=r"tokenizer_config\.json cannot be read as a configuration; correct"
+    ):
+        Tokenizer(tmp_path)
+
+
 def test_an_unknown_piece_is_found_by_its_id(tmp_path: Path) -> None:
     fast = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
     fast.add_special_tokens(["<e>"])
@@ -371,6 +393,10 @@ def test_mistakes_are_named(tmp_path: Path, ranks: dict[bytes, int]) -> None:
         ('speed = "fast"', "got speed = 'fast'"),
         ('preset = "gpt9"', "no preset is called 'gpt9'; there are gpt2"),
         ('preset = "gpt2"\nspecials = {"<x>" = 5}', "special '<x>' has id 5, which is taken"),
+        (
+            'preset = "gpt2"\nspecials = {"<x>" = 1500, "<y>" = 1500}',
+            "special '<y>' has id 1500, which is taken",
+        ),
         ("pattern = '('", "its pattern is none"),
         (
             "pattern = '.'\nspecials = {\"<x>\" = 1500}",
