@@ -182,6 +182,18 @@ def converted(rank_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return Tokenizer(rank_file), fast
 
 
+def test_a_token_that_no_merge_reaches_is_taken_as_a_whole(tmp_path: Path, ranks: dict[bytes, int]) -> None:
+    assert not {b"qz", b"zx", b"xw"} & set(ranks)
+    path = write_ranks(tmp_path / "cl100k_base.tiktoken", {**ranks, b"qzxw": 1500})
+    write_hf_tokenizer(path, tmp_path / "out", model_max_length=10)
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert (
+        fast.encode("qzxw", add_special_tokens=False).ids == Tokenizer(path).encode("qzxw").tolist() == [1500]
+    )
+    ids = Tokenizer(path).encode("aqzxw").tolist()
+    assert 1500 not in ids and fast.encode("aqzxw", add_special_tokens=False).ids == ids
+
+
 def test_special_ids_with_holes_stay(tmp_path: Path, ranks: dict[bytes, int]) -> None:
     transformers = pytest.importorskip("transformers")
     path = write_ranks(tmp_path / "own.tiktoken", ranks)
