@@ -27,15 +27,9 @@ def clean_document(content: bytes | str, min_chars: int) -> CleanDocument | str:
     Line ends become newlines and control characters go; letters are left as they are (no Unicode
     normalisation). Reasons: ``not_utf8``, ``binary`` (it holds a NUL), ``empty``, ``too_short``.
     """
-    if isinstance(content, bytes):
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError:
-            return "not_utf8"
-    else:
-        text = content
-        if any("\ud800" <= letter <= "\udfff" for letter in set(text)):
-            return "not_utf8"
+    text = decode_text(content)
+    if text is None:
+        return "not_utf8"
     if "\0" in text:
         return "binary"
     text = CONTROL_CHARACTERS.sub("", LINE_ENDS.sub("\n", text.removeprefix(BYTE_ORDER_MARK)))
@@ -45,6 +39,16 @@ def clean_document(content: bytes | str, min_chars: int) -> CleanDocument | str:
     if len(text) < min_chars:
         return "too_short"
     return CleanDocument(text, document_digest(words))
+
+
+def decode_text(content: bytes | str) -> str | None:
+    """Return a raw document's text, or None where it is not UTF-8 or could not be written as UTF-8."""
+    if isinstance(content, bytes):
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    return None if any("\ud800" <= letter <= "\udfff" for letter in set(content)) else content
 
 
 def document_digest(words: list[str]) -> bytes:

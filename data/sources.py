@@ -12,12 +12,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from .errors import DataConfigError
 from .storage import storage_errors
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+HTML_SUFFIXES = (".html", ".htm")
+PARQUET_SUFFIX, ARROW_SUFFIX = ".parquet", ".arrow"
+WARC_SUFFIXES = (".warc", ".wet")
+RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX, *WARC_SUFFIXES)
+# What `save_to_disk` of Hugging Face's datasets writes beside the shards
+DATASET_STATE, DATASET_NOTES = "state.json", frozenset({"state.json", "dataset_info.json", "dataset_dict.json"})
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 SUFFIX_LIST = (
     ".txt .text .md .markdown .rst .adoc .tex .org .html .htm .xml .py .pyi .ipy .js .mjs .jsx .ts .tsx .java .kt "
@@ -29,31 +35,55 @@ TEXT_SUFFIXES = frozenset(SUFFIX_LIST.split())
 
 @dataclass(frozen=True)
 class RawDocument:
-    """Hold a document as it was found: where, and its bytes or text; or why it could not be read."""
+    """Hold a document as it was found: where, and its bytes or text; or why it could not be read.
+
+    ``html`` marks a page whose text is still to be extracted. ``source`` and ``file_number`` say which of the
+    given sources and files it is from.
+    """
 
     origin: str
     content: bytes | str
     reason: str | None = None
+    html: bool = False
+    source: str = ""
+    file_number: int = 0
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """Name a file and the source, as it was given, that led to it."""
+
+    path: Path
+    source: str
 
 
 def find_source_files(sources: Sequence[str]) -> list[Path]:
+    """Return the files that sources name; see ``find_named_files``."""
+    return [file.path for file in find_named_files(sources)]
+
+
+def find_named_files(sources: Sequence[str]) -> list[SourceFile]:
     """Return the files that paths, folders and glob patterns name, each once, in the order given.
 
     In a folder, hidden files and files that are no text by their suffix are passed over; a file named
-    itself is always taken. Pipes and devices, which may never end, are passed over, and refused where one is
-    named itself. Raises DataConfigError for what names nothing.
+    itself is always taken. Of a dataset that was saved to disk its shards are taken, in their order. Pipes
+    and devices, which may never end, are passed over, and refused where one is named itself.
+    Raises DataConfigError, all in one, for what names nothing.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, str] = {}
+    problems: list[str] = []
     for source in sources:
         if not source.strip():
-            raise DataConfigError(f"source {source!r} is empty; give a file, a folder or a pattern")
+            problems.append(f"source {source!r} is empty; give a file, a folder or a pattern")
+            continue
         path = Path(source)
         if path.is_dir():
             files = list(_folder_files(path))
         elif _is_special(path):
-            raise DataConfigError(
+            problems.append(
                 f"source {source!r} is neither a regular file nor a folder; write what it gives into a file"
             )
+            continue
         elif path.exists():
             files = [path]
         else:
@@ -64,32 +94,45 @@ def find_source_files(sources: Sequence[str]) -> list[Path]:
             ]
         if not files:
             problem = "holds no text files" if path.is_dir() else "names no file"
-            raise DataConfigError(
-                f"source {source!r} {problem}; give a file, a folder or a pattern of text or .jsonl files "
-                "(plain, .gz or .zst)"
+            problems.append(
+                f"source {source!r} {problem}; give a file, a folder or a pattern of text, .jsonl, .parquet, .warc "
+                "or .html files (plain, .gz or .zst), or a saved dataset"
             )
-        found.update(dict.fromkeys(files))
+        for file in files:
+            found.setdefault(file, source)
+    if problems:
+        raise DataConfigError("\n".join(problems))
     if not found:
         raise DataConfigError("no sources; give at least one file, folder or pattern")
-    return list(found)
+    return [SourceFile(path, source) for path, source in found.items()]
 
 
-def read_documents(file: Path) -> Iterator[RawDocument]:
-    """Yield the documents of a file: each line's ``text`` of a .jsonl, else the whole file.
+def read_documents(file: Path, text_field: str = "text") -> Iterator[RawDocument]:
+    """Yield the documents of a file: each record's of a .jsonl, table or web archive, else the whole file.
 
-    A damaged archive gives what comes before the damage, then a document with the reason ``damaged_archive``.
-    Raises DataStorageError where reading fails.
+    ``text_field`` names the key or column of records. A damaged archive or file gives what comes before the
+    damage, then a document with the reason ``damaged_archive`` or ``damaged_file``. Pages come as HTML.
+    Raises DataStorageError where reading fails, DataConfigError where a package for a format is missing.
     """
-    suffix = _content_suffix(file)
+    suffix = content_suffix(file)
     with storage_errors(f"reading {file}"):
+        if suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
+            from .preparing.tables import read_table  # pyarrow is imported for tables alone
+
+            yield from read_table(file, text_field)
+            return
         try:
             with _open(file) as stream:
-                if suffix not in JSON_LINES_SUFFIXES:
-                    yield RawDocument(str(file), stream.read())
-                    return
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _json_document(line, f"{file}:{number}")
+                if suffix in WARC_SUFFIXES:
+                    from .preparing.web import read_web_archive  # and warcio for web archives
+
+                    yield from read_web_archive(file, stream)
+                elif suffix in JSON_LINES_SUFFIXES:
+                    for number, line in enumerate(stream, 1):
+                        if line.strip():
+                            yield _json_document(line, f"{file}:{number}", text_field)
+                else:
+                    yield RawDocument(str(file), stream.read(), html=suffix in HTML_SUFFIXES)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             yield RawDocument(str(file), b"", "damaged_archive")
 
@@ -97,12 +140,26 @@ def read_documents(file: Path) -> Iterator[RawDocument]:
 def _folder_files(folder: Path) -> Iterator[Path]:
     for root, directories, files in os.walk(folder):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
+        shards = _dataset_shards(Path(root, DATASET_STATE)) if DATASET_STATE in files else None
+        if shards is not None:
+            yield from (Path(root, name) for name in shards)
+            files = [name for name in files if name not in DATASET_NOTES and not name.endswith(ARROW_SUFFIX)]
+        elif "dataset_dict.json" in files:
+            files = [name for name in files if name not in DATASET_NOTES]
         for name in sorted(files):
             file = Path(root, name)
-            suffix = _content_suffix(file)
-            is_text = suffix in TEXT_SUFFIXES or suffix in JSON_LINES_SUFFIXES
+            suffix = content_suffix(file)
+            is_text = suffix in TEXT_SUFFIXES or suffix in RECORD_SUFFIXES
             if is_text and not name.startswith(".") and not _is_special(file):
                 yield file
+
+
+def _dataset_shards(state: Path) -> list[str] | None:
+    """Return the shards that a saved dataset lists; None where the file is another program's."""
+    try:
+        return [str(entry["filename"]) for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_special(path: Path) -> bool:
@@ -114,28 +171,28 @@ def _is_special(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def _content_suffix(file: Path) -> str:
+def content_suffix(file: Path) -> str:
     """Return the suffix of what a file holds, looking through compression."""
     name = Path(file.stem) if file.suffix.lower() in COMPRESSION_SUFFIXES else file
     return name.suffix.lower()
 
 
-def _json_document(line: bytes, origin: str) -> RawDocument:
+def _json_document(line: bytes, origin: str, text_field: str) -> RawDocument:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError):
         return RawDocument(origin, b"", "bad_json")
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         return RawDocument(origin, b"", "no_text_field")
-    return RawDocument(origin, record["text"])
+    return RawDocument(origin, record[text_field])
 
 
-def _open(file: Path) -> IO[bytes] | io.BufferedIOBase:
+def _open(file: Path) -> IO[bytes]:
     suffix = file.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(file, "rb")
+        return cast(IO[bytes], gzip.open(file, "rb"))
     if suffix == ".zst":
-        return io.BufferedReader(_ZstdStream(file), 1 << 20)
+        return cast(IO[bytes], io.BufferedReader(_ZstdStream(file), 1 << 20))
     return open(file, "rb")
 
 

@@ -30,7 +30,9 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app)
 app.add_typer(data_app)
-app.command(epilog="Example: basestone prepare docs/ notes.jsonl.gz --out shards/notes")(prepare)
+app.command(
+    epilog="Example: basestone prepare docs/ crawl.warc.gz --rules gopher --near-duplicates --out shards/web"
+)(prepare)
 checkpoint_app = typer.Typer(name="checkpoint", help="List and verify checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app)
 

@@ -37,70 +37,116 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Text or .jsonl files, folders, globs (also .gz, .zst), or builtin:python.", show_default=False
+            help="Files, folders or globs: text, .jsonl, .parquet, .warc, .html (also .gz, .zst), datasets saved "
+            "to disk; or builtin:python.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The directory to write.", show_default=False)],
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="Write token blocks made with this model, not text.")
     ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Key or column that holds the text: content. Default: text.")
+    ] = None,
+    keep_html: Annotated[
+        bool,
+        typer.Option("--keep-html", help="Take HTML with its markup; by default its main text is extracted."),
+    ] = False,
+    fix_text: Annotated[
+        bool, typer.Option("--fix-text", help="Repair wrongly decoded letters with ftfy: schÃ¶n to schön.")
+    ] = False,
+    min_chars: Annotated[int | None, typer.Option(help="Drop shorter documents.", min=0)] = None,
+    rules: Annotated[
+        str | None, typer.Option(help="Presets of rules for English web pages, with commas: gopher,c4.")
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="A Python function of your own, my_filters:is_english: text to None, or the reason to drop it; "
+            "repeatable.",
+        ),
+    ] = None,
+    scrub: Annotated[
+        bool, typer.Option("--scrub", help="Replace e-mail and public IP addresses by placeholders.")
+    ] = False,
+    near_duplicates: Annotated[
+        bool,
+        typer.Option("--near-duplicates", help="Keep one of documents that are nearly the same (MinHash)."),
+    ] = False,
+    decontaminate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Drop training documents that share words with this test file: gsm8k.jsonl; repeatable."
+        ),
+    ] = None,
+    ngram: Annotated[
+        int | None, typer.Option(help="Words in a row that --decontaminate takes for shared. Default: 13.")
+    ] = None,
     heldout_fraction: Annotated[
         float, typer.Option(help="Share of documents to hold out.", min=0.0, max=0.9)
     ] = HELDOUT_FRACTION,
-    min_chars: Annotated[int | None, typer.Option(help="Drop shorter documents.", min=0)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one per core.", min=0)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Clean and exact-deduplicate text, hold some out, write indexed WebDataset shards."""
+    """Clean and de-duplicate text, hold some out, write indexed WebDataset shards.
+
+    Killed and started again with the same command, it goes on with what is finished.
+    """
+    switches: dict[str, Any] = {
+        "keep_html": keep_html,
+        "fix_text": fix_text,
+        "scrub": scrub,
+        "near_duplicates": near_duplicates,
+    }
+    lists = {
+        "rules": tuple(name.strip() for name in rules.split(",")) if rules else (),
+        "filters": tuple(filters or ()),
+        "decontaminate": tuple(decontaminate or ()),
+    }
+    values = {"tokenizer": tokenizer, "text_field": text_field, "min_chars": min_chars, "ngram": ngram}
+    given = {name: value for name, value in values.items() if value is not None}
+    if any(source.startswith("builtin:") for source in sources):
+        own = given or any({**switches, **lists}.values()) or heldout_fraction != HELDOUT_FRACTION
+        _prepare_builtin(sources, out, bool(own), as_json)
+        return
+    given |= {"workers": (os.cpu_count() or 1) if workers is None else workers}
+    given |= {"heldout_fraction": heldout_fraction}
+    _prepare_sources(sources, out, {**switches, **lists, **given}, as_json)
+
+
+def _prepare_builtin(sources: list[str], out: Path, has_settings: bool, as_json: bool) -> None:
     from ..data.builtin import prepare_builtin
     from ..data.errors import DataConfigError
-    from ..data.prepare import PrepareProgress
-    from ..data.prepare import prepare as run_prepare
 
-    if any(source.startswith("builtin:") for source in sources):
-        if len(sources) > 1 or tokenizer or min_chars is not None or heldout_fraction != HELDOUT_FRACTION:
-            raise DataConfigError(
-                f"{' '.join(sources)}: an embedded corpus brings its own tokenizer and settings; give it alone, "
-                "with --out only"
-            )
-        corpus = prepare_builtin(sources[0], out, _say)
-        _print(
-            corpus.report,
-            as_json,
-            f"shards: {corpus.train} and {corpus.heldout}; tokenizer: {corpus.tokenizer}",
+    if len(sources) > 1 or has_settings:
+        raise DataConfigError(
+            f"{' '.join(sources)}: an embedded corpus brings its own tokenizer and settings; give it alone, "
+            "with --out only"
         )
-        return
-
-    def show(progress: PrepareProgress) -> None:
-        if sys.stderr.isatty():
-            print(
-                f"\r{progress.documents_read:,} documents read, {progress.documents_kept:,} kept, "
-                f"{progress.bytes_kept / 1e6:,.1f} MB",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    settings: dict[str, Any] = {} if min_chars is None else {"min_chars": min_chars}
-    report = run_prepare(
-        sources,
-        out,
-        heldout_fraction=heldout_fraction,
-        tokenizer=tokenizer,
-        workers=(os.cpu_count() or 1) if workers is None else workers,
-        progress=show,
-        **settings,
+    corpus = prepare_builtin(sources[0], out, _say)
+    _print(
+        corpus.report, as_json, f"shards: {corpus.train} and {corpus.heldout}; tokenizer: {corpus.tokenizer}"
     )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    if heldout_fraction and not report.heldout_documents:
+
+
+def _prepare_sources(sources: list[str], out: Path, settings: dict[str, Any], as_json: bool) -> None:
+    from ..data.prepare import prepare as run_prepare
+    from .prepare_progress import show_progress
+
+    with show_progress() as progress:
+        report = run_prepare(sources, out, progress=progress, **settings)
+    if settings["heldout_fraction"] and not report.heldout_documents:
         _say("no document was held out, there are so few; raise --heldout-fraction to have a held-out set")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.dropped.items())) or "none"
+    scrubbed = ", ".join(f"{count:,} {kind}" for kind, count in report.scrubbed.items())
     _print(
         report.to_json(),
         as_json,
         f"{out}: {report.train_documents:,} documents to train on ({report.train_bytes / 1e6:,.1f} MB), "
-        f"{report.heldout_documents:,} held out ({report.heldout_bytes / 1e6:,.1f} MB); dropped: {dropped}",
+        f"{report.heldout_documents:,} held out ({report.heldout_bytes / 1e6:,.1f} MB); dropped: {dropped}"
+        + (f"; replaced: {scrubbed}" if scrubbed else ""),
     )
 
 
@@ -299,6 +345,7 @@ def _fertility(measured: dict[str, Any]) -> str:
 
 def _texts(sources: list[str]) -> Iterator[str]:
     """Give the documents of shard directories and text files."""
+    from ..data.preparing.web import extract_text
     from ..data.shards import open_shard_set
     from ..data.sources import find_source_files, read_documents
 
@@ -310,7 +357,7 @@ def _texts(sources: list[str]) -> Iterator[str]:
         else:
             for file in find_source_files([source]):
                 for document in read_documents(file):
-                    raw = document.content
+                    raw = extract_text(document).content
                     yield raw if isinstance(raw, str) else raw.decode("utf-8", errors="replace")
 
 

@@ -93,7 +93,7 @@ def test_processes_that_ask_together_share_one_copy(tmp_path: Path) -> None:
 def test_a_kill_in_the_middle_is_made_good(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", PREPARE, str(tmp_path)], stdout=subprocess.DEVNULL)
     end = time.monotonic() + 30
-    while not list(tmp_path.glob(".*.unfinished/train/*.tar")) and time.monotonic() < end:
+    while not list(tmp_path.glob(".*.unfinished/corpus/train/*.tar")) and time.monotonic() < end:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -1,0 +1,43 @@
+"""Cut text into words and hash runs of them, the same on every machine and in every process."""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import numpy as np
+
+# Chinese and Japanese put no blanks between words: there each character counts as one
+IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{IDEOGRAPHS}]|[^\\W{IDEOGRAPHS}]+")
+PLACE_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no place of an n-gram loses bits
+MASK_64 = (1 << 64) - 1
+
+
+def find_words(text: str) -> list[str]:
+    """Return a text's words in lower case, without punctuation."""
+    return WORD.findall(text.lower())
+
+
+def hash_ngrams(words: list[str], n: int) -> np.ndarray:
+    """Hash every run of ``n`` words; uint64 [len(words) - n + 1], empty where there are fewer words."""
+    if len(words) < n:
+        return np.empty(0, np.uint64)
+    codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
+    codes = mix(codes)
+    result = np.zeros(len(words) - n + 1, np.uint64)
+    multiplier = 1
+    with np.errstate(over="ignore"):
+        for place in range(n):
+            result += codes[place : place + len(result)] * np.uint64(multiplier)
+            multiplier = multiplier * PLACE_MULTIPLIER & MASK_64
+    return mix(result)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread 64-bit values evenly: the finaliser of splitmix64 (Steele, Lea, Flood 2014); uint64 [n]."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(PLACE_MULTIPLIER)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
