@@ -8,6 +8,7 @@ with probability 1 - (1 - s**8)**14: 0.22 at 0.6, 0.56 at 0.7, 0.92 at 0.8, 0.99
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -54,11 +55,11 @@ def first_equals(digests: np.ndarray) -> np.ndarray:
     return first
 
 
-def first_alike(bands: np.ndarray, first: np.ndarray) -> np.ndarray:
+def first_alike(bands: Sequence[np.ndarray], first: np.ndarray) -> np.ndarray:
     """Return for each document the first of its cluster, int64 [documents].
 
-    ``bands`` is uint64 [documents, NUM_BANDS]; ``first`` says which are exact copies, which follow the one
-    they copy. A cluster is what a chain of shared bands joins.
+    ``bands`` holds uint64 [some documents, NUM_BANDS] for all documents in order; ``first`` says which are
+    exact copies, which follow the one they copy. A cluster is what a chain of shared bands joins.
     """
     parents = first.copy()
     distinct = np.flatnonzero(first == np.arange(len(first)))
@@ -71,8 +72,8 @@ def first_alike(bands: np.ndarray, first: np.ndarray) -> np.ndarray:
             parents[index], index = root, int(parents[index])
         return root
 
-    for band in range(bands.shape[1]):
-        column = bands[distinct, band]
+    for band in range(bands[0].shape[1]):
+        column = np.concatenate([part[:, band] for part in bands])[distinct]
         order = np.argsort(column, kind="stable")
         shared = np.flatnonzero(column[order][1:] == column[order][:-1])
         for left, right in zip(distinct[order[shared]], distinct[order[shared + 1]], strict=True):

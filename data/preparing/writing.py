@@ -89,7 +89,7 @@ def decide(pieces: Path, num_pieces: int, near_duplicates: bool) -> Decisions:
     if not digests:
         return Decisions(np.empty(0, np.int64), np.empty(0, np.int64))
     exact = first_equals(np.concatenate(digests))
-    return Decisions(exact, first_alike(np.concatenate(bands), exact) if near_duplicates else exact)
+    return Decisions(exact, first_alike(bands, exact) if near_duplicates else exact)
 
 
 class CorpusWriter:
