@@ -85,8 +85,8 @@ def prepare(
     ``settings`` are the fields of CorpusSettings. With a tokenizer the shards hold token blocks, without one
     the text. ``workers`` processes clean and tokenise; 0 does it in this one. The bytes written depend on the
     sources and the other settings alone. ``out`` appears when it is finished; until then finished pieces lie
-    in ``.NAME.unfinished`` beside it, and a preparation that was killed goes on with them. Some 50 bytes of
-    memory are needed for each document, 250 with ``near_duplicates``.
+    in ``.NAME.unfinished`` beside it, and a preparation that was killed goes on with them. Some 100 bytes of
+    memory are needed for each document, 200 with ``near_duplicates``.
 
     Raises DataConfigError for unusable sources and settings, an ``out`` that holds something, and where
     nothing is left after cleaning; DataStorageError where reading or writing fails.
