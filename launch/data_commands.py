@@ -106,7 +106,7 @@ def prepare(
         "decontaminate": tuple(decontaminate or ()),
     }
     values = {"tokenizer": tokenizer, "text_field": text_field, "min_chars": min_chars, "ngram": ngram}
-    given = {name: value for name, value in values.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if any(source.startswith("builtin:") for source in sources):
         own = given or any({**switches, **lists}.values()) or heldout_fraction != HELDOUT_FRACTION
         _prepare_builtin(sources, out, bool(own), as_json)

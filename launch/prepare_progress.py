@@ -16,7 +16,7 @@ MEGABYTE = 1e6
 def show_progress(stream: TextIO | None = None) -> Iterator[Callable[[PrepareProgress], None] | None]:
     """Give a function that draws a bar with rates on standard error; None where that is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     console = Console(file=stream, stderr=stream is None)
     if not console.is_terminal:
@@ -30,7 +30,7 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Callable[[PreparePro
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(progress: PrepareProgress) -> None:
             if progress.phase not in tasks:

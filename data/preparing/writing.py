@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -204,6 +204,6 @@ def _gzip_lines(path: Path) -> Iterator[IO[bytes]]:
     """Open a .gz file to write; neither its name nor the time gets into the bytes."""
     with open(path, "wb") as stream:
         with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=stream, mtime=0) as lines:
-            yield lines
+            yield cast(IO[bytes], lines)
         stream.flush()
         os.fsync(stream.fileno())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,71 @@ def test_prepare_refuses_what_is_not_there(basestone, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_prepare_hands_every_option_on(basestone, tmp_path, texts, monkeypatch):
+    (tmp_path / "own_filters.py").write_text(
+        "def short(text):\n    return 'no_nine' if 'Document 9' in text else None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = [text + " Ask me@example.org." for text in texts] + [
+        "<b>never</b>",
+        texts[30] + "Ask you@example.org.",
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
+    (tmp_path / "test.txt").write_text(texts[20].split(":")[0] + " the quick brown fox jumps over the lazy")
+    (tmp_path / "page.html").write_text("<p>kept with its markup, and long enough for that")
+    words = ["--text-field", "body", "--keep-html", "--min-chars", "20", "--filter", "own_filters:short"]
+    words += [
+        "--decontaminate",
+        tmp_path / "test.txt",
+        "--ngram",
+        "9",
+        "--scrub",
+        "--fix-text",
+        "--workers",
+        "0",
+    ]
+    words += ["--near-duplicates", "--heldout-fraction", "0"]
+    sources = (tmp_path / "in.jsonl", tmp_path / "page.html")
+    done = basestone("prepare", *sources, "--out", tmp_path / "shards", *words, "--json")
+    report = json.loads(done.out)
+    assert {"no_nine", "too_short", "contaminated", "near_duplicate"} <= set(report["dropped"])
+    assert report["scrubbed"]["email"] == report["documents_kept"] - 1 and report["heldout_documents"] == 0
+    assert report["sources"][str(tmp_path / "page.html")]["documents_kept"] == 1
+    in_words = basestone("prepare", *sources, "--out", tmp_path / "again", *words)
+    assert f"; replaced: {report['scrubbed']['email']} email" in in_words.out
+    strict = basestone("prepare", *sources, "--out", tmp_path / "no", "--rules", "gopher, c4", "--workers", "0")
+    refused(strict, 64, "no document is left to train on", "no_text_field: 62", "name the right text_field")
+
+
+def test_prepare_says_all_that_is_wrong_at_once(basestone, tmp_path):
+    words = ("--rules", "gofer", "--filter", "nocolon", "--ngram", "1")
+    done = basestone("prepare", tmp_path / "none.txt", "--out", tmp_path / "out", *words)
+    assert done.code == 64 and done.out == "" and len(done.err.splitlines()) == 4
+    for text in ("names no file", "rules 'gofer'", "filter 'nocolon'", "ngram is 1"):
+        assert text in done.err
+
+
+def test_prepare_shows_a_bar_with_rates_on_a_terminal(monkeypatch):
+    from rich.console import Console
+
+    from basestone.data.prepare import PrepareProgress
+    from basestone.launch import prepare_progress
+
+    shown = io.StringIO()
+    terminal = lambda **_: Console(file=shown, force_terminal=True, width=160)  # noqa: E731
+    monkeypatch.setattr("rich.console.Console", terminal)
+    with prepare_progress.show_progress() as progress:
+        progress(PrepareProgress("cleaning", 500, 400, 3_000_000, 0, 3))
+        time.sleep(0.05)
+        progress(PrepareProgress("cleaning", 1000, 900, 9_000_000, 2, 3))
+        progress(PrepareProgress("writing", 300, 200, 1_000_000, 300, 1000))
+    for text in ("2/3", "files, 1,000 documents read, 900 kept", "documents/s", "MB/s", "300/1000", "writing"):
+        assert text in shown.getvalue()
+    monkeypatch.undo()
+    with prepare_progress.show_progress(io.StringIO()) as progress:
+        assert progress is None  # no terminal
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -43,6 +110,9 @@ def test_prepare_refuses_what_is_not_there(basestone, tmp_path):
         (("builtin:python", "--tokenizer", "t.model"), "give it alone, with --out only"),
         (("builtin:python", "--min-chars", "5"), "give it alone, with --out only"),
         (("builtin:python", "--heldout-fraction", "0.5"), "give it alone, with --out only"),
+        (("builtin:python", "--scrub"), "give it alone, with --out only"),
+        (("builtin:python", "--rules", "gopher"), "give it alone, with --out only"),
+        (("builtin:python", "--ngram", "9"), "give it alone, with --out only"),
     ],
 )
 def test_an_embedded_corpus_has_a_name_and_no_settings(basestone, tmp_path, words, text):
