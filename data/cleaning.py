@@ -43,12 +43,13 @@ def clean_document(content: bytes | str, min_chars: int) -> CleanDocument | str:
 
 def decode_text(content: bytes | str) -> str | None:
     """Return a raw document's text, or None where it is not UTF-8 or could not be written as UTF-8."""
-    if isinstance(content, bytes):
-        try:
+    try:
+        if isinstance(content, bytes):
             return content.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-    return None if any("\ud800" <= letter <= "\udfff" for letter in set(content)) else content
+        content.encode("utf-8")
+    except UnicodeError:
+        return None
+    return content
 
 
 def document_digest(words: list[str]) -> bytes:

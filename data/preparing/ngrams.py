@@ -23,7 +23,7 @@ def hash_ngrams(words: list[str], n: int) -> np.ndarray:
     """Hash every run of ``n`` words; uint64 [len(words) - n + 1], empty where there are fewer words."""
     if len(words) < n:
         return np.empty(0, np.uint64)
-    codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
+    codes = np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
     codes = mix(codes)
     result = np.zeros(len(words) - n + 1, np.uint64)
     multiplier = 1
