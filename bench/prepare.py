@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def run_datatrove(source: Path, folder: Path) -> int:
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import exact_dedup, minhash
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.utils.hashing import HashConfig
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     from basestone.data.preparing.datatrove_writer import ShardMergeStep, ShardWriterStep
@@ -91,8 +93,9 @@ def run_datatrove(source: Path, folder: Path) -> int:
     at: Callable[[str], str] = lambda name: str(folder / name)  # noqa: E731
     lines, distinct = folder / "lines.jsonl", folder / "distinct.jsonl"
     words = Blanks()
-    exact = exact_dedup.ExactDedupConfig(content_getter=lambda document: " ".join(document.text.split()))
-    near = minhash.MinhashConfig(n_grams=5, num_buckets=NUM_BUCKETS, hashes_per_bucket=8)
+    hashing = HashConfig(hash_fc="xxhash" if find_spec("xxhash") else "sha1")  # its default, where it is there
+    exact = exact_dedup.ExactDedupConfig(lambda document: " ".join(document.text.split()), hash_config=hashing)
+    near = minhash.MinhashConfig(n_grams=5, num_buckets=NUM_BUCKETS, hashes_per_bucket=8, hash_config=hashing)
     run(
         partial(read_lines, file=source),
         GopherQualityFilter(language=words),

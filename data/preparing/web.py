@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,25 +30,27 @@ def read_web_archive(file: Path, stream: IO[bytes]) -> Iterator[RawDocument]:
     """
     try:
         from warcio.archiveiterator import WARCIterator
-        from warcio.exceptions import ArchiveLoadFailed
     except ImportError as error:
         raise DataConfigError(missing_package(str(file), "warcio", "web")) from error
-    number = 0
     watched = _WatchedStream(stream)
-    try:
-        for number, record in enumerate(WARCIterator(watched), 1):
-            if record.rec_type in ("response", "conversion"):
-                document = _record_document(record, f"{file}:{number}")
-            else:
-                document = _drained(record, "", "no_document")
-            if record.raw_stream.limit > 0:  # the archive ends within this record
-                yield RawDocument(str(file), b"", "damaged_file")
-                return
-            if document.origin:
+    records = iter(WARCIterator(watched))
+    number, damaged = 0, False
+    while not damaged:
+        try:
+            record = next(records, None)
+            if record is None:
+                break
+            number += 1
+            document = _record_document(record, f"{file}:{number}")
+            damaged = record.raw_stream.limit > 0  # the archive ends within this record
+        except (EOFError, OSError, zlib.error):
+            raise  # of the storage or the compression around
+        except Exception:  # damaged headers raise of all kinds
+            damaged = True
+        else:
+            if document is not None and not damaged:
                 yield document
-    except ArchiveLoadFailed:
-        number = 0
-    if not number or watched.last != RECORD_END:
+    if damaged or not number or watched.last != RECORD_END:
         yield RawDocument(str(file), b"", "damaged_file")
 
 
@@ -88,7 +91,11 @@ class _WatchedStream:
         return content
 
 
-def _record_document(record: Any, origin: str) -> RawDocument:
+def _record_document(record: Any, origin: str) -> RawDocument | None:
+    """Read a record to its end; None where it is no document."""
+    if record.rec_type not in ("response", "conversion"):
+        _drained(record, origin, "")
+        return None
     headers = record.http_headers
     if headers is None:
         kind = record.rec_headers.get_header("Content-Type") or ""

@@ -12,11 +12,14 @@ from pydoc_data.topics import topics
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from basestone.data.errors import DataConfigError
 from basestone.data.prepare import prepare
+from basestone.data.preparing.web import extract_text
 from basestone.data.shards import open_shard_set
 from basestone.data.sources import RawDocument, find_named_files, find_source_files, read_documents
 
@@ -192,6 +195,32 @@ def test_a_cut_web_archive_is_a_reason(tmp_path: Path, share: float, compressed:
     assert found[-1][1] in ("damaged_file", "damaged_archive")
     file.write_bytes(b"no web archive at all\n" * 50)
     assert records(file) == [("", "damaged_archive" if compressed else "damaged_file")]
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_flipped_bytes_of_a_web_archive_give_reasons(tmp_path: Path, compressed: bool) -> None:
+    file = tmp_path / ("crawl.warc.gz" if compressed else "crawl.warc")
+    warc(file, *[("200 OK", "text/html; charset=utf-8", PAGE[:600].encode())] * 4, compressed=compressed)
+    content = file.read_bytes()
+    reasons = set()
+    for place in range(0, len(content) - 4, max(1, len(content) // 150)):
+        for mask in (0xFF, 0x01, 0x20):
+            damaged = bytearray(content)
+            damaged[place : place + 3] = bytes(byte ^ mask for byte in damaged[place : place + 3])
+            file.write_bytes(damaged)
+            reasons |= {document.reason for document in read_documents(file)}
+    assert reasons & {"damaged_file", "damaged_archive"}
+    known = {None, "damaged_file", "damaged_archive", "damaged_record", "http_status", "not_html"}
+    assert reasons <= known
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300))
+@example(b"<" * 5000)
+@example("<div>" * 3000)
+@example(b"\xff\xfe<\x00p\x00>\x00")
+def test_no_page_breaks_the_extraction(content: bytes | str) -> None:
+    page = extract_text(RawDocument("page", content, html=True))
+    assert page.reason in ("no_main_text", "bad_html") or isinstance(page.content, str)
 
 
 def test_a_damaged_body_costs_its_record_alone(tmp_path: Path) -> None:

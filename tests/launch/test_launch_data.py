@@ -134,6 +134,19 @@ def test_prepare_builtin_prints_where_everything_is(basestone, tmp_path, monkeyp
     assert json.loads(again.out)["vocab_size"] == 400 and again.err == ""
 
 
+def test_tokenizers_see_the_text_of_tables_and_pages(basestone, tmp_path, tokenizer, texts):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": texts[:9]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("".join(texts[:9]))
+    rows, whole = (
+        json.loads(basestone("tokenizer", "inspect", tokenizer, tmp_path / name, "--json").out)
+        for name in ("a.parquet", "b.txt")
+    )
+    assert rows["bytes"] == whole["bytes"] > 0
+
+
 def test_tokenizer_inspect_and_export(basestone, tmp_path, shards, tokenizer):
     result = json.loads(basestone("tokenizer", "inspect", tokenizer, shards / "heldout", "--json").out)
     words = basestone("tokenizer", "inspect", tokenizer, shards / "heldout")
