@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..cleaning import clean_document, is_heldout
 from ..errors import DataConfigError, DataError
-from ..index import INDEX_SUFFIX, ShardIndex
+from ..index import ShardIndex
 from ..shards import MANIFEST_NAME, ShardWriter, open_shard_set, write_manifest
 from ..storage import rename_directory, storage_errors
 from .document import load_tokenizer
@@ -141,7 +139,7 @@ def merge_ranks(directory: Path, num_ranks: int) -> dict[str, Any]:
     for rank in range(num_ranks):
         shard_set = open_shard_set(directory / rank_name(rank))
         tokenizers.add(shard_set.tokenizer_sha256)
-        indexes += _rank_indexes(shard_set.directory)
+        indexes += _rank_indexes(directory / rank_name(rank))
     if len(tokenizers) > 1:
         raise DataError(f"the tasks of {directory} used different tokenizers; write all of them with one")
     with storage_errors(f"writing {directory / MANIFEST_NAME}"):
@@ -156,7 +154,7 @@ def _rank_indexes(directory: Path) -> list[ShardIndex]:
             file=f"{directory.name}/{shard['file']}",
             num_bytes=shard["bytes"],
             kind=manifest["kind"],
-            sample_offsets=np.fromfile(directory / f"{shard['file']}{INDEX_SUFFIX}", "<u8").tolist(),
+            sample_offsets=[],  # the sample index is there already, beside the shard
             chunks=[tuple(row) for row in shard["chunks"]],
         )
         for shard in manifest["shards"]
