@@ -109,7 +109,7 @@ def _python_documents(max_files: int | None) -> Iterator[RawDocument]:
     from pydoc_data.topics import topics
 
     for name in sorted(topics)[:max_files]:
-        yield RawDocument(f"topics/{name}", topics[name])
+        yield RawDocument(f"topics/{name}", topics[name], source="topics")
     root = Path(sysconfig.get_path("stdlib"))
     for number, file in enumerate(_library_files(root)):
         if max_files is not None and number >= max_files:
@@ -118,7 +118,7 @@ def _python_documents(max_files: int | None) -> Iterator[RawDocument]:
         if not any(
             mark.encode() in content[:4096] or mark.encode() in content[-4096:] for mark in GENERATED_MARKS
         ):
-            yield RawDocument(str(file.relative_to(root)), content)
+            yield RawDocument(str(file.relative_to(root)), content, source="library")
 
 
 def _library_files(root: Path) -> Iterator[Path]:

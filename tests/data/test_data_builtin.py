@@ -34,6 +34,7 @@ def test_a_small_corpus_is_whole_and_found_again(tmp_path: Path) -> None:
         corpus.report["heldout_documents"],
     )
     assert train.text_bytes > 300_000 and heldout.num_documents > 0
+    assert list(corpus.report["sources"]) == ["topics", "library"]
     tokenizer = Tokenizer(corpus.tokenizer)
     assert tokenizer.vocab_size == 512 and tokenizer.sha256 == corpus.report["tokenizer_sha256"]
     stream = open_stream(
