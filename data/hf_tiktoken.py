@@ -37,7 +37,6 @@ def convert_ranks(file: TokenizerFile, tokenizer: Tokenizer) -> bytes:
                 f"tokenizer {file.path} has no exact Hugging Face form: the ids differ near {near!r}; the pattern is "
                 "read differently there (write it without possessive quantifiers such as ++)"
             )
-    fast.encode_special_tokens = False
     return fast.to_str(pretty=True).encode()
 
 
