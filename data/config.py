@@ -89,7 +89,9 @@ class DataConfig(Section):
         json_schema_extra=FREE,
     )
     tokenizer: str = Field(
-        ..., description="Path of a SentencePiece model, or builtin:python", json_schema_extra=FIXED
+        ...,
+        description="A SentencePiece model, a tokenizer.json or its directory, a tiktoken file, or builtin:python",
+        json_schema_extra=FIXED,
     )
     sequence_length: int = Field(..., description="Tokens predicted in each sequence", json_schema_extra=FIXED)
     packing: Literal["split", "best_fit"] = Field(

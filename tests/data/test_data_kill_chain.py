@@ -66,6 +66,7 @@ def train(folder: Path, shards: dict[str, Path], model: Path, readers: int, work
     sample = state["position"] if state else 0
     streams = open_all(shards, model, sample, state, readers, workers, packing)
     log = os.open(folder / "samples.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, b"\n")  # ends a line that a kill left torn
     mix = mix_of(sample)
     while mix_of(sample) == mix:
         rows = rows_of(streams)
@@ -108,7 +109,7 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_run(
                 train(tmp_path, shards, model, readers, workers, packing)
             finally:
                 os._exit(1)
-        wanted = lines + choose.randint(1, 12)
+        wanted = lines + 1 + choose.randint(1, 12)
         while os.waitpid(process, os.WNOHANG) == (0, 0):
             if log.exists() and log.read_bytes().count(b"\n") >= wanted:
                 time.sleep(choose.random() * 0.01)
