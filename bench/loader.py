@@ -137,18 +137,13 @@ def pack(documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def open_ours(work: Path, form: str, workers: int) -> Any:
     """Open our stream over shards of a form."""
+    from basestone.data.mixing import SourceSettings
     from basestone.data.stream import TokenStream
+    from basestone.data.stream_settings import StreamSettings
 
-    return TokenStream(
-        [work / form / "train"],
-        work / "tokenizer",
-        sequence_length=SEQUENCE,
-        global_batch=BATCH,
-        seed=SEED,
-        reader=0,
-        num_readers=1,
-        workers=workers,
-    )
+    source = SourceSettings("train", (str(work / form / "train"),))
+    settings = StreamSettings((source,), str(work / "tokenizer"), SEQUENCE, lanes=BATCH, seed=SEED)
+    return TokenStream(settings, global_batch=BATCH, reader=0, num_readers=1, workers=workers)
 
 
 def ours(work: Path, form: str, workers: int) -> Iterator[np.ndarray]:

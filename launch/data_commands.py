@@ -236,8 +236,7 @@ def tokenizer_export(
 
 @data_app.command(
     "index",
-    epilog="Examples: basestone data index third-party/ | "
-    "basestone data index 's3://bucket/web-{000..127}.tar' --out shards/web",
+    epilog="Example: basestone data index 's3://bucket/web-{000..127}.tar' --out shards/web",
 )
 def data_index(
     places: Annotated[
