@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .division import MAX_LANES, USUAL_LANES
 
@@ -12,6 +21,34 @@ BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("builtin:python",)
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
+
+
+def _check_place(place: str) -> None:
+    if not place.strip():
+        raise ValueError("got an empty path; give a path or builtin:python")
+    if place.startswith(BUILTIN_PREFIX) and place not in BUILTIN_NAMES:
+        raise ValueError(f"got {place!r}; the embedded corpora are: {', '.join(BUILTIN_NAMES)}")
+
+
+def _check_places(places: tuple[str, ...]) -> tuple[str, ...]:
+    if not places:
+        raise ValueError("got an empty list; give at least one shard directory or builtin:python")
+    for place in places:
+        _check_place(place)
+    repeated = sorted({place for place in places if places.count(place) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is given more than once; name each directory once")
+    return places
+
+
+def _as_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+# one or several places, each once; TOML has lists
+Places = Annotated[
+    tuple[str, ...], Field(strict=False), BeforeValidator(_as_several), AfterValidator(_check_places)
+]
 
 
 class Section(BaseModel):
@@ -23,19 +60,9 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """A source of the mix: its shards, and how much of the run it gets."""
 
-    path: tuple[str, ...] = Field(strict=False)
+    path: Places
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _accept_one_string(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("path")
-    @classmethod
-    def _check_path(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _check_places(value)
 
 
 class MixPhase(Section):
@@ -57,9 +84,8 @@ class MixPhase(Section):
 class DataConfig(Section):
     """Say what a run is trained on and measured on."""
 
-    train: tuple[str, ...] = Field(
-        default=(),
-        strict=False,  # TOML has lists
+    train: Places | None = Field(
+        default=None,
         description="Shards to train on: directories (each with a manifest.json), .tar files, Megatron .bin files, "
         "at a path or URL, or builtin:python",
         json_schema_extra=FREE,  # known by their content: see the state of the stream
@@ -127,16 +153,6 @@ class DataConfig(Section):
     def places(self) -> tuple[str, ...]:
         """Return every place to train on, whichever way they are named."""
         return self.train or tuple(place for source in self.sources.values() for place in source.path)
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _accept_one_string(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("train")
-    @classmethod
-    def _check_train(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _check_places(value)
 
     @field_validator("heldout")
     @classmethod
@@ -252,21 +268,3 @@ class ReadingConfig(Section):
 def _check_name(name: str) -> None:
     if not name or not all(letter.isalnum() or letter in "_-." for letter in name):
         raise ValueError(f"got the name {name!r}; use letters, digits, '_', '-' and '.'")
-
-
-def _check_places(places: tuple[str, ...]) -> tuple[str, ...]:
-    if not places:
-        raise ValueError("got an empty list; give at least one shard directory or builtin:python")
-    for place in places:
-        _check_place(place)
-    repeated = sorted({place for place in places if places.count(place) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)} is given more than once; name each directory once")
-    return places
-
-
-def _check_place(place: str) -> None:
-    if not place.strip():
-        raise ValueError("got an empty path; give a path or builtin:python")
-    if place.startswith(BUILTIN_PREFIX) and place not in BUILTIN_NAMES:
-        raise ValueError(f"got {place!r}; the embedded corpora are: {', '.join(BUILTIN_NAMES)}")

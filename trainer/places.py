@@ -60,7 +60,7 @@ class _Locator:
 
     def train(self, tokenizer: Path) -> dict[str, tuple[str, ...]]:
         named = {name: source.path for name, source in self._data.sources.items()} or {
-            ONLY_SOURCE: self._data.train
+            ONLY_SOURCE: self._data.places
         }
         return {
             name: tuple(self._shards(place, "train", tokenizer) for place in places)

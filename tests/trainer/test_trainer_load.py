@@ -94,6 +94,29 @@ def test_paths_given_with_set_are_relative_to_the_working_directory(run_file, tm
     assert run.data.heldout == {"notes": str(run_file.parent / "shards/heldout")}  # the file's stay the file's
 
 
+def test_sources_are_paths_too_and_stand_in_place_of_train(run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = load_run(
+        run_file,
+        [
+            'data.sources.web={path = ["a", "s3://bucket/b"]}',
+            "data.sources.code.path=c",
+            "reading.cache=kept",
+            "data.sources.web.weight=0.5",
+            "data.sources.code.weight=1",
+        ],
+    )
+    assert run.data.train is None
+    assert run.data.sources["web"].path == (str(tmp_path / "a"), "s3://bucket/b")
+    assert run.data.sources["code"].path == (str(tmp_path / "c"),) and run.data.sources["code"].weight == 1.0
+    assert run.reading.cache == str(tmp_path / "kept")
+    again = tmp_path / "again.toml"
+    again.write_text(run_to_toml(run.model_dump(mode="json")))
+    assert load_run(again) == run
+    back = load_run(again, ["data.train=d"])
+    assert back.data.train == (str(tmp_path / "d"),) and back.data.sources == {}
+
+
 def test_a_missing_file(tmp_path):
     assert refusal(tmp_path / "no.toml") == f"{tmp_path / 'no.toml'}: there is no such run file"
 

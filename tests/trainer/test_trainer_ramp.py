@@ -257,3 +257,34 @@ def test_batches_that_leave_ranks_without_data_are_refused():
     ):
         run.resolve(2, 200)
     assert run.resolve(1, 200).lanes == 1
+
+
+# ---- lanes and the mix --------------------------------------------------------------------------------------
+
+
+def test_lanes_may_be_given_and_have_to_divide_and_to_feed():
+    run = run_of(train__global_batch=1024, data__lanes=512)
+    assert run.resolve(512, 200).lanes == 512
+    with pytest.raises(
+        ConfigError, match=r"data.lanes = 96 does not divide the global batch 1024; take a divisor"
+    ):
+        run_of(train__global_batch=1024, data__lanes=96).resolve(1, 200)
+    with pytest.raises(
+        ConfigError, match=r"dealt into 256 lanes, .* 300 data-parallel .*; set data.lanes = 512"
+    ):
+        run_of(train__global_batch=1024).resolve(300, 200)
+
+
+def test_rows_of_the_mix_end_at_samples_of_the_ramp():
+    """3 steps of 2 sequences of 32, then 8 a step: step 5 begins at sample 22; 1,000 tokens are through with step 7."""
+    sources = {"web": {"path": "/a"}, "code": {"path": "/b"}}
+    rows = [{"weights": {"web": 1.0}, "until_step": 5}, {"weights": {"code": 1.0}, "until_tokens": 1000}]
+    changes = {
+        "data__train": None,
+        "data__sources": sources,
+        "train__ramp": [{"global_batch": 2, "until_step": 3}],
+    }
+    resolved = run_of(**changes, data__mix=rows).resolve(1, 200)
+    assert resolved.mix_ends == (6 + 2 * 8, 6 + 4 * 8)
+    with pytest.raises(ConfigError, match=r"data.mix\[1\] ends at step 5, before it begins; order the rows"):
+        run_of(**changes, data__mix=[rows[0], rows[0]]).resolve(1, 200)
