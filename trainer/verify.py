@@ -98,6 +98,7 @@ class Verification:
                 "model": run.model.model_copy(update={"dropout": 0.0}),
                 "optimizer": run.optimizer.model_copy(update=optimizer),
                 "schedule": ScheduleSection(kind="constant"),
+                "data": run.data.model_copy(update={"lanes": None}),  # they divide the run's own batch
                 "train": run.train.model_copy(update={**train, "steps": max(steps, run.train.steps or 0)}),
             }
         )

@@ -369,6 +369,15 @@ def test_a_run_of_fewer_steps_whose_rate_ends_at_nothing(folder):
     assert_equal(verdict)
 
 
+def test_a_run_with_lanes_of_its_own_documents_whole_and_apart(folder):
+    """Lanes that divide the run's batch need not divide the small one here."""
+    changes = ["train.global_batch=1024", "data.lanes=512", "data.packing=best_fit", "data.attention=document"]
+    run = load_run(folder / "gpt2.toml", changes)
+    proof = Verification(run, locate(run.data, run.reading, folder), num_processes=2, steps=2, dtype="fp32")
+    for verdict in proof.run([parse_layout("tp2-sp-z1"), parse_layout("pp2-z2")]):
+        assert_equal(verdict)
+
+
 # ---- ranks that fail ----------------------------------------------------------------------------------------------
 
 
