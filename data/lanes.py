@@ -21,6 +21,7 @@ from .errors import DataConfigError, DataError
 from .mixing import Mix
 from .order import hash_integers, permute_all, permute_index
 from .packing import CURSOR_COLUMNS, BestFitPacker, Cursor, Packer, SplitPacker, window_chunks
+from .parts import PartCutter
 from .shards import ShardSet
 from .tokenizer import Tokenizer
 
@@ -51,7 +52,8 @@ class Source:
         """
         for shard_set in shard_sets:
             check_tokenizer(shard_set, tokenizer)
-        self._shard_sets, self._tokenizer, self._seed, self._reading = shard_sets, tokenizer, seed, reading
+        self._shard_sets, self._seed, self._reading = shard_sets, seed, reading
+        self.parts = PartCutter(tokenizer)
         self._pool = pool if any(shard_set.is_remote for shard_set in shard_sets) else None
         self._ahead: dict[int, Future[bytes]] = {}
         self._ends = np.cumsum([shard_set.num_chunks for shard_set in shard_sets])
@@ -108,10 +110,6 @@ class Source:
         order = permute_all(len(documents), hash_integers(self._seed, epoch, number, DOCUMENT_ORDER))
         return [documents[index] for index in order]  # type: ignore[return-value]
 
-    def tokenize(self, document: str | np.ndarray) -> np.ndarray:
-        """Return a document's framed tokens; those of a block are framed already."""
-        return self._tokenizer.encode_document(document) if isinstance(document, str) else document
-
     def _chunk_at(self, ordinal: int) -> int:
         epoch, place = divmod(ordinal, self.num_chunks)
         return permute_index(place, self.num_chunks, hash_integers(self._seed, epoch))
@@ -153,7 +151,7 @@ class LaneDocuments:
 
     def __init__(self, source: Source, lane: int, num_lanes: int) -> None:
         self._source, self._lane, self._num_lanes = source, lane, num_lanes
-        self.tokenize = source.tokenize
+        self.cut, self.tokenize = source.parts.cut, source.parts.tokenize
 
     def read(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
         """Return the documents of the lane's chunk with this number, in training order."""
@@ -252,7 +250,7 @@ class LaneGroup:
             tokens[row, length:] = 0
             cursor = packer.cursor
             ids[row], sources[row], lengths[row], num_starts[row] = sample, source, length, len(begins)
-            cursors[row] = cursor.chunk, cursor.document, cursor.token
+            cursors[row] = cursor.chunk, cursor.part, cursor.token
             starts += begins
             self._next += 1
             if self._next == len(self._own_lanes):

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from .order import hash_integers, permute_all
+from .parts import DocumentPart
 
 CURSOR_COLUMNS = 3
 WINDOW_SEQUENCES = 64  # fewer leave more filler at a window's end, more take longer to resume
@@ -19,12 +20,12 @@ WINDOW_SEQUENCES = 64  # fewer leave more filler at a window's end, more take lo
 class Cursor:
     """Hold the place of a lane in a source: chunks finished, and the place within the present ones.
 
-    That is the document in the chunk's order and the token within it where documents are cut; the sequence of the
-    window, and 0, where they are kept whole.
+    Where documents are cut that is the part (see parts.py) in the chunk's order, and the token within it; the
+    sequence of the window, and 0, where they are kept whole.
     """
 
     chunk: int = 0
-    document: int = 0
+    part: int = 0
     token: int = 0
 
 
@@ -39,8 +40,12 @@ class Documents(Protocol):
         """Begin to read a chunk that will be asked for."""
         ...
 
-    def tokenize(self, document: str | np.ndarray) -> np.ndarray:
-        """Return a document's framed tokens."""
+    def cut(self, document: str | np.ndarray) -> Sequence[DocumentPart | np.ndarray]:
+        """Return the parts of a document that are tokenised one by one."""
+        ...
+
+    def tokenize(self, part: DocumentPart | str | np.ndarray) -> np.ndarray:
+        """Return the tokens of a part, or the framed tokens of a whole document."""
         ...
 
 
@@ -65,8 +70,8 @@ class SplitPacker:
         self._source = documents
         self.cursor = cursor
         self._open_chunk: int | None = None
-        self._documents: Sequence[str] | Sequence[np.ndarray] = ()
-        self._open_document: tuple[int, int] | None = None
+        self._parts: list[DocumentPart | np.ndarray] = []
+        self._open_part: tuple[int, int] | None = None
         self._tokens: np.ndarray = np.zeros(0, np.int32)
 
     def fill(self, row: np.ndarray) -> tuple[int, list[int]]:
@@ -75,8 +80,8 @@ class SplitPacker:
         starts: list[int] = []
         size = len(row)
         while True:
-            tokens = self._current_document()
-            if cursor.token == 0:
+            tokens = self._current_part()
+            if cursor.token == 0 and self._begins_document():
                 starts.append(filled)
             count = min(size - filled, len(tokens) - cursor.token)
             row[filled : filled + count] = tokens[cursor.token : cursor.token + count]
@@ -86,23 +91,28 @@ class SplitPacker:
                 cursor.token -= 1  # the last token is only a target here, and the next sequence's first input
                 return filled, starts
 
-    def _current_document(self) -> np.ndarray:
-        """Return the tokens of the document under the cursor, moving past what is used up."""
+    def _begins_document(self) -> bool:
+        part = self._parts[self.cursor.part]
+        return part.first if isinstance(part, DocumentPart) else True
+
+    def _current_part(self) -> np.ndarray:
+        """Return the tokens of the part under the cursor, moving past what is used up."""
         cursor = self.cursor
         while True:
             if self._open_chunk != cursor.chunk:
-                self._documents = self._source.read(cursor.chunk)
+                documents = self._source.read(cursor.chunk)
+                self._parts = [part for document in documents for part in self._source.cut(document)]
                 self._open_chunk = cursor.chunk
                 self._source.expect(cursor.chunk + 1)
-            if cursor.document >= len(self._documents):
-                cursor.chunk, cursor.document, cursor.token = cursor.chunk + 1, 0, 0
+            if cursor.part >= len(self._parts):
+                cursor.chunk, cursor.part, cursor.token = cursor.chunk + 1, 0, 0
                 continue
-            if self._open_document != (cursor.chunk, cursor.document):
-                self._tokens = self._source.tokenize(self._documents[cursor.document])
-                self._open_document = (cursor.chunk, cursor.document)
+            if self._open_part != (cursor.chunk, cursor.part):
+                self._tokens = self._source.tokenize(self._parts[cursor.part])
+                self._open_part = (cursor.chunk, cursor.part)
             if cursor.token < len(self._tokens):
                 return self._tokens
-            cursor.document, cursor.token = cursor.document + 1, 0
+            cursor.part, cursor.token = cursor.part + 1, 0
 
 
 class BestFitPacker:
@@ -130,11 +140,11 @@ class BestFitPacker:
             if self._open_window != cursor.chunk:
                 self._sequences = self._pack_window(len(row))
                 self._open_window = cursor.chunk
-            if cursor.document < len(self._sequences):
+            if cursor.part < len(self._sequences):
                 break
-            cursor.chunk, cursor.document = cursor.chunk + self._window_chunks, 0
-        pieces = self._sequences[cursor.document]
-        cursor.document += 1
+            cursor.chunk, cursor.part = cursor.chunk + self._window_chunks, 0
+        pieces = self._sequences[cursor.part]
+        cursor.part += 1
         filled, starts = 0, []
         for piece in pieces:
             starts.append(filled)

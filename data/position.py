@@ -56,7 +56,7 @@ class StreamPosition:
         }
 
     def cursors_of(self, lanes: Sequence[int]) -> tuple[tuple[int, int, int, int, int], ...]:
-        """Return rows (source, lane, chunk, document, token) of lanes that have begun a source."""
+        """Return rows (source, lane, chunk, part, token) of lanes that have begun a source."""
         return tuple(
             (source, int(self._own_lanes[row]), *map(int, self._cursors[source, row]))  # type: ignore[misc]
             for source, row in np.argwhere(self._cursors.any(axis=2)).tolist()
@@ -72,7 +72,7 @@ class StreamPosition:
         self.sample += global_batch
 
     def state(self) -> dict[str, Any]:
-        """Return this reader's part as JSON-able values; cursors are rows (lane, chunk, document, token)."""
+        """Return this reader's part as JSON-able values; cursors are rows (lane, chunk, part, token)."""
         sources = [
             {
                 "name": name,

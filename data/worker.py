@@ -59,7 +59,7 @@ main()
 class LaneTask:
     """Say what a reader has to read. JSON-able.
 
-    ``cursors`` has rows ``(source, lane, chunk, document, token)`` for the lanes that have begun a source, and
+    ``cursors`` has rows ``(source, lane, chunk, part, token)`` for the lanes that have begun a source, and
     ``bad_chunks`` rows ``(source, chunk, bytes)``; ``samples_per_batch`` is what one global batch takes of these lanes.
     """
 

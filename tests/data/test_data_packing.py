@@ -43,6 +43,9 @@ class Chunks:
     def expect(self, chunk: int) -> None:
         pass
 
+    def cut(self, document: np.ndarray) -> list[np.ndarray]:
+        return [document]
+
     def tokenize(self, document: np.ndarray) -> np.ndarray:
         return document
 
@@ -84,7 +87,7 @@ def test_best_fit_keeps_documents_whole_and_goes_on_anywhere(
     while packer.cursor.chunk < 3 * window and len(rows) < 200:
         row = np.full(size, -1, np.int64)
         length, starts = packer.fill(row)
-        rows.append((row[:length].tolist(), starts, (packer.cursor.chunk, packer.cursor.document)))
+        rows.append((row[:length].tolist(), starts, (packer.cursor.chunk, packer.cursor.part)))
         if packer.cursor.chunk < 2 * window:
             seen.update(row[:length].tolist())
         pieces = np.split(row[:length], starts[1:])
