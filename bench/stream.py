@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from basestone.data.builtin import prepare_builtin
-from basestone.data.config import ReadingConfig
 from basestone.data.lanes import SampleGroup, Source
 from basestone.data.mixing import SourceSettings
 from basestone.data.position import StreamPosition, merge_states
@@ -65,7 +64,7 @@ def hundredths(folder: Path, tokenizer: Path) -> float:
     for number, size in enumerate(sizes):
         writer.write_text(f"{number:06d}".ljust(size, "x"))
     writer.finish()
-    source = Source([open_shard_set(folder)], Tokenizer(tokenizer), 1, reading=ReadingConfig())
+    source = Source([open_shard_set(folder)], Tokenizer(tokenizer), 1)
     lanes = [
         [int(text[:6]) for ordinal in range(lane, source.num_chunks, BATCH) for text in source.read(ordinal)]
         for lane in range(BATCH)

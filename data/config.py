@@ -98,7 +98,7 @@ class DataConfig(Section):
     )
     temperature: float | None = Field(
         default=None,
-        gt=0,
+        ge=0.1,
         allow_inf_nan=False,
         description="Mix by size to the power 1 / temperature: 1 is by size, larger evens out",
         json_schema_extra=FREE,
@@ -197,7 +197,7 @@ class DataConfig(Section):
     @classmethod
     def _check_mix(cls, value: tuple[MixPhase, ...], info: ValidationInfo) -> tuple[MixPhase, ...]:
         names = set(info.data.get("sources", {}))
-        for phase in value:
+        for phase in value if "sources" in info.data else ():
             if unknown := sorted(set(phase.weights) - names):
                 known = ", ".join(sorted(names)) or "none"
                 raise ValueError(f"names {', '.join(unknown)}; the sources are: {known}")

@@ -35,6 +35,7 @@ class ShardIndex:
     num_documents: int = 0
     text_bytes: int = 0
     num_tokens: int = 0
+    lengths_crc32: list[int] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:

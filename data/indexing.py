@@ -18,7 +18,7 @@ from typing import Any
 from .documents import LENGTHS_DTYPE, TOKENS_KIND
 from .errors import DataConfigError
 from .index import ShardIndex, index_shard
-from .megatron import BIN_SUFFIX, index_megatron
+from .megatron import BIN_SUFFIX, IDX_SUFFIX, index_megatron
 from .prepare import DEFAULT_CHUNK_BYTES
 from .reading.reader import RangeReader
 from .reading.transport import PIPE_PREFIX, is_local, join, open_filesystem, shown
@@ -49,23 +49,25 @@ class Indexer:
 
         Each shard is read whole once, and again only where its size or its time or tag has changed.
         """
-        if has_manifest(place, self.reader):
+        missing = manifest_problem(place, self.reader)
+        if missing is None:
             return place
-        shards = find_shards(place, self.reader)
-        marks = [[shard, *self.reader.size(shard)] for shard in shards]
+        shards = find_shards(place, self.reader, missing)
+        files = [file for shard in shards for file in (shard, index_of(shard)) if file]
+        marks = [[file, *self.reader.size(file)] for file in files]
         sha256 = self.tokenizer.sha256 if self.tokenizer else None
         out = self.keep / f"set-{_digest([INDEX_VERSION, marks, sha256, self.chunk_bytes])}"
         if not (out / MANIFEST_NAME).is_file():
             with storage_errors(f"indexing into {out}"), _locked(self.keep):
-                self.write(out, shards)
+                self.write(out, shards, name=shown(place))
         return str(out)
 
-    def write(self, out: Path, shards: Sequence[str]) -> dict[str, Any]:
+    def write(self, out: Path, shards: Sequence[str], *, name: str | None = None) -> dict[str, Any]:
         """Write a manifest of shards that lie elsewhere into a directory, and return it."""
         out.mkdir(parents=True, exist_ok=True)
         self.keep.mkdir(parents=True, exist_ok=True)
-        if any(shard.endswith(BIN_SUFFIX) for shard in shards):
-            return self._write_megatron(out, shards)
+        if any(map(index_of, shards)):
+            return self._write_megatron(out, shards, name)
         indexes = []
         for number, shard in enumerate(shards, 1):
             self.log(f"indexing {shown(shard)} ({number} of {len(shards)})")
@@ -77,9 +79,9 @@ class Indexer:
                     f"{shown(shards[0])} holds token blocks of an unknown tokenizer; say which: --tokenizer MODEL"
                 )
             sha256 = self.tokenizer.sha256
-        return write_manifest(out, indexes, tokenizer_sha256=sha256)
+        return write_manifest(out, indexes, tokenizer_sha256=sha256, name=name)
 
-    def _write_megatron(self, out: Path, shards: Sequence[str]) -> dict[str, Any]:
+    def _write_megatron(self, out: Path, shards: Sequence[str], name: str | None) -> dict[str, Any]:
         if len(shards) > 1 or self.tokenizer is None:
             raise DataConfigError(
                 "a Megatron dataset is indexed by itself, with its tokenizer; give one .bin at a time, and --tokenizer"
@@ -89,7 +91,9 @@ class Indexer:
             shards[0], self.reader, chunk_bytes=self.chunk_bytes, vocab_size=self.tokenizer.vocab_size
         )
         write_atomic(out / LENGTHS_NAME, lengths.astype(LENGTHS_DTYPE).tobytes())
-        return write_manifest(out, [index], tokenizer_sha256=self.tokenizer.sha256, token_dtype=dtype)
+        return write_manifest(
+            out, [index], tokenizer_sha256=self.tokenizer.sha256, token_dtype=dtype, name=name
+        )
 
     def _index_tar(self, shard: str) -> ShardIndex:
         """Index a tar, or take what was found before; a file of its own for each, so that a killed run goes on."""
@@ -120,35 +124,45 @@ class Indexer:
             yield Path(stream.name)
 
 
-def has_manifest(place: str, reader: RangeReader) -> bool:
-    """Tell whether a place is a shard directory with its manifest."""
-    if place.startswith(PIPE_PREFIX) or place.endswith((TAR_SUFFIX, BIN_SUFFIX)):
-        return False
+def manifest_problem(place: str, reader: RangeReader) -> str | None:
+    """Say why a place is no shard directory with a manifest that can be read; None where it is one."""
+    if place.startswith(PIPE_PREFIX) or _names_shards(place):
+        return f"no {MANIFEST_NAME}"
     if is_local(place):
-        return os.path.isfile(join(place, MANIFEST_NAME))
+        return None if os.path.isfile(join(place, MANIFEST_NAME)) else f"no {MANIFEST_NAME}"
     try:
         reader.size(join(place, MANIFEST_NAME))
-    except DataConfigError:
-        return False
-    return True
+    except DataConfigError as error:
+        return f"no {MANIFEST_NAME} that can be read ({str(error).partition(': ')[2].partition(';')[0]})"
+    return None
 
 
-def find_shards(place: str, reader: RangeReader) -> list[str]:
+def index_of(shard: str) -> str | None:
+    """Return the place of the index of a Megatron .bin file, None for other shards."""
+    return shard.removesuffix(BIN_SUFFIX) + IDX_SUFFIX if shard.endswith(BIN_SUFFIX) else None
+
+
+def find_shards(place: str, reader: RangeReader, missing: str = f"no {MANIFEST_NAME}") -> list[str]:
     """Return the shards that a place names, in the order of their names.
 
     A place is a .tar or .bin file, a directory of .tar files, or either with ``{000..127}`` or (where the storage can
-    list) ``*`` in it. Raises DataConfigError where it names nothing.
+    list) ``*`` in it; a local file of just that name comes first. ``missing`` is what messages say of its manifest.
+    Raises DataConfigError where it names nothing.
     """
     from braceexpand import braceexpand
 
     if place.startswith(PIPE_PREFIX):
         return [place]
-    found = [shard for name in braceexpand(place) for shard in _matches(name)]
+    if is_local(place) and os.path.exists(place):
+        return _matches(place, missing)
+    try:
+        found = [shard for name in braceexpand(place) for shard in _matches(name, missing)]
+    except ValueError as error:
+        if isinstance(error, DataConfigError):
+            raise
+        raise DataConfigError(f"{shown(place)}: a brace is left open; write {{000..127}}") from error
     if not found:
-        raise DataConfigError(
-            f"{shown(place)} holds no {MANIFEST_NAME} and no {TAR_SUFFIX} files; make shards with `basestone prepare`, "
-            f"or give {TAR_SUFFIX} or Megatron {BIN_SUFFIX} files"
-        )
+        raise DataConfigError(_nothing(place, missing))
     repeated = (
         sorted({shard for shard in found if found.count(shard) > 1}) if len(set(found)) < len(found) else []
     )
@@ -157,18 +171,34 @@ def find_shards(place: str, reader: RangeReader) -> list[str]:
     return found
 
 
-def _matches(name: str) -> list[str]:
+def _nothing(place: str, missing: str) -> str:
+    return (
+        f"{shown(place)} holds {missing} and no {TAR_SUFFIX} files; make shards with `basestone prepare`, "
+        f"or give {TAR_SUFFIX} or Megatron {BIN_SUFFIX} files"
+    )
+
+
+def _names_shards(name: str) -> bool:
+    path = name if is_local(name) else name.partition("?")[0]
+    return path.endswith((TAR_SUFFIX, BIN_SUFFIX))
+
+
+def _matches(name: str, missing: str) -> list[str]:
     if is_local(name):
         name = os.path.abspath(name)
+        if os.path.isfile(name):
+            return [name]
         if os.path.isdir(name):
-            return sorted(str(path) for path in Path(name).glob(f"*{TAR_SUFFIX}"))
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        return [path for path in found if os.path.isfile(path)]
-    if name.endswith((TAR_SUFFIX, BIN_SUFFIX)) and "*" not in name:
+            tars = sorted(str(path) for path in Path(name).glob(f"*{TAR_SUFFIX}"))
+            if not tars:
+                raise DataConfigError(_nothing(name, missing))
+            return tars
+        return sorted(path for path in glob.glob(name) if os.path.isfile(path))
+    if _names_shards(name) and "*" not in name:
         return [name]
     if name.startswith(("http://", "https://")):
         raise DataConfigError(
-            f"{shown(name)} holds no {MANIFEST_NAME}, and http servers do not list files; name the shards, for example "
+            f"{shown(name)} holds {missing}, and http servers do not list files; name the shards, for example "
             f"{shown(name).rstrip('/')}/{{000..127}}{TAR_SUFFIX}, or run `basestone data index` on them"
         )
     filesystem, path = open_filesystem(name)

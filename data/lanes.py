@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from .config import ReadingConfig
 from .errors import DataConfigError, DataError
 from .mixing import Mix
 from .order import hash_integers, permute_all, permute_index
 from .packing import CURSOR_COLUMNS, BestFitPacker, Cursor, Packer, SplitPacker, window_chunks
 from .parts import PartCutter
+from .quarantine import Quarantine
 from .shards import ShardSet
 from .tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ USUAL_TOKEN_BYTES = 4  # of text, where only its size is known
 class Source:
     """Order the chunks of some shard sets, endlessly, and read their documents as tokens.
 
-    A chunk that cannot be read is an error, or is passed over and remembered: see ``reading.on_bad_chunk``.
+    A chunk that cannot be read is an error, or is passed over and remembered: see quarantine.py.
     """
 
     def __init__(
@@ -43,24 +43,25 @@ class Source:
         tokenizer: Tokenizer,
         seed: int,
         *,
-        reading: ReadingConfig,
+        number: int = 0,
+        quarantine: Quarantine | None = None,
         pool: ThreadPoolExecutor | None = None,
     ) -> None:
         """Check that token blocks were made with this tokenizer; raises DataConfigError where not.
 
-        ``pool`` reads chunks ahead that lie behind a network.
+        ``number`` is that of the source for ``quarantine``, without which what cannot be read is an error. ``pool``
+        reads chunks ahead that lie behind a network.
         """
         for shard_set in shard_sets:
             check_tokenizer(shard_set, tokenizer)
-        self._shard_sets, self._seed, self._reading = shard_sets, seed, reading
+        self._shard_sets, self._seed = shard_sets, seed
+        self._number, self.quarantine = number, quarantine
         self.parts = PartCutter(tokenizer)
         self._pool = pool if any(shard_set.is_remote for shard_set in shard_sets) else None
         self._ahead: dict[int, Future[bytes]] = {}
         self._ends = np.cumsum([shard_set.num_chunks for shard_set in shard_sets])
         self.num_chunks = int(self._ends[-1])
         self.num_bytes = sum(shard_set.num_bytes for shard_set in shard_sets)
-        self._bad_chunks: dict[int, int] = {}  # number -> bytes
-        self._news: list[dict[str, Any]] = []
 
     @property
     def num_tokens(self) -> int | None:
@@ -102,9 +103,9 @@ class Source:
         except DataConfigError:
             raise
         except DataError as error:
-            if self._reading.on_bad_chunk == "raise":
+            if self.quarantine is None:
                 raise
-            self._quarantine(number, int(shard_set.chunks[chunk, 2]), error)
+            self.quarantine.add(self._number, number, int(shard_set.chunks[chunk, 2]), error)
             return []
         epoch = ordinal // self.num_chunks
         order = permute_all(len(documents), hash_integers(self._seed, epoch, number, DOCUMENT_ORDER))
@@ -119,39 +120,13 @@ class Source:
         shard_set = self._shard_sets[place]
         return shard_set, number - int(self._ends[place]) + shard_set.num_chunks
 
-    def know_bad(self, sizes: Mapping[int, int]) -> None:
-        """Count chunks (number -> bytes) as in quarantine that were found before."""
-        self._bad_chunks.update(sizes)
-
-    def take_news(self) -> list[dict[str, Any]]:
-        """Return the chunks that were put into quarantine since the last call: number, bytes, what is wrong."""
-        news, self._news = self._news, []
-        return news
-
-    def _quarantine(self, number: int, num_bytes: int, error: DataError) -> None:
-        if number not in self._bad_chunks:
-            self._bad_chunks[number] = num_bytes
-            self._news.append({"chunk": number, "bytes": num_bytes, "problem": str(error)})
-        check_bad_bytes(
-            sum(self._bad_chunks.values()), self.num_bytes, self._reading.max_bad_fraction, str(error)
-        )
-
-
-def check_bad_bytes(bad: int, total: int, max_bad_fraction: float, last: str) -> None:
-    """Raise DataError where more than ``max_bad_fraction`` of the bytes is bad; ``last`` is the newest problem."""
-    if bad > max_bad_fraction * total:
-        raise DataError(
-            f"{bad} of {total} bytes cannot be read, more than reading.max_bad_fraction = {max_bad_fraction}; mend the "
-            f"shards (`basestone data verify` names what is damaged) or raise it; the last: {last}"
-        )
-
 
 class LaneDocuments:
     """The chunks of a source that one lane takes: see packing.Documents."""
 
     def __init__(self, source: Source, lane: int, num_lanes: int) -> None:
         self._source, self._lane, self._num_lanes = source, lane, num_lanes
-        self.cut, self.tokenize = source.parts.cut, source.parts.tokenize
+        self.cut, self.tokenize, self.num_chunks = source.parts.cut, source.parts.tokenize, source.num_chunks
 
     def read(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
         """Return the documents of the lane's chunk with this number, in training order."""
@@ -255,10 +230,7 @@ class LaneGroup:
             self._next += 1
             if self._next == len(self._own_lanes):
                 self._next, self._cycle = 0, self._cycle + 1
-        news = tuple(
-            {"source": number, **item} for number, one in enumerate(self._sources) for item in one.take_news()
-        )
-        return SampleGroup(ids, sources, cursors, lengths, num_starts, np.array(starts, np.int64), tokens, news)
+        return SampleGroup(ids, sources, cursors, lengths, num_starts, np.array(starts, np.int64), tokens)
 
     def _cursor(self, source: int, lane: int) -> Cursor:
         return self._cursors.setdefault((source, lane), Cursor())

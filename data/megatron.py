@@ -54,6 +54,7 @@ def index_megatron(
                 "that made it"
             )
         index.chunks.append((offset, length, last + 1 - first, zlib.crc32(content)))
+        index.lengths_crc32.append(zlib.crc32(lengths[first : last + 1].astype(LENGTHS_DTYPE).tobytes()))
         first, offset = last + 1, offset + length
     index.num_documents, index.num_tokens = len(lengths), int(lengths.sum())
     return index, lengths.astype(LENGTHS_DTYPE), dtype

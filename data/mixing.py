@@ -43,7 +43,10 @@ class Mix:
         assert phases and phases[0].first_sample == 0
         self._seed = seed
         self._firsts = [phase.first_sample for phase in phases]
-        self._bounds = [tuple(accumulate(phase.weights)) for phase in phases]
+        # in parts of the largest, so that no sum overflows
+        self._bounds = [
+            tuple(accumulate(weight / max(phase.weights) for weight in phase.weights)) for phase in phases
+        ]
         self._num_sources = len(phases[0].weights)
 
     def source_of(self, sample: int) -> int:
@@ -68,7 +71,8 @@ def mix_weights(
         return tuple(float(source.weight or 0.0) for source in sources)
     if sources[0].epochs is not None:
         return tuple(float(source.epochs or 0.0) * size for source, size in zip(sources, sizes, strict=True))
-    return tuple(float(size) ** (1.0 / (temperature or 1.0)) for size in sizes)
+    # in parts of the largest: no power of them overflows
+    return tuple((size / max(sizes)) ** (1.0 / (temperature or 1.0)) for size in sizes)
 
 
 def comparable_sizes(

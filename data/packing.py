@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from .errors import DataError
 from .order import hash_integers, permute_all
 from .parts import DocumentPart
 
@@ -30,7 +31,9 @@ class Cursor:
 
 
 class Documents(Protocol):
-    """The documents of one lane of one source."""
+    """The documents of one lane of one source, which has ``num_chunks`` chunks for all lanes."""
+
+    num_chunks: int
 
     def read(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
         """Return the documents of the lane's chunk with this number, in training order."""
@@ -97,9 +100,10 @@ class SplitPacker:
 
     def _current_part(self) -> np.ndarray:
         """Return the tokens of the part under the cursor, moving past what is used up."""
-        cursor = self.cursor
+        cursor, first_chunk = self.cursor, self.cursor.chunk
         while True:
             if self._open_chunk != cursor.chunk:
+                _check_progress(cursor.chunk - first_chunk, self._source)
                 documents = self._source.read(cursor.chunk)
                 self._parts = [part for document in documents for part in self._source.cut(document)]
                 self._open_chunk = cursor.chunk
@@ -135,9 +139,10 @@ class BestFitPacker:
 
     def fill(self, row: np.ndarray) -> tuple[int, list[int]]:
         """See Packer."""
-        cursor = self.cursor
+        cursor, first_chunk = self.cursor, self.cursor.chunk
         while True:
             if self._open_window != cursor.chunk:
+                _check_progress(cursor.chunk - first_chunk - self._window_chunks, self._source)
                 self._sequences = self._pack_window(len(row))
                 self._open_window = cursor.chunk
             if cursor.part < len(self._sequences):
@@ -166,6 +171,15 @@ class BestFitPacker:
         sequences = best_fit([piece for piece in pieces if len(piece) > 1], size)
         order = permute_all(len(sequences), hash_integers(self._key, self.cursor.chunk))
         return [sequences[number] for number in order]
+
+
+def _check_progress(num_chunks: int, source: Documents) -> None:
+    """Refuse to look for ever: after so many chunks of a lane it has seen each of them, and none gave a sequence."""
+    if num_chunks > source.num_chunks:
+        raise DataError(
+            "a whole pass over the data gave nothing to train on: no document of two tokens or more could be read; "
+            "look at the shards with `basestone data inspect`"
+        )
 
 
 def best_fit(pieces: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]]:

@@ -44,7 +44,7 @@ class StreamPosition:
         self._fingerprints = list(fingerprints)
         self._own_lanes, self._is_first = own_lanes, is_first
         self._cursors = np.zeros((len(self._names), len(own_lanes), CURSOR_COLUMNS), np.int64)
-        self._samples = np.zeros(len(self._names), np.int64)
+        self.samples = np.zeros(len(self._names), np.int64)
         self._left_out: list[dict[str, Any]] = []
         self._identity = {
             "version": STATE_VERSION,
@@ -68,7 +68,7 @@ class StreamPosition:
         # numpy assigns in order where an index comes more than once, so the last one of a lane and source stays
         rows = np.searchsorted(self._own_lanes, group.ids % self._identity["num_lanes"])
         self._cursors[group.sources, rows] = group.cursors
-        self._samples += np.bincount(group.sources, minlength=len(self._names))
+        self.samples += np.bincount(group.sources, minlength=len(self._names))
         self.sample += global_batch
 
     def state(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class StreamPosition:
             {
                 "name": name,
                 "fingerprint": self._fingerprints[number],
-                "samples": int(self._samples[number]),
+                "samples": int(self.samples[number]),
                 "bad_chunks": sorted(
                     [chunk, size] for (source, chunk), size in self.bad_chunks.items() if source == number
                 ),
@@ -133,17 +133,17 @@ class StreamPosition:
     def _by_present_name(self, sources: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Give the state's sources by name; one of the same content that has another name now is known again."""
         known = {source["name"] for source in sources}
-        new = {
-            fingerprint: name
-            for name, fingerprint in zip(self._names, self._fingerprints, strict=True)
-            if name not in known
-        }
-        return {
-            source["name"]
-            if source["name"] in self._names
-            else new.get(source["fingerprint"], source["name"]): source
-            for source in sources
-        }
+        new = [row for row in zip(self._fingerprints, self._names, strict=True) if row[1] not in known]
+        found: dict[str, dict[str, Any]] = {}
+        for source in sources:
+            name = source["name"]
+            if name not in self._names:
+                renamed = next((row for row in new if row[0] == source["fingerprint"]), None)
+                if renamed is not None:
+                    new.remove(renamed)
+                    name = renamed[1]
+            found[name] = source
+        return found
 
     def _restore_source(self, number: int, source: dict[str, Any] | None) -> None:
         if source is None:
@@ -152,7 +152,7 @@ class StreamPosition:
         for row, lane in enumerate(self._own_lanes):
             self._cursors[number, row] = cursors.get(int(lane), (0, 0, 0))
         self.bad_chunks |= {(number, int(chunk)): int(size) for chunk, size in source["bad_chunks"]}
-        self._samples[number] = source["samples"] if self._is_first else 0
+        self.samples[number] = source["samples"] if self._is_first else 0
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -59,7 +59,9 @@ class ShardSet:
     tokenizer_sha256: str | None
     fingerprint: str
     reader: RangeReader
+    name: str | None = None  # what the user called it, where that is another place
     token_dtype: str | None = None  # of Megatron's files
+    lengths_crc32: tuple[int, ...] = ()  # and for each chunk of the part of the file of lengths
 
     @property
     def num_chunks(self) -> int:
@@ -89,7 +91,7 @@ class ShardSet:
     @property
     def place_shown(self) -> str:
         """Return the directory as messages may show it."""
-        return shown(self.place)
+        return self.name or shown(self.place)
 
     @cached_property
     def _first_documents(self) -> np.ndarray:
@@ -118,6 +120,7 @@ class ShardSet:
                 join(self.place, LENGTHS_NAME),
                 first * LENGTHS_DTYPE.itemsize,
                 num_samples * LENGTHS_DTYPE.itemsize,
+                crc32=self.lengths_crc32[chunk],
             )
             tokens = np.frombuffer(content, self.token_dtype)
             return split_documents(tokens, np.frombuffer(lengths, LENGTHS_DTYPE).astype(np.int64))
@@ -168,7 +171,10 @@ def manifest_fingerprint(kind: str, shards: Sequence[dict[str, Any]], tokenizer_
     content = [
         kind,
         tokenizer_sha256,
-        [[shard["bytes"], shard["samples"], shard["chunks"]] for shard in shards],
+        [
+            [shard["bytes"], shard["samples"], shard["chunks"], *shard.get("lengths_crc32", ())]
+            for shard in shards
+        ],
     ]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
@@ -179,12 +185,15 @@ def write_manifest(
     *,
     tokenizer_sha256: str | None,
     token_dtype: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Write ``manifest.json`` for shards that were indexed; return the manifest.
 
+    ``name`` is what messages call the directory, by default its place.
+
     A directory of tokens records their number and the tokenizer, one of Megatron's files their type, too.
     """
-    kinds = sorted({index.kind for index in indexes})
+    kinds = sorted({index.kind for index in indexes if index.num_documents})
     if len(kinds) > 1:
         raise DataError(f"{directory} mixes shards of {' and '.join(kinds)}; keep them in separate directories")
     kind = kinds[0] if kinds else (TOKENS_KIND if tokenizer_sha256 else TEXT_KIND)
@@ -194,6 +203,7 @@ def write_manifest(
             "bytes": index.num_bytes,
             "samples": index.num_samples,
             "chunks": [list(row) for row in index.chunks],
+            **({"lengths_crc32": index.lengths_crc32} if index.lengths_crc32 else {}),
         }
         for index in indexes
     ]
@@ -208,8 +218,7 @@ def write_manifest(
     if kind in (TOKENS_KIND, MEGATRON_KIND):
         manifest["tokens"] = sum(index.num_tokens for index in indexes)
         manifest["tokenizer_sha256"] = tokenizer_sha256
-    if token_dtype is not None:
-        manifest["token_dtype"] = token_dtype
+    manifest |= {key: value for key, value in (("token_dtype", token_dtype), ("name", name)) if value}
     content = json.dumps(manifest, separators=(",", ":"), sort_keys=True) + "\n"
     write_atomic(directory / MANIFEST_NAME, content.encode())
     return manifest
@@ -309,6 +318,10 @@ def _check_directory(place: str, manifest: str) -> None:
     """Say of a local directory what is missing."""
     if not is_local(place):
         return
+    if Path(place).is_file():
+        raise DataConfigError(
+            f"{place} is no shard directory; index it with `data index {place} --out DIRECTORY`"
+        )
     if not Path(place).is_dir():
         raise DataConfigError(f"shard directory {place} does not exist; make it with `prepare`")
     if not Path(manifest).is_file():
@@ -346,7 +359,9 @@ def _parse_manifest(content: bytes, place: str, reader: RangeReader) -> ShardSet
             tokenizer_sha256=manifest.get("tokenizer_sha256"),
             fingerprint=found,
             reader=reader,
+            name=manifest.get("name"),
             token_dtype=manifest.get("token_dtype"),
+            lengths_crc32=tuple(crc32 for shard in shards for crc32 in shard.get("lengths_crc32", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

@@ -33,7 +33,7 @@ class StreamBatch:
     sources: np.ndarray
 
 
-COUNTERS = ("retries", "cache_hits", "bytes_read", "bad_chunks", "bad_bytes")
+COUNTERS = ("retries", "cache_hits", "bytes_read", "bad_chunks")
 
 
 class TokenStream:
@@ -67,7 +67,6 @@ class TokenStream:
         self._settings, self._global_batch, self._num_readers = settings, global_batch, num_readers
         opened = OpenedSources(settings)
         self._pad, self._dtype = opened.tokenizer.pad, token_dtype(opened.tokenizer.vocab_size)
-        self.source_names = tuple(source.name for source in settings.sources)
         self.num_bytes = opened.num_bytes
         own_lanes = np.arange(reader, settings.lanes, num_readers)
         self._position = StreamPosition(
@@ -89,6 +88,16 @@ class TokenStream:
     def position(self) -> int:
         """Return the number of global samples handed out by all readers together."""
         return self._position.sample
+
+    @property
+    def samples(self) -> list[int]:
+        """Return the samples of each source that were handed out: the first reader's are those of all at a resume."""
+        return self._position.samples.tolist()
+
+    @property
+    def bad_chunks(self) -> dict[tuple[int, int], int]:
+        """Return the chunks in quarantine that this reader knows of, (source, chunk) -> bytes."""
+        return dict(self._position.bad_chunks)
 
     @property
     def changes(self) -> list[str]:
@@ -129,15 +138,14 @@ class TokenStream:
         """Return what was handed out and met since the last call.
 
         That is the samples of each source, int64 [num_sources], and by name (``COUNTERS``) the reads tried again, the
-        chunks that the cache had, the bytes read from the places themselves, and the chunks put into quarantine and
-        their bytes.
+        chunks that the cache had, the bytes read from the places themselves, and the chunks put into quarantine.
         """
         samples, counts = self._samples, self._counts
         self._samples, self._counts = np.zeros_like(samples), dict.fromkeys(COUNTERS, 0)
         return samples, counts
 
     def take_news(self) -> list[dict[str, Any]]:
-        """Return the chunks put into quarantine since the last call: source, chunk, bytes, problem."""
+        """Return the chunks put into quarantine since the last call: source's number, chunk, bytes, problem."""
         news, self._news = self._news, []
         return news
 
@@ -186,8 +194,7 @@ class TokenStream:
             if key not in self._position.bad_chunks:  # another worker may have met it in another epoch
                 self._position.bad_chunks[key] = item["bytes"]
                 self._counts["bad_chunks"] += 1
-                self._counts["bad_bytes"] += item["bytes"]
-                self._news.append({**item, "source": self.source_names[item["source"]]})
+                self._news.append(item)
 
     def _start_readers(self, opened: OpenedSources, own_lanes: np.ndarray, workers: int) -> None:
         num_groups = min(max(workers, 1), len(own_lanes))

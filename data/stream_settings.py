@@ -12,6 +12,7 @@ from .config import ReadingConfig
 from .errors import DataConfigError, DataError
 from .lanes import Source, data_fingerprint
 from .mixing import Mix, MixPhase, SourceSettings, comparable_sizes, mix_weights
+from .quarantine import Quarantine
 from .reading.reader import RangeReader
 from .shards import open_filled_shard_set
 from .tokenizer import Tokenizer
@@ -70,11 +71,13 @@ class OpenedSources:
             [open_filled_shard_set(place, self.reader) for place in source.places]
             for source in settings.sources
         ]
+        self.num_bytes = sum(shard_set.num_bytes for sets in shard_sets for shard_set in sets)
+        self.quarantine = Quarantine(reading, self.num_bytes)
         self.sources = [
-            Source(sets, self.tokenizer, settings.seed, reading=reading, pool=pool) for sets in shard_sets
+            Source(sets, self.tokenizer, settings.seed, number=number, quarantine=self.quarantine, pool=pool)
+            for number, sets in enumerate(shard_sets)
         ]
         self.fingerprints = tuple(data_fingerprint(sets) for sets in shard_sets)
-        self.num_bytes = sum(source.num_bytes for source in self.sources)
         self.mix = Mix(self._phases(settings), settings.seed)
 
     def check_same(self, fingerprints: Sequence[str]) -> None:

@@ -88,9 +88,8 @@ class LocalReader:
     def __init__(self, opened: OpenedSources, task: LaneTask) -> None:
         """Start at the task's cursors."""
         settings = task.settings
-        self._counters = opened.reader.counters
-        for number, source in enumerate(opened.sources):
-            source.know_bad({chunk: size for owner, chunk, size in task.bad_chunks if owner == number})
+        self._counters, self._quarantine = opened.reader.counters, opened.quarantine
+        self._quarantine.know(task.bad_chunks)
         self._group = LaneGroup(
             opened.sources,
             opened.mix,
@@ -107,7 +106,7 @@ class LocalReader:
     def read(self, count: int) -> SampleGroup:
         """Return the next ``count`` samples."""
         group = self._group.read(count)
-        return replace(group, news=(*group.news, self._counters.take()))
+        return replace(group, news=(*self._quarantine.take_news(), self._counters.take()))
 
     def close(self) -> None:
         """Do nothing: there is no process to end."""

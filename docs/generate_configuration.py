@@ -20,13 +20,13 @@ HEAD = """# The run file
 A run is one TOML file. `basestone train run.toml --dry-run` prints what follows from it and starts nothing.
 
 * `--set section.key=value` overrides a key; it may be given many times. The value is a TOML value, or a plain word.
-  Setting one of `train.steps` and `train.tokens` replaces the other.
+  Setting one of `train.steps` and `train.tokens`, or of `data.train` and `data.sources`, replaces the other.
 * Paths in the file are relative to the file, paths in `--set` to the working directory. `builtin:python` is no path
   but the embedded corpus, which prepares itself on first use.
 * An unknown key or a wrong value is refused before anything starts: all errors at once, each with its dotted name.
 * *Fixed* keys must be the checkpoint's when a run is resumed; differences are refused, all in one message. *Free*
-  keys may change, and the file given to the resume wins. `data.train` and `data.tokenizer` are compared by content:
-  their paths may change.
+  keys may change, and the file given to the resume wins. Shards and tokenizer are compared by content:
+  their places may change.
 * The resolved file lies in the run directory as `run.toml` and is itself a run file.
 """
 NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.lanes import check_bad_bytes
 from ..data.mixing import SourceSettings
 from ..data.position import merge_states
+from ..data.quarantine import check_bad_bytes
 from ..data.stream import COUNTERS, TokenStream
 from ..data.stream_settings import StreamSettings
 from .batch import marks_of, share
@@ -44,11 +44,12 @@ class Feed:
                 workers=workers,
                 state=state,
             )
-        before = {source["name"]: source for source in state["sources"]} if state else {}
-        self._samples = [before.get(name, {}).get("samples", 0) for name in self._names]
+        # The first reader's position knows sources that have another name now, and counts for all.
+        known = (
+            (self._stream.samples, self._stream.bad_chunks, self._stream.num_bytes) if self._stream else None
+        )
+        self._samples, self._bad_chunks, self._num_bytes = runtime.broadcast(known)
         self._counts = dict.fromkeys(COUNTERS, 0)
-        bad = [size for name in self._names for _, size in before.get(name, {}).get("bad_chunks", ())]
-        self._counts["bad_chunks"], self._counts["bad_bytes"] = len(bad), sum(bad)
 
     @property
     def changes(self) -> list[str]:
@@ -75,7 +76,7 @@ class Feed:
         return [*map(float, samples), *(float(counts[name]) for name in COUNTERS)]
 
     def add_counts(self, counts: Sequence[float]) -> list[dict[str, Any]]:
-        """Take the sums over all ranks; return the chunks put into quarantine, on rank 0 those of all readers.
+        """Take the sums over all ranks; return the chunks that are new in quarantine, of all readers.
 
         Raises:
             DataError: on every rank, where more than `reading.max_bad_fraction` of the bytes is in quarantine.
@@ -88,10 +89,15 @@ class Feed:
         if not met["bad_chunks"]:
             return []
         found = self._runtime.gather_all(self._stream.take_news() if self._stream is not None else [])
-        news = [item for items in found for item in items]
-        total = self._runtime.broadcast(self._stream.num_bytes if self._stream is not None else 0)
-        limit = self._resolved.run.reading.max_bad_fraction
-        check_bad_bytes(self._counts["bad_bytes"], total, limit, news[-1]["problem"])
+        news = []
+        for item in (item for items in found for item in items):
+            key = item["source"], item["chunk"]
+            if key not in self._bad_chunks:  # several readers may come to a chunk, in epochs of their own
+                self._bad_chunks[key] = item["bytes"]
+                news.append({**item, "source": self._names[item["source"]]})
+        if news:
+            limit = self._resolved.run.reading.max_bad_fraction
+            check_bad_bytes(sum(self._bad_chunks.values()), self._num_bytes, limit, news[-1]["problem"])
         return news
 
     def record(self) -> dict[str, Any]:
@@ -100,8 +106,8 @@ class Feed:
             "data_bytes_read": self._counts["bytes_read"],
             "data_retries": self._counts["retries"],
             "data_cache_hits": self._counts["cache_hits"],
-            "data_bad_chunks": self._counts["bad_chunks"],
-            "data_bad_bytes": self._counts["bad_bytes"],
+            "data_bad_chunks": len(self._bad_chunks),
+            "data_bad_bytes": sum(self._bad_chunks.values()),
         }
         if len(self._names) > 1:
             total = max(1, sum(self._samples))

@@ -61,7 +61,10 @@ def shown(place: str) -> str:
     """Return a place as messages may show it: without user, password and query, which may hold secrets."""
     if is_local(place) or place.startswith(PIPE_PREFIX):
         return place
-    parts = urlsplit(place)
+    try:
+        parts = urlsplit(place)
+    except ValueError:  # whoever reads it will say so
+        return f"{place.partition('://')[0]}://..."
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
@@ -141,7 +144,8 @@ class HttpFiles:
         try:
             response = self._pool.request(method, url, headers=merged, preload_content=False)
         except self._urllib3.exceptions.LocationValueError as error:
-            raise ReadError(_one_line(error), transient=False) from error
+            # its own text holds the whole URL, password and all
+            raise ReadError("this URL cannot be parsed", transient=False) from error
         except (self._urllib3.exceptions.HTTPError, OSError) as error:
             raise ReadError(_one_line(error), transient=True) from error
         if response.status >= 400:
@@ -211,7 +215,7 @@ class PipeFiles:
 
     def _start(self, url: str) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         try:
-            words = shlex.split(url.removeprefix(PIPE_PREFIX))
+            words = shlex.split(url.removeprefix(PIPE_PREFIX)) or [""]
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         except (OSError, ValueError, IndexError) as error:
             raise ReadError(f"the command cannot be started: {error}", transient=False) from error

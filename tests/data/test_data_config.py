@@ -71,7 +71,7 @@ def sources(**changes: dict) -> dict:
             sources(first={"weight": 1.0}, second={"weight": 1.0}, temperature=2.0),
             "mixes by size, and the sources have weight or epochs; take one of them out",
         ),
-        (sources(temperature=0.0), "greater than 0"),
+        (sources(temperature=0.0), "greater than or equal to 0.1"),
         (sources(mix=[{"weights": {"web": 1.0}}]), "needs one of until_step and until_tokens"),
         (
             sources(mix=[{"weights": {"web": 1.0}, "until_step": 1, "until_tokens": 5}]),

@@ -134,6 +134,46 @@ def test_places_that_name_nothing_are_refused(place: str, message: str, bare: Pa
         indexer(tmp_path).indexed(place.format(bare=bare))
 
 
+def test_what_a_directory_or_url_lacks_is_said_in_the_users_words(
+    bare: Path, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataConfigError, match=r"/x\{0\.\.3\.tar: a brace is left open; write \{000\.\.127\}"):
+        indexer(tmp_path).indexed(f"{bare}/x{{0..3.tar")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write_tar(empty / "a.tar", [])
+    with pytest.raises(DataConfigError, match=rf"^{empty} holds no documents"):
+        open_stream([indexer(tmp_path).indexed(str(empty))], model, sequence_length=8, global_batch=2, seed=1)
+    with serving(bare) as server:
+        with pytest.raises(
+            DataConfigError, match=r"holds no manifest.json that can be read \(status 404\), and http"
+        ):
+            indexer(tmp_path).indexed(f"{server.url}/dir")
+        signed = indexer(tmp_path).indexed(f"{server.url}/00000.tar?sig=secret")
+        assert open_shard_set(signed, RangeReader()).place_shown == f"{server.url}/00000.tar"
+        assert verify_directory(signed) == []
+
+
+def test_files_of_just_that_name_come_before_patterns(bare: Path, tmp_path: Path) -> None:
+    for name in ("x[1].tar", "y{1,2}.tar", "z*.tar"):
+        shutil.copy(bare / "00000.tar", tmp_path / name)
+        assert find_shards(str(tmp_path / name), RangeReader()) == [str(tmp_path / name)]
+
+
+def test_an_empty_tar_among_others_says_nothing_of_their_kind(
+    token_shards: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for tar in (token_shards / "train").glob("*.tar"):
+        shutil.copy(tar, folder)
+    write_tar(folder / "empty.tar", [])
+    shards = open_shard_set(indexer(tmp_path, model).indexed(str(folder)))
+    assert (
+        shards.kind == "tokens" and shards.num_documents == open_shard_set(token_shards / "train").num_documents
+    )
+
+
 def test_an_index_of_shards_elsewhere_is_a_directory_of_its_own(
     bare: Path, text_shards: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +320,35 @@ def test_damaged_megatron_files_are_refused(
     damage(tmp_path / "corpus.bin", tmp_path / "corpus.idx")
     with pytest.raises(DataError, match=message):
         indexer(tmp_path, model).indexed(str(tmp_path / "corpus.bin"))
+
+
+def test_lengths_of_documents_are_checked_and_belong_to_the_data(
+    megatron: Path, model: Path, tmp_path: Path
+) -> None:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(megatron.with_suffix(suffix), tmp_path)
+    place = Path(indexer(tmp_path, model).indexed(str(tmp_path / "corpus.bin")))
+    lengths = place / "documents.len.u32"
+    content = lengths.read_bytes()
+    swapped = np.frombuffer(content, "<u4").copy()
+    swapped[0] += 1
+    swapped[1] -= 1
+    lengths.write_bytes(swapped.tobytes())
+    (bad,) = verify_directory(place)
+    assert "documents.len.u32, bytes 0-" in bad["problem"] and "checksum is" in bad["problem"]
+    lengths.unlink()
+    assert len(verify_directory(place)) == open_shard_set(place).num_chunks
+    with pytest.raises(DataConfigError, match=r"corpus.bin is no shard directory; index it with `data index"):
+        open_shard_set(tmp_path / "corpus.bin")
+    before = open_shard_set(place, check_files=False).fingerprint
+    idx = tmp_path / "corpus.idx"
+    header = bytearray(idx.read_bytes())
+    bounds = np.frombuffer(bytes(header[-8 * 40 :]), "<i8").copy()  # another document ends elsewhere
+    bounds[10] += 1
+    header[-8 * 40 :] = bounds.tobytes()
+    idx.write_bytes(bytes(header))
+    other = Path(indexer(tmp_path, model).indexed(str(tmp_path / "corpus.bin")))
+    assert other != place and open_shard_set(other).fingerprint != before
 
 
 # ---- damage of any kind -------------------------------------------------------------------------------------

@@ -48,8 +48,10 @@ def test_weights_by_epochs_and_by_temperature() -> None:
     def named(**changes: float) -> list[SourceSettings]:
         return [SourceSettings(name, ("x",), **changes) for name in "ab"]
 
-    assert mix_weights(named(), [100, 400], None) == (100.0, 400.0)
-    assert mix_weights(named(), [100, 400], 2.0) == pytest.approx((10.0, 20.0))
+    assert mix_weights(named(), [100, 400], None) == (0.25, 1.0)
+    assert mix_weights(named(), [100, 400], 2.0) == pytest.approx((0.5, 1.0))
+    assert mix_weights(named(), [1, 10**15], 0.1) == pytest.approx((0.0, 1.0))
+    assert {Mix([MixPhase(0, (1e308, 1e308))], 1).source_of(sample) for sample in range(20)} == {0, 1}
     assert mix_weights(named(epochs=3.0), [100, 400], None) == (300.0, 1200.0)
     assert mix_weights(named(weight=0.5), [100, 400], None) == (0.5, 0.5)
     assert comparable_sizes([None, 7], [10, 20], "ab") == [10, 20]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import open_stream
 
+from basestone.data.errors import DataError
 from basestone.data.lanes import USUAL_TOKEN_BYTES
 from basestone.data.packing import (
     BestFitPacker,
@@ -30,7 +31,7 @@ class Chunks:
     """Documents of numbers that tell where they come from, in chunks."""
 
     def __init__(self, chunks: list[list[int]]) -> None:
-        self.chunks = chunks
+        self.chunks, self.num_chunks = chunks, len(chunks)
 
     def read(self, chunk: int) -> list[np.ndarray]:
         lengths = self.chunks[chunk % len(self.chunks)]
@@ -122,6 +123,18 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int]) -> None:
     assert [[len(piece) for piece in sequence] for sequence in got] == plain
     total = -(-sum(lengths) // size)
     assert len(got) <= max(total, 11 * total / 9 + 1), "Johnson 1973: at most 11/9 of the best, and one"
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_documents_that_give_nothing_are_an_error_not_an_endless_search(window: int) -> None:
+    packer = BestFitPacker(Chunks([[1, 1], [], [1]]), Cursor(), window, key=3)
+    with pytest.raises(DataError, match=r"a whole pass over the data gave nothing to train on"):
+        packer.fill(np.empty(8, np.int64))
+    with pytest.raises(DataError, match=r"a whole pass over the data gave nothing to train on"):
+        SplitPacker(Chunks([[], []]), Cursor()).fill(np.empty(8, np.int64))
+    late = SplitPacker(Chunks([[], [], [9]]), Cursor())
+    for _ in range(20):
+        late.fill(np.empty(8, np.int64))
 
 
 def test_positions_and_lengths_of_documents() -> None:

@@ -16,6 +16,8 @@ from basestone.data.config import ReadingConfig
 from basestone.data.errors import DataConfigError, DataError, DataStorageError
 from basestone.data.indexing import Indexer
 from basestone.data.lanes import Source
+from basestone.data.position import merge_states
+from basestone.data.quarantine import Quarantine
 from basestone.data.reading.reader import FIRST_WAIT_S, RangeReader
 from basestone.data.reading.transport import join, shown
 from basestone.data.shards import open_shard_set
@@ -75,6 +77,8 @@ def test_waits_grow_are_random_and_heed_the_server(folder: Path) -> None:
         ("{url}/none.tar", r"/none.tar, bytes 0-10: status 404; check that it is there"),
         ("http://127.0.0.1:1/x.tar", r"refused.*\(tried 2 times\); check that it is there"),
         ("http://user:secret@127.0.0.1:1/x.tar?key=secret", r"shard http://127.0.0.1:1/x.tar: |x.tar, bytes"),
+        ("http://user:secret@127.0.0.1:99999/x.tar", r"x.tar, bytes 0-10: this URL cannot be parsed; check"),
+        ("http://[bad/secret", r"http://\.\.\., bytes 0-10: this URL cannot be parsed"),
         ("s4://bucket/x.tar", r"the scheme s4:// is not known; use a path, http\(s\)://, s3://"),
         ("gs://bucket/x.tar", r"the scheme gs:// needs a package .*; pip install 'basestone\[gcs\]'"),
         ("pipe:cat x.tar", r"'pipe:cat x.tar' would run a command; set reading.allow_pipe = true"),
@@ -106,6 +110,8 @@ def test_pipes_give_what_the_command_writes(folder: Path) -> None:
         reader.read("pipe:cat /none", 0, 10)
     with pytest.raises(DataStorageError, match=r"cannot be started: .*No such file"):
         reader.read("pipe:/none/command", 0, 10)
+    with pytest.raises(DataStorageError, match=r"cannot be started: "):
+        reader.read("pipe:", 0, 10)
     with pytest.raises(DataStorageError, match=r"cannot be started: No closing quotation"):
         reader.read("pipe:cat 'x", 0, 10)
     marker = folder / "marker"
@@ -121,19 +127,21 @@ def test_places_are_joined_and_shown() -> None:
     assert shown("https://me:pw@host:80/d/c.tar?token=1#x") == "https://host:80/d/c.tar"
 
 
-def chunks_over(server, shards: Path, tokenizer: Path, num_reads: int, **settings) -> tuple[Source, int]:
+def chunks_over(server, shards: Path, tokenizer: Path, num_reads: int, **settings) -> tuple[Quarantine, int]:
     """Read chunks of a served directory until so many requests went wrong; compare each with the local file."""
     local = open_shard_set(shards)
     reading = ReadingConfig(**settings)
     reader = RangeReader(reading, sleep=lambda _: None)
     place = f"{server.url}/{shards.name}"
-    source = Source([open_shard_set(place, reader)], Tokenizer(tokenizer), 3, reading=reading)
-    expected = Source([local], Tokenizer(tokenizer), 3, reading=reading)
+    shards = open_shard_set(place, reader)
+    quarantine = Quarantine(reading, shards.num_bytes)
+    source = Source([shards], Tokenizer(tokenizer), 3, quarantine=quarantine)
+    expected = Source([local], Tokenizer(tokenizer), 3)
     ordinal = 0
     while sum(server.met.values()) < num_reads:
         assert source.read(ordinal) == expected.read(ordinal), f"chunk {ordinal} of the sequence"
         ordinal += 1
-    return source, ordinal
+    return quarantine, ordinal
 
 
 @pytest.mark.parametrize("num_reads", [400, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -142,8 +150,8 @@ def test_faults_that_pass_lose_nothing(num_reads: int, text_shards: Path, model:
     faults = (*FAULTS[:-1] * 10, "hang")
     settings = {"attempts": 8, "timeout_s": 0.5, "on_bad_chunk": "quarantine"}
     with serving(text_shards, fault_rate=0.6, faults=faults, most_in_a_row=4, hang_s=0.6) as server:
-        source, count = chunks_over(server, text_shards / "train", model, num_reads, **settings)
-        assert source.take_news() == [] and count > num_reads / 4
+        quarantine, count = chunks_over(server, text_shards / "train", model, num_reads, **settings)
+        assert quarantine.take_news() == () and count > num_reads / 4
         assert all(server.met[fault] > num_reads / 10 for fault in FAULTS[:-1]) and server.met["hang"] > 1
 
 
@@ -160,19 +168,76 @@ def test_damage_that_stays_loses_exactly_its_chunk(text_shards: Path, model: Pat
     reading = ReadingConfig(on_bad_chunk="quarantine", max_bad_fraction=0.5, attempts=8, timeout_s=0.5)
     with serving(tmp_path / "served", fault_rate=0.5, faults=FAULTS[:-1], most_in_a_row=2) as server:
         reader = RangeReader(reading, sleep=lambda _: None)
-        source = Source([open_shard_set(f"{server.url}/train", reader)], Tokenizer(model), 3, reading=reading)
-        expected = Source([local], Tokenizer(model), 3, reading=reading)
+        quarantine = Quarantine(reading, local.num_bytes)
+        remote = open_shard_set(f"{server.url}/train", reader)
+        source = Source([remote], Tokenizer(model), 3, quarantine=quarantine)
+        expected = Source([local], Tokenizer(model), 3)
         lost = 0
         for ordinal in range(2 * local.num_chunks):
             got, want = source.read(ordinal), expected.read(ordinal)
             assert got == want or got == []
             lost += not got
-    news = source.take_news()
+    news = quarantine.take_news()
     assert sorted(item["chunk"] for item in news) == bad and lost == 2 * len(bad)
     for item in news:
         shard, offset, length = (int(value) for value in local.chunks[item["chunk"], :3])
         assert f"{local.files[shard]}, bytes {offset}-{offset + length}: " in item["problem"]
         assert item["bytes"] == length
+
+
+@pytest.mark.parametrize(("readers", "workers"), [(1, 0), (1, 2), (3, 1)])
+def test_a_bad_chunk_is_told_once_by_a_reader_and_known_after_a_resume(
+    readers: int, workers: int, text_shards: Path, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(text_shards / "heldout", tmp_path / "train")
+    local = open_shard_set(tmp_path / "train")
+    file, length = tmp_path / "train" / local.files[0], int(local.chunks[0, 2])
+    content = bytearray(file.read_bytes())
+    content[length // 2] ^= 4
+    file.write_bytes(content)
+    reading = ReadingConfig(on_bad_chunk="quarantine", max_bad_fraction=0.9).model_dump()
+    arguments = {"sequence_length": 64, "global_batch": 6, "seed": 7, "reading": reading, "workers": workers}
+
+    def run(state, batches: int) -> tuple[list, dict]:
+        streams = [
+            open_stream(
+                [tmp_path / "train"], model, reader=reader, num_readers=readers, state=state, **arguments
+            )
+            for reader in range(readers)
+        ]
+        for _ in range(batches):
+            for stream in streams:
+                stream.next_batch()
+        news = [stream.take_news() for stream in streams]
+        merged = merge_states([stream.state() for stream in streams])
+        for stream in streams:
+            stream.close()
+        return news, merged
+
+    epochs = 3 * sum(len(text) for chunk in range(1, local.num_chunks) for text in local.read_documents(chunk))
+    batches = epochs // (6 * 64 * 2)  # each lane passes the chunk at some time
+    news, state = run(None, batches)
+    assert all(len(items) <= 1 for items in news) and any(news)
+    assert {(item["source"], item["chunk"], item["bytes"]) for items in news for item in items} == {
+        (0, 0, length)
+    }
+    assert state["sources"][0]["bad_chunks"] == [[0, length]]
+    again, state = run(state, batches)
+    assert not any(again) and state["sources"][0]["bad_chunks"] == [[0, length]]
+
+
+def test_the_limit_is_of_all_sources_together(text_shards: Path, model: Path) -> None:
+    quarantine = Quarantine(ReadingConfig(on_bad_chunk="quarantine", max_bad_fraction=0.5), 1000)
+    quarantine.know([(1, 5, 300)])
+    quarantine.add(0, 5, 200, DataError("first"))
+    quarantine.add(0, 5, 200, DataError("again"))
+    assert quarantine.take_news() == ({"source": 0, "chunk": 5, "bytes": 200, "problem": "first"},)
+    with pytest.raises(
+        DataError, match=r"501 of 1000 bytes cannot be read, more than .* 0.5; .*; the last: second"
+    ):
+        quarantine.add(1, 6, 1, DataError("second"))
+    with pytest.raises(DataStorageError, match="as it is"):
+        Quarantine(ReadingConfig(), 1000).add(0, 1, 1, DataStorageError("as it is"))
 
 
 def test_a_stream_over_http_is_the_local_one(text_shards: Path, model: Path) -> None:
@@ -229,7 +294,10 @@ def test_a_stream_from_s3_is_the_local_one(s3, text_shards: Path, model: Path, t
     assert open_shard_set(indexed, reader).fingerprint == open_shard_set(text_shards / "train").fingerprint
     with pytest.raises(DataStorageError, match=r"s3://corpus/none.tar, bytes 0-10: .*check that it is there"):
         reader.read("s3://corpus/none.tar", 0, 10)
-    with pytest.raises(DataConfigError, match=r"s3://corpus/empty/ holds no manifest.json and no .tar files"):
+    with pytest.raises(
+        DataConfigError,
+        match=r"s3://corpus/empty/ holds no manifest.json that can be read .* and no .tar files",
+    ):
         indexer.indexed("s3://corpus/empty/")
 
 

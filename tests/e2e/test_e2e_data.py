@@ -52,7 +52,10 @@ def test_a_mix_over_a_network_that_fails_trains_like_local_files(tmp_path, corpu
     done = basestone("train", run, "--run-dir", tmp_path / "local", *words(*ONE, "train.steps=8", *again))
     assert done.returncode == 0, done.stderr
     assert not [event for event in events_of(tmp_path / "local") if event["event"] == "data"]
-    assert set(steps_of(tmp_path / "local")[8]["data_shares"]) == {"b", "c"}
+    shares = steps_of(tmp_path / "local")[8]["data_shares"]
+    assert set(shares) == {"b", "c"} and shares["c"] * 64 >= last["data_shares"]["a"] * 48, (
+        "counted on, not anew"
+    )
 
 
 def damage(shards, out) -> dict:
@@ -88,16 +91,14 @@ def test_quarantine_passes_over_the_damaged_chunk_says_so_and_has_a_limit(tmp_pa
     run_dir = tmp_path / "run"
     done = basestone("train", run, "--run-dir", run_dir, *words(*changes, *quarantine, "data.workers=2"))
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
-    assert {(line["source"], line["chunk"], line["bytes"]) for line in lines} == {
-        ("train", bad["chunk"], bad["bytes"])
-    }
-    assert "checksum is" in lines[0]["problem"] and lines[0]["step"] >= 1
+    (line,) = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert (line["source"], line["chunk"], line["bytes"]) == ("train", bad["chunk"], bad["bytes"])
+    assert "checksum is" in line["problem"] and line["step"] >= 1
     assert f"passed over {bad['bytes']} bytes of train" in done.stderr
     last = steps_of(run_dir)[80]
-    assert last["data_bad_chunks"] >= 1 and last["data_bad_bytes"] == last["data_bad_chunks"] * bad["bytes"]
+    assert last["data_bad_chunks"] == 1 and last["data_bad_bytes"] == bad["bytes"]
 
-    # a resume remembers: nothing is counted twice by one reader, and the limit holds over attempts
+    # nothing is counted twice, by whichever reader or attempt: one more such chunk would be too many
     done = basestone("train", run, "--run-dir", run_dir, *words(*changes[:2], "train.steps=90", *quarantine))
     assert done.returncode == 0, done.stderr
-    assert steps_of(run_dir)[90]["data_bad_chunks"] >= last["data_bad_chunks"]
+    assert steps_of(run_dir)[90]["data_bad_chunks"] == 1
