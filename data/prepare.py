@@ -15,7 +15,7 @@ from typing import Any
 from .errors import DataConfigError
 from .preparing.contamination import write_test_ngrams
 from .preparing.document import load_tokenizer
-from .preparing.hooks import filter_digest, load_filter
+from .preparing.hooks import filter_digest
 from .preparing.pieces import OpenDocuments, PieceSummary, process_in_pieces
 from .preparing.place import unfinished_directory
 from .preparing.settings import (
@@ -125,7 +125,7 @@ def _check_input(sources: Sequence[str], settings: dict[str, Any]) -> tuple[Corp
     checks: list[Callable[[], Any]] = [
         lambda: CorpusSettings(**settings),
         lambda: find_named_files(sources),
-        *(lambda name=name: load_filter(name) for name in settings.get("filters", ())),
+        *(lambda name=name: filter_digest(name) for name in settings.get("filters", ())),
     ]
     if settings.get("tokenizer"):
         checks.append(lambda: load_tokenizer(settings["tokenizer"]))

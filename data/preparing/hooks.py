@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataConfigError
 
 Filter = Callable[[str], str | None]
 
 
-@cache
+@functools.cache
 def load_filter(name: str) -> Filter:
     """Import a filter ``MODULE:FUNCTION``; it takes a text and returns None, or the reason to drop it.
 
@@ -25,7 +26,7 @@ def load_filter(name: str) -> Filter:
         raise DataConfigError(f"filter {name!r} is not of the form MODULE:FUNCTION, like my_filters:is_english")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataConfigError(
             f"filter {name!r}: importing {module_name} failed ({type(error).__name__}: {error}); if its folder is "
             "not on Python's path, set PYTHONPATH to it"
@@ -47,7 +48,7 @@ def call_filter(name: str, text: str, origin: str) -> str | None:
         reason = load_filter(name)(text)
     except DataConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataConfigError(
             f"filter {name!r} failed on {origin} with {type(error).__name__}: {error}; repair it so that it returns "
             "None or a reason for every text"
@@ -60,9 +61,33 @@ def call_filter(name: str, text: str, origin: str) -> str | None:
 
 
 def filter_digest(name: str) -> str:
-    """Hash the file a filter stands in, to know a changed one; builtin functions have none."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(load_filter(name)))
-    except TypeError:
-        file = None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    """Hash the file that names a filter and the one that it is written in, to know a changed one.
+
+    Raises DataConfigError where one cannot be found: its changes would go unnoticed.
+    """
+    found = load_filter(name)
+    module = importlib.import_module(name.partition(":")[0])  # holds what a partial or an instance is made with
+    digest = hashlib.sha256()
+    for part in (module, _written_part(found)):
+        try:
+            digest.update(Path(inspect.getsourcefile(part) or "").read_bytes())
+        except (OSError, TypeError) as error:
+            raise DataConfigError(
+                f"filter {name!r}: its source cannot be found, so that changes to it would go unnoticed; give a plain "
+                "function that stands in a .py file"
+            ) from error
+    return digest.hexdigest()
+
+
+def _written_part(found: Any) -> Any:
+    """Return the function or class behind partials, wrappers, bound methods and instances that can be called."""
+    while not inspect.isfunction(found) or hasattr(found, "__wrapped__"):
+        if isinstance(found, functools.partial):
+            found = found.func
+        elif inspect.ismethod(found):
+            found = found.__func__
+        elif hasattr(found, "__wrapped__"):
+            found = found.__wrapped__
+        else:
+            return found if inspect.isclass(found) else type(found)
+    return found
