@@ -54,7 +54,7 @@ __all__ = [
 PIECES_NAME = "pieces"
 TEST_NGRAMS_NAME = "test-ngrams.npy"
 # Raised whenever what a piece holds changes: pieces of an older program are then not taken up
-PIECES_VERSION = 1
+PIECES_VERSION = 2
 CLEANING_PACKAGES = ("ftfy", "trafilatura", "lxml", "sentencepiece")
 
 

@@ -16,8 +16,8 @@ from ..errors import DataConfigError, DataError
 from ..index import ShardIndex
 from ..shards import MANIFEST_NAME, ShardWriter, open_shard_set, write_manifest
 from ..storage import rename_directory, storage_errors
-from .document import load_tokenizer
-from .settings import DEFAULT_CHUNK_BYTES, DEFAULT_SHARD_BYTES, missing_package
+from .document import NOT_TOKENISED, encode_document, load_tokenizer
+from .settings import DEFAULT_CHUNK_BYTES, DEFAULT_MIN_CHARS, DEFAULT_SHARD_BYTES, missing_package
 from .writing import HELDOUT_NAME, TRAIN_NAME
 
 try:
@@ -29,7 +29,7 @@ except ImportError as error:
 class ShardWriterStep(PipelineStep):
     """Write the documents of each task into ``out/train/rank_NNNNN`` and ``out/heldout/rank_NNNNN``.
 
-    Documents are cleaned as ``prepare`` does by default and held out by their content; what is empty or no
+    Documents are cleaned as ``prepare`` does by default and held out by their content; what is too short or no
     text is counted and left out. With a tokenizer the shards hold token blocks. Documents are passed on.
     """
 
@@ -83,16 +83,21 @@ class ShardWriterStep(PipelineStep):
         )
 
     def _write(self, text: str, writers: dict[str, ShardWriter]) -> None:
-        cleaned = clean_document(text, 0)
+        cleaned = clean_document(text, DEFAULT_MIN_CHARS)
         if isinstance(cleaned, str):
             self.stat_update(f"dropped_{cleaned}")
             return
+        tokens = None
+        if self.tokenizer is not None:
+            tokens = encode_document(load_tokenizer(self.tokenizer), cleaned.text)
+            if tokens is None:
+                self.stat_update(f"dropped_{NOT_TOKENISED}")
+                return
         name = HELDOUT_NAME if is_heldout(cleaned.digest, self.heldout_fraction) else TRAIN_NAME
         self.stat_update(name)
-        if self.tokenizer is None:
+        if tokens is None:
             writers[name].write_text(cleaned.text)
         else:
-            tokens = load_tokenizer(self.tokenizer).encode_document(cleaned.text)
             writers[name].write_tokens(tokens, len(cleaned.text.encode()))
 
 

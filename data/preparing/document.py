@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from .rules import apply_rules
 from .scrub import scrub
 from .settings import CorpusSettings
 from .web import extract_text
+
+NOT_TOKENISED = "not_tokenised"
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Outcome:
 def process_document(raw: RawDocument, settings: CorpusSettings, test_ngrams: Path | None) -> Outcome:
     """Extract, clean and judge one document; ``test_ngrams`` is the file to decontaminate with.
 
-    Order: extraction, ``fix_text``, cleaning, rules, filters, scrubbing, contamination. Held-out documents
-    are not compared with the test files: nothing is trained on them.
+    Order: extraction, ``fix_text``, cleaning, rules, filters, scrubbing, contamination. With the test files a
+    document is compared both as it will be written and as it was before ``fix_text``, rules and scrubbing: each
+    may hide what a test file holds. Held-out documents are not compared: nothing is trained on them.
     """
     raw = extract_text(raw, settings.keep_html)
     cleaned = raw.reason or _clean(raw.content, settings)
@@ -61,23 +65,51 @@ def process_document(raw: RawDocument, settings: CorpusSettings, test_ngrams: Pa
     if (
         test_ngrams
         and not is_heldout(document.digest, settings.heldout_fraction)
-        and is_contaminated(words, settings.ngram, test_ngrams)
+        and (
+            is_contaminated(words, settings.ngram, test_ngrams)
+            or any(
+                is_contaminated(find_words(version), settings.ngram, test_ngrams)
+                for version in _versions_before(raw, cleaned, settings)
+                if version != text
+            )
+        )
     ):
         return Outcome(raw.origin, raw.source, "contaminated")
+    tokens = encode_document(load_tokenizer(settings.tokenizer), text) if settings.tokenizer else None
+    if settings.tokenizer and tokens is None:
+        return Outcome(raw.origin, raw.source, NOT_TOKENISED)
     return Outcome(
         raw.origin,
         raw.source,
         document=document,
-        tokens=load_tokenizer(settings.tokenizer).encode_document(text) if settings.tokenizer else None,
+        tokens=tokens,
         bands=hash_bands(words, document.digest) if settings.near_duplicates else None,
         scrubbed=scrubbed,
     )
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray | None:
+    """Return a document's tokens with bos and eos, int32 [num_tokens + 2]; None where its tokenizer fails on it."""
+    try:
+        return tokenizer.encode_document(text)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise  # not of the text
+    except BaseException:  # a panic of a library in Rust is no Exception
+        return None
 
 
 @cache
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer once in each process."""
     return Tokenizer(path)
+
+
+def _versions_before(raw: RawDocument, cleaned: CleanDocument, settings: CorpusSettings) -> Iterator[str]:
+    """Give a document as it was before rules and scrubbing, and before ``fix_text``; line ends and such are clean."""
+    yield cleaned.text
+    as_read = clean_document(raw.content, 0) if settings.fix_text else cleaned
+    if isinstance(as_read, CleanDocument):
+        yield as_read.text
 
 
 def _clean(content: bytes | str, settings: CorpusSettings) -> CleanDocument | str:

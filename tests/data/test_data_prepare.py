@@ -1,5 +1,6 @@
 """Preparation: what is kept, what is dropped and why, and the same bytes each time."""
 
+import base64
 import gzip
 import json
 import os
@@ -179,6 +180,23 @@ def test_mistakes_are_named_and_leave_nothing(
     with pytest.raises(DataConfigError, match=message):
         prepare([str(sources)], tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_document_that_breaks_the_tokenizer_is_dropped(tmp_path: Path, workers: int) -> None:
+    """The pattern of cl100k gives up on very long runs of blanks, with a panic."""
+    ranks = tmp_path / "cl100k_base.tiktoken"
+    ranks.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    ranks.with_name(f"{ranks.name}.toml").write_text(
+        'preset = "cl100k_base"\n[specials]\n"<|endoftext|>" = 256\n'
+    )
+    documents = [f"one {LONG}", "x" + " " * 1_000_000 + "y", f"two {LONG}"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    report = prepare(
+        [str(tmp_path / "in.jsonl")], tmp_path / "out", tokenizer=ranks, heldout_fraction=0, workers=workers
+    )
+    assert report.dropped == {"not_tokenised": 1} and report.train_documents == 2
+    assert report.dropped_examples == {"not_tokenised": [f"{tmp_path}/in.jsonl:2"]}
 
 
 def test_sources_that_name_nothing(tmp_path: Path) -> None:

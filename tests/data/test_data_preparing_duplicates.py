@@ -9,6 +9,7 @@ import random
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,40 @@ def test_documents_that_share_words_with_a_test_are_dropped_from_training(tmp_pa
     assert report.train_fingerprint == json.loads((outs[0] / "report.json").read_text())["train_fingerprint"]
     more = prepare([source], tmp_path / "more", decontaminate=files, ngram=8, heldout_fraction=0)
     assert more.dropped["contaminated"] > len(gone)
+
+
+HARBOUR = "Every ship that comes in at night has to write to {} before it may leave the harbour in the morning."
+
+
+@pytest.mark.parametrize(
+    ("option", "document", "test"),
+    [
+        (
+            {"scrub": True},
+            HARBOUR.format("master@harbour.example.org"),
+            HARBOUR.format("master@harbour.example.org"),
+        ),
+        ({"fix_text": True}, HARBOUR.format("FlÃ¼sse"), HARBOUR.format("FlÃ¼sse")),
+        ({"fix_text": True}, HARBOUR.format("FlÃ¼sse"), HARBOUR.format("Flüsse")),
+        ({"rules": ("c4",)}, HARBOUR.format("the [3] master"), HARBOUR.format("the [3] master")),
+        ({"rules": ("c4",)}, HARBOUR.format("the\nMenu\nmaster"), HARBOUR.format("the\nMenu\nmaster")),
+    ],
+)
+def test_what_is_rewritten_is_compared_before_and_after(
+    tmp_path: Path, option: dict[str, Any], document: str, test: str
+) -> None:
+    """Each option would tear the shared run of words, which is not 13 on either side of the change."""
+    more = " Here stand enough sentences for all. They go on and on. And this is the last one of them."
+    write_lines(tmp_path / "in.jsonl", [f"{document}{more}", f"Nothing of it is shared with a test.{more}"])
+    (tmp_path / "test.txt").write_text(test)
+    report = prepare(
+        [str(tmp_path / "in.jsonl")],
+        tmp_path / "out",
+        decontaminate=(tmp_path / "test.txt",),
+        heldout_fraction=0,
+        **option,
+    )
+    assert report.dropped == {"contaminated": 1} and report.train_documents == 1
 
 
 def test_heldout_documents_may_share_words_with_a_test(tmp_path: Path) -> None:

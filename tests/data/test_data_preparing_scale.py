@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import sys
@@ -28,6 +29,7 @@ def read_share(data: Any, rank: int, world_size: int, *, file: Path) -> Iterator
         if number % world_size == rank:
             yield Document(text=str(raw.content), id=raw.origin)
     yield Document(text=" \n", id="empty")
+    yield Document(text=f"short {rank}", id="short")
 
 
 def documents_of(directory: Path) -> list[Any]:
@@ -61,7 +63,7 @@ def write(folder: Path, file: Path, **settings: Any) -> Path:
 def test_two_tasks_give_one_shard_set(lines: Path, tmp_path: Path) -> None:
     """The same documents as `prepare` gives, the same ones held out, and every chunk sound."""
     out = write(tmp_path, lines)
-    prepare([str(lines)], tmp_path / "alone", heldout_fraction=0.15, min_chars=0)
+    prepare([str(lines)], tmp_path / "alone", heldout_fraction=0.15)
     for part in ("train", "heldout"):
         opened, alone = open_shard_set(out / part), open_shard_set(tmp_path / "alone" / part)
         assert sorted(documents_of(out / part)) == sorted(documents_of(tmp_path / "alone" / part))
@@ -78,11 +80,16 @@ def test_two_tasks_give_one_shard_set(lines: Path, tmp_path: Path) -> None:
 
 def test_token_blocks(lines: Path, model: Path, tmp_path: Path) -> None:
     out = write(tmp_path, lines, tokenizer=model)
-    prepare([str(lines)], tmp_path / "alone", heldout_fraction=0.15, min_chars=0, tokenizer=model)
+    prepare([str(lines)], tmp_path / "alone", heldout_fraction=0.15, tokenizer=model)
     opened, alone = open_shard_set(out / "train"), open_shard_set(tmp_path / "alone" / "train")
     assert sorted(documents_of(out / "train")) == sorted(documents_of(tmp_path / "alone" / "train"))
     assert (opened.num_tokens, opened.tokenizer_sha256) == (alone.num_tokens, alone.tokenizer_sha256)
     assert opened.text_bytes == alone.text_bytes
+
+
+def long(*words: str) -> list[str]:
+    """Give texts that are not too short to be kept."""
+    return [f"{word} and some more words, so that it is kept" for word in words]
 
 
 def run_task(step: ShardWriterStep, texts: list[str], rank: int) -> None:
@@ -92,26 +99,38 @@ def run_task(step: ShardWriterStep, texts: list[str], rank: int) -> None:
 
 def test_tasks_that_are_missing_or_run_again(tmp_path: Path, model: Path, other_model: Path) -> None:
     step = ShardWriterStep(tmp_path / "out", heldout_fraction=0)
-    run_task(step, ["one", "two"], 0)
+    run_task(step, long("one", "two"), 0)
     with pytest.raises(
         DataError, match=r"lacks the shards of 1 of 2 tasks \(rank_00001\); start the writing job"
     ):
         merge_ranks(tmp_path / "out" / "train", 2)
-    stopped = step.run((Document(text=text, id="") for text in ("lost", "lost")), 1, 2)
+    stopped = step.run((Document(text=text, id="") for text in long("lost", "lost")), 1, 2)
     next(stopped)  # killed here
     assert not (tmp_path / "out" / "train" / "rank_00001").exists()
-    run_task(step, ["three"], 1)
-    run_task(step, ["three", "four"], 1)
+    run_task(step, long("three"), 1)
+    run_task(step, long("three", "four"), 1)
     ShardMergeStep(tmp_path / "out", 2).run(None, 1, 2)  # not its task
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
     ShardMergeStep(tmp_path / "out", 2).run()
-    assert documents_of(tmp_path / "out" / "train") == ["one", "two", "three", "four"]
+    assert documents_of(tmp_path / "out" / "train") == long("one", "two", "three", "four")
     assert documents_of(tmp_path / "out" / "heldout") == []
     shutil.rmtree(tmp_path / "out")
     for rank, tokenizer in enumerate((model, other_model)):
-        run_task(ShardWriterStep(tmp_path / "out", heldout_fraction=0, tokenizer=tokenizer), ["text"], rank)
+        run_task(ShardWriterStep(tmp_path / "out", heldout_fraction=0, tokenizer=tokenizer), long("text"), rank)
     with pytest.raises(DataError, match="used different tokenizers; write all of them with one"):
         merge_ranks(tmp_path / "out" / "train", 2)
+
+
+def test_documents_that_cannot_be_tokenised_are_left_out(tmp_path: Path) -> None:
+    lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "cl100k_base.tiktoken").write_text("".join(lines))
+    (tmp_path / "cl100k_base.tiktoken.toml").write_text(
+        'preset = "cl100k_base"\n[specials]\n"<|endoftext|>" = 256\n'
+    )
+    step = ShardWriterStep(tmp_path / "out", heldout_fraction=0, tokenizer=tmp_path / "cl100k_base.tiktoken")
+    run_task(step, ["x" + " " * 1_000_000 + "y", *long("one"), "short"], 0)
+    assert open_shard_set(tmp_path / "out" / "train" / "rank_00000").num_documents == 1
+    assert step.stats["dropped_not_tokenised"].total == step.stats["dropped_too_short"].total == 1
 
 
 def test_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
