@@ -16,7 +16,7 @@ BATCH_ROWS = 1024
 def read_table(file: Path, text_field: str) -> Iterator[RawDocument]:
     """Yield a document for each row; rows are counted from 1.
 
-    Reasons: ``no_text_field`` where a row holds no text, or once where the column is missing or holds
+    Reasons: ``no_text_field`` where a row holds no text, so for every row where the column is missing or holds
     something else; ``damaged_file`` after what comes before the damage. Raises DataConfigError without
     pyarrow, OSError where reading fails.
     """
@@ -27,9 +27,6 @@ def read_table(file: Path, text_field: str) -> Iterator[RawDocument]:
     number = 0
     try:
         for column in _columns(file, text_field):
-            if column is None:
-                yield RawDocument(str(file), b"", "no_text_field")
-                return
             for text in column.to_pylist():
                 number += 1
                 origin = f"{file}:{number}"
@@ -45,7 +42,7 @@ def read_table(file: Path, text_field: str) -> Iterator[RawDocument]:
 
 
 def _columns(file: Path, text_field: str) -> Iterator[Any]:
-    """Yield the text column batch by batch; None where there is no such column of strings."""
+    """Yield the text column batch by batch; nulls, as many as there are rows, where there is none of strings."""
     import pyarrow as pa
 
     with open(file, "rb") as stream:
@@ -53,19 +50,18 @@ def _columns(file: Path, text_field: str) -> Iterator[Any]:
             import pyarrow.parquet as pq
 
             table = pq.ParquetFile(stream)
-            if not _is_text(table.schema_arrow, text_field):
-                yield None
-                return
-            for batch in table.iter_batches(BATCH_ROWS, columns=[text_field]):
-                yield batch.column(0)
+            is_text = _is_text(table.schema_arrow, text_field)
+            # another column tells how many rows are there: the file's own count may be damaged
+            read = [text_field] if is_text else table.schema_arrow.names[:1]
+            for batch in table.iter_batches(BATCH_ROWS, columns=read):
+                yield batch.column(0) if is_text else pa.nulls(batch.num_rows)
             return
         reader = pa.ipc.open_stream(stream)
-        if not _is_text(reader.schema, text_field):
-            yield None
-            return
+        is_text = _is_text(reader.schema, text_field)
         for batch in reader:
             for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield batch.column(text_field).slice(start, BATCH_ROWS)
+                rows = batch.slice(start, BATCH_ROWS)
+                yield rows.column(text_field) if is_text else pa.nulls(rows.num_rows)
 
 
 def _is_text(schema: Any, text_field: str) -> bool:
@@ -75,4 +71,6 @@ def _is_text(schema: Any, text_field: str) -> bool:
     if place < 0:
         return False
     kind = schema.field(place).type
+    if pa.types.is_dictionary(kind):  # as pandas writes categories
+        kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
