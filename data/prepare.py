@@ -16,6 +16,7 @@ from .errors import DataConfigError
 from .preparing.contamination import write_test_ngrams
 from .preparing.document import load_tokenizer
 from .preparing.hooks import filter_digest
+from .preparing.packages import missing_packages
 from .preparing.pieces import OpenDocuments, PieceSummary, process_in_pieces
 from .preparing.place import unfinished_directory
 from .preparing.settings import (
@@ -55,7 +56,16 @@ PIECES_NAME = "pieces"
 TEST_NGRAMS_NAME = "test-ngrams.npy"
 # Raised whenever what a piece holds changes: pieces of an older program are then not taken up
 PIECES_VERSION = 2
-CLEANING_PACKAGES = ("ftfy", "trafilatura", "lxml", "sentencepiece")
+CLEANING_PACKAGES = (
+    "ftfy",
+    "trafilatura",
+    "lxml",
+    "pyarrow",
+    "warcio",
+    "sentencepiece",
+    "tokenizers",
+    "tiktoken",
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ def prepare(
     Raises DataConfigError for unusable sources and settings, an ``out`` that holds something, and where
     nothing is left after cleaning; DataStorageError where reading or writing fails.
     """
-    corpus, files = _check_input(sources, settings)
+    corpus, files = _check_input(sources, out, settings)
     with storage_errors(f"writing {out}"):
         keep = f"{PIECES_NAME}-{_input_fingerprint(files, corpus)}"
         with unfinished_directory(out, keep) as directory:
@@ -118,9 +128,15 @@ def write_corpus(
     return report
 
 
-def _check_input(sources: Sequence[str], settings: dict[str, Any]) -> tuple[CorpusSettings, list[SourceFile]]:
-    """Return settings and files; raise one DataConfigError for all that is wrong with either."""
+def _check_input(
+    sources: Sequence[str], out: Path, settings: dict[str, Any]
+) -> tuple[CorpusSettings, list[SourceFile]]:
+    """Return settings and files; raise one DataConfigError for all that is wrong with the call."""
     problems: list[str] = []
+    if out.name in ("", ".."):
+        problems.append(
+            f"out {str(out)!r} has no name of its own; name a directory that is to be made, like shards"
+        )
     corpus, files = CorpusSettings(), []
     checks: list[Callable[[], Any]] = [
         lambda: CorpusSettings(**settings),
@@ -139,6 +155,8 @@ def _check_input(sources: Sequence[str], settings: dict[str, Any]) -> tuple[Corp
             corpus = found
         elif isinstance(found, list):
             files = found
+    paths = [*(file.path for file in files), *settings.get("decontaminate", ())]
+    problems += missing_packages(paths, bool(settings.get("keep_html")))
     raise_problems(problems)
     return corpus, files
 
@@ -221,5 +239,7 @@ def _write_pieces_then_corpus(
             progress(PrepareProgress("writing", *counts, report.documents_read, totals.num_documents))
 
     writer.write_pieces(pieces, num_pieces, decisions, tell)
+    if not report.train_documents:
+        shutil.rmtree(pieces)  # other settings make other pieces
     writer.finish()
     return report

@@ -19,8 +19,8 @@ CORPUS_NAME = "corpus"
 def unfinished_directory(out: Path, keep: str | None = None) -> Iterator[Path]:
     """Give a directory to fill that takes the name ``out`` when the block ends well.
 
-    It lies in ``.NAME.unfinished`` beside ``out``. There a folder called ``keep`` beside it outlives a kill,
-    and an error that is not the user's, for the next process with the same ``keep``; everything else that was
+    It lies in ``.NAME.unfinished`` beside ``out``. There a folder called ``keep`` beside it, unless it is
+    empty, outlives a kill and any error, for the next process with the same ``keep``; everything else that was
     left is removed. Raises DataConfigError where ``out`` holds something or another process is writing it.
     """
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -39,9 +39,6 @@ def unfinished_directory(out: Path, keep: str | None = None) -> Iterator[Path]:
             yield unfinished / CORPUS_NAME
             rename_directory(unfinished / CORPUS_NAME, out)
             kept = None
-        except DataConfigError:
-            kept = None
-            raise
         finally:
             _clear(unfinished, kept)
             if not any(unfinished.iterdir()):
@@ -65,7 +62,7 @@ def _locked(unfinished: Path, out: Path) -> Iterator[None]:
 
 def _clear(directory: Path, keep: str | None) -> None:
     for entry in directory.iterdir():
-        if entry.name == keep:
+        if entry.name == keep and any(entry.iterdir()):
             continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)

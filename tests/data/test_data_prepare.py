@@ -234,6 +234,16 @@ def test_a_place_that_leads_through_a_file_is_the_users(sources: Path, tmp_path:
         assert caught.value.exit_code == 64
 
 
+@pytest.mark.parametrize("out", [".", "/", "", ".."])
+def test_a_place_without_a_name_is_refused(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataConfigError, match=r"out '.*' has no name of its own; name a directory") as caught:
+        prepare([str(sources)], Path(out))
+    assert caught.value.exit_code == 64 and list(tmp_path.iterdir()) == []
+
+
 def test_zst_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(LONG.encode()))
     monkeypatch.setitem(sys.modules, "zstandard", None)

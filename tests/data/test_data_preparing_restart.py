@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -20,7 +21,10 @@ from typing import Any
 import pytest
 
 from basestone.data.errors import DataConfigError, DataStorageError
-from basestone.data.prepare import PrepareProgress, prepare
+from basestone.data.prepare import PrepareProgress, _input_fingerprint, prepare
+from basestone.data.preparing.document import load_tokenizer
+from basestone.data.preparing.settings import CorpusSettings
+from basestone.data.sources import find_named_files
 
 OPTIONS: dict[str, Any] = {
     "near_duplicates": True,
@@ -174,6 +178,66 @@ def test_the_users_mistake_keeps_nothing(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataConfigError, match="no document is left"):
         prepare([str(source)], tmp_path / "out", min_chars=10**6)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_users_mistake_that_comes_late_keeps_what_is_finished(source: Path, tmp_path: Path) -> None:
+    """As where a filter's model file is missing: with it there, the same command goes on."""
+
+    def progress(now: PrepareProgress) -> None:
+        if now.documents_read >= 250:
+            raise DataConfigError("something is missing")
+
+    with pytest.raises(DataConfigError, match="something is missing"):
+        prepare([str(source)], tmp_path / "out", progress=progress, **OPTIONS)
+    finished = pieces_of(tmp_path / "out")
+    assert len(finished) == 10
+    with pytest.raises(DataStorageError):
+        prepare([str(source)], tmp_path / "out", progress=stop_after(11), **OPTIONS)
+    assert finished.items() < pieces_of(tmp_path / "out").items()
+
+
+def fingerprint(source: Path, **settings: Any) -> str:
+    files = find_named_files([str(source)])
+    return _input_fingerprint(files, CorpusSettings(**settings))
+
+
+def test_the_fingerprint_of_pieces_knows_all_that_they_depend_on(
+    source: Path, tmp_path: Path, model: Path, other_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test, tokenizer = tmp_path / "test.txt", tmp_path / "own.model"
+    test.write_text("one two three")
+    tokenizer.write_bytes(model.read_bytes())
+    settings: dict[str, Any] = {"decontaminate": (test,), "tokenizer": tokenizer}
+    first = fingerprint(source, **settings)
+    assert fingerprint(source, **settings, workers=3) == first
+    os.utime(test, ns=(1, 1))
+    second = fingerprint(source, **settings)
+    test.write_text("one two three four")
+    os.utime(test, ns=(1, 1))
+    third = fingerprint(source, **settings)
+    tokenizer.write_bytes(other_model.read_bytes())  # under the same name
+    load_tokenizer.cache_clear()
+    fourth = fingerprint(source, **settings)
+    assert len({first, second, third, fourth}) == 4
+    found = set()
+    for package in (
+        "ftfy",
+        "trafilatura",
+        "lxml",
+        "pyarrow",
+        "warcio",
+        "sentencepiece",
+        "tokenizers",
+        "tiktoken",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "basestone.data.prepare.version",
+                lambda name, own=package: "0.0" if name == own else version(name),
+            )
+            found.add(fingerprint(source, **settings))
+    assert len(found) == 8 and fourth not in found
+    load_tokenizer.cache_clear()
 
 
 def test_what_was_left_when_the_corpus_had_its_name_is_removed(source: Path, tmp_path: Path) -> None:

@@ -71,7 +71,16 @@ def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
     assert len(fingerprints) == 1 and report.documents_kept == 40
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+)
 def test_a_column_of_another_name_and_any_kind_of_string(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"content": pa.array(["one", None, "three"], kind), "text": [1, 2, 3]})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -80,8 +89,13 @@ def test_a_column_of_another_name_and_any_kind_of_string(tmp_path: Path, kind: p
         (":2", "no_text_field"),
         (":3", "three"),
     ]
-    assert records(tmp_path / "a.parquet", "text") == [("", "no_text_field")]  # numbers
-    assert records(tmp_path / "a.parquet", "body") == [("", "no_text_field")]  # no such column
+    every_row = [(f":{number}", "no_text_field") for number in (1, 2, 3)]
+    assert records(tmp_path / "a.parquet", "text") == every_row  # numbers
+    assert records(tmp_path / "a.parquet", "body") == every_row  # no such column
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert records(tmp_path / "a.arrow", "content")[::2] == [(":1", "one"), (":3", "three")]
+    assert records(tmp_path / "a.arrow", "text") == records(tmp_path / "a.arrow", "body") == every_row
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n{"text": "two"}\n')
     assert records(tmp_path / "a.jsonl", "content") == [(":1", "one"), (":2", "no_text_field")]
 
@@ -268,6 +282,38 @@ def test_a_missing_package_is_named(
     with pytest.raises(DataConfigError, match=message) as caught:
         prepare([str(tmp_path / name)], tmp_path / "out")
     assert caught.value.exit_code == 64 and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_missing_packages_are_named_before_any_work_with_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a.txt", "b.parquet", "c.warc.gz", "d.html", "e.jsonl.zst", "f.htm")
+    for name in names:
+        (tmp_path / name).write_text(PAGE)
+    for module in ("pyarrow", "warcio.archiveiterator", "trafilatura", "zstandard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataConfigError) as caught:
+        prepare([str(tmp_path)], tmp_path / "out", ngram=2)
+    lines = str(caught.value).splitlines()
+    packages = [line.partition("needs the package ")[2].partition(",")[0] for line in lines[1:]]
+    assert lines[0].startswith("ngram is 2") and sorted(packages) == [
+        "pyarrow",
+        "trafilatura",
+        "warcio",
+        "zstandard",
+    ]
+    with pytest.raises(DataConfigError) as caught:
+        prepare(
+            [str(tmp_path / "a.txt")], tmp_path / "out", decontaminate=(tmp_path / "d.html",), keep_html=True
+        )
+    assert "d.html needs the package trafilatura" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    prepare(
+        [str(tmp_path / "a.txt"), str(tmp_path / "d.html")],
+        tmp_path / "out",
+        keep_html=True,
+        heldout_fraction=0,
+    )
 
 
 def test_counts_are_kept_for_each_source_as_it_was_given(tmp_path: Path) -> None:
