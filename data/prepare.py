@@ -18,7 +18,7 @@ from .preparing.document import load_tokenizer
 from .preparing.hooks import filter_digest
 from .preparing.packages import missing_packages
 from .preparing.pieces import OpenDocuments, PieceSummary, process_in_pieces
-from .preparing.place import unfinished_directory
+from .preparing.place import HELDOUT_NAME, REPORT_NAME, TRAIN_NAME, unfinished_directory
 from .preparing.settings import (
     DEFAULT_CHUNK_BYTES,
     DEFAULT_MIN_CHARS,
@@ -27,14 +27,11 @@ from .preparing.settings import (
     raise_problems,
 )
 from .preparing.writing import (
-    HELDOUT_NAME,
-    REPORT_NAME,
-    TRAIN_NAME,
     CorpusWriter,
     PrepareReport,
     decide,
 )
-from .sources import RawDocument, SourceFile, find_named_files, read_documents
+from .sources import RawDocument, SourceFile, find_named_files, is_broken_link, read_documents
 from .storage import storage_errors
 
 __all__ = [
@@ -188,7 +185,7 @@ def _input_fingerprint(files: Sequence[SourceFile], settings: CorpusSettings) ->
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    status = path.lstat() if is_broken_link(path) else path.stat()
     return status.st_size, status.st_mtime_ns
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from .errors import DataConfigError
+from .preparing.place import DROPPED_NAME, REPORT_NAME, TRAIN_NAME
+from .shards import MANIFEST_FORMAT, MANIFEST_NAME
 from .storage import storage_errors
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -24,6 +26,7 @@ WARC_SUFFIXES = (".warc", ".wet")
 RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX, *WARC_SUFFIXES)
 # What `save_to_disk` of Hugging Face's datasets writes beside the shards
 DATASET_STATE, DATASET_NOTES = "state.json", frozenset({"state.json", "dataset_info.json", "dataset_dict.json"})
+PREPARE_NOTES = frozenset({REPORT_NAME, DROPPED_NAME})
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 SUFFIX_LIST = (
     ".txt .text .md .markdown .rst .adoc .tex .org .html .htm .xml .py .pyi .ipy .js .mjs .jsx .ts .tsx .java .kt "
@@ -65,9 +68,11 @@ def find_source_files(sources: Sequence[str]) -> list[Path]:
 def find_named_files(sources: Sequence[str]) -> list[SourceFile]:
     """Return the files that paths, folders and glob patterns name, each once, in the order given.
 
-    In a folder, hidden files and files that are no text by their suffix are passed over; a file named
-    itself is always taken. Of a dataset that was saved to disk its shards are taken, in their order. Pipes
-    and devices, which may never end, are passed over, and refused where one is named itself.
+    In a folder, hidden files, files that are no text by their suffix and what ``prepare`` wrote are passed
+    over; a file named itself is always taken. Of a dataset that was saved to disk its shards are taken, in
+    their order. Pipes and devices, which may never end, are passed over, and links that lead nowhere are found
+    like what they are called; both are refused where one is named itself. Links to folders are not followed
+    in a folder and under ``**``.
     Raises DataConfigError, all in one, for what names nothing.
     """
     found: dict[Path, str] = {}
@@ -84,10 +89,13 @@ def find_named_files(sources: Sequence[str]) -> list[SourceFile]:
                 f"source {source!r} is neither a regular file nor a folder; write what it gives into a file"
             )
             continue
+        elif is_broken_link(path):
+            problems.append(f"source {source!r} is a link that leads nowhere; mend it or take it away")
+            continue
         elif path.exists():
             files = [path]
         else:
-            matches = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+            matches = sorted(_expand(source))
             matches = [match for match in matches if not _is_special(match)]
             files = [
                 file for match in matches for file in (_folder_files(match) if match.is_dir() else [match])
@@ -111,10 +119,14 @@ def read_documents(file: Path, text_field: str = "text") -> Iterator[RawDocument
     """Yield the documents of a file: each record's of a .jsonl, table or web archive, else the whole file.
 
     ``text_field`` names the key or column of records. A damaged archive or file gives what comes before the
-    damage, then a document with the reason ``damaged_archive`` or ``damaged_file``. Pages come as HTML.
+    damage, then a document with the reason ``damaged_archive`` or ``damaged_file``; a link that leads nowhere
+    gives ``broken_link``. Pages come as HTML.
     Raises DataStorageError where reading fails, DataConfigError where a package for a format is missing.
     """
     suffix = content_suffix(file)
+    if is_broken_link(file):
+        yield RawDocument(str(file), b"", "broken_link")
+        return
     with storage_errors(f"reading {file}"):
         if suffix in (PARQUET_SUFFIX, ARROW_SUFFIX):
             from .preparing.tables import read_table  # pyarrow is imported for tables alone
@@ -137,8 +149,38 @@ def read_documents(file: Path, text_field: str = "text") -> Iterator[RawDocument
             yield RawDocument(str(file), b"", "damaged_archive")
 
 
+def is_broken_link(path: Path) -> bool:
+    """Tell a link to what is not there, or round in a circle."""
+    return path.is_symlink() and not path.exists()
+
+
+def _expand(pattern: str) -> set[Path]:
+    """Return the paths that a pattern names; ``**`` passes over hidden folders and links to folders.
+
+    glob itself follows such links as often as the system allows: through two that lead back, for ever.
+    """
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return {Path(match) for match in glob.glob(pattern)}
+    place = parts.index("**")
+    tops = _expand(str(Path(*parts[:place]))) if place else {Path()}
+    rest = parts[place + 1 :] or ("*",)
+    found: set[Path] = set()
+    for top in tops:
+        for root, directories, files in os.walk(top):
+            if MANIFEST_NAME in files and _is_shard_directory(Path(root, MANIFEST_NAME)):
+                directories.clear()
+                continue
+            directories[:] = [name for name in directories if not name.startswith(".")]
+            found |= _expand(str(Path(glob.escape(root), *rest)))
+    return {path for path in found if not (path.is_symlink() and path.is_dir()) and not _is_prepare_note(path)}
+
+
 def _folder_files(folder: Path) -> Iterator[Path]:
     for root, directories, files in os.walk(folder):
+        if MANIFEST_NAME in files and _is_shard_directory(Path(root, MANIFEST_NAME)):
+            directories.clear()
+            continue
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         shards = _dataset_shards(Path(root, DATASET_STATE)) if DATASET_STATE in files else None
         if shards is not None:
@@ -150,8 +192,22 @@ def _folder_files(folder: Path) -> Iterator[Path]:
             file = Path(root, name)
             suffix = content_suffix(file)
             is_text = suffix in TEXT_SUFFIXES or suffix in RECORD_SUFFIXES
-            if is_text and not name.startswith(".") and not _is_special(file):
+            hidden = name.startswith(".") or _is_special(file) or _is_prepare_note(file)
+            if is_text and not hidden:
                 yield file
+
+
+def _is_shard_directory(manifest: Path) -> bool:
+    """Tell the manifest of shards from a file of that name which is another program's."""
+    try:
+        return bool(json.loads(manifest.read_bytes())["format"] == MANIFEST_FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_prepare_note(file: Path) -> bool:
+    """Tell the reports that ``prepare`` wrote beside its shards."""
+    return file.name in PREPARE_NOTES and _is_shard_directory(file.parent / TRAIN_NAME / MANIFEST_NAME)
 
 
 def _dataset_shards(state: Path) -> list[str] | None:

@@ -17,8 +17,8 @@ from ..index import ShardIndex
 from ..shards import MANIFEST_NAME, ShardWriter, open_shard_set, write_manifest
 from ..storage import rename_directory, storage_errors
 from .document import NOT_TOKENISED, encode_document, load_tokenizer
+from .place import HELDOUT_NAME, TRAIN_NAME
 from .settings import DEFAULT_CHUNK_BYTES, DEFAULT_MIN_CHARS, DEFAULT_SHARD_BYTES, missing_package
-from .writing import HELDOUT_NAME, TRAIN_NAME
 
 try:
     from datatrove.pipeline.base import PipelineStep

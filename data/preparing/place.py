@@ -13,6 +13,8 @@ from ..errors import DataConfigError
 from ..storage import rename_directory
 
 CORPUS_NAME = "corpus"
+REPORT_NAME, DROPPED_NAME = "report.json", "dropped.jsonl.gz"
+TRAIN_NAME, HELDOUT_NAME = "train", "heldout"
 
 
 @contextmanager

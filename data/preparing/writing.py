@@ -21,11 +21,10 @@ from ..storage import write_atomic
 from .document import load_tokenizer
 from .near_duplicates import first_alike, first_equals
 from .pieces import Piece, piece_path, read_piece
+from .place import DROPPED_NAME, HELDOUT_NAME, REPORT_NAME, TRAIN_NAME
 from .settings import CorpusSettings
 
 EXAMPLES_PER_REASON = 5
-REPORT_NAME, DROPPED_NAME = "report.json", "dropped.jsonl.gz"
-TRAIN_NAME, HELDOUT_NAME = "train", "heldout"
 GZIP_LEVEL = 6
 
 
