@@ -56,7 +56,9 @@ def prepare(
     fix_text: Annotated[
         bool, typer.Option("--fix-text", help="Repair wrongly decoded letters with ftfy: schÃ¶n to schön.")
     ] = False,
-    min_chars: Annotated[int | None, typer.Option(help="Drop shorter documents.", min=0)] = None,
+    min_chars: Annotated[
+        int | None, typer.Option(help="Drop documents of fewer characters. Default: 32.", min=0)
+    ] = None,
     rules: Annotated[
         str | None, typer.Option(help="Presets of rules for English web pages, with commas: gopher,c4.")
     ] = None,
@@ -85,7 +87,10 @@ def prepare(
         int | None, typer.Option(help="Words in a row that --decontaminate takes for shared. Default: 13.")
     ] = None,
     heldout_fraction: Annotated[
-        float, typer.Option(help="Share of documents to hold out.", min=0.0, max=0.9)
+        float,
+        typer.Option(
+            help="Share of documents to hold out. Default: 0.01.", min=0.0, max=0.9, show_default=False
+        ),
     ] = HELDOUT_FRACTION,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one per core.", min=0)] = None,
     as_json: AsJson = False,
@@ -109,6 +114,7 @@ def prepare(
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if any(source.startswith("builtin:") for source in sources):
         own = given or any({**switches, **lists}.values()) or heldout_fraction != HELDOUT_FRACTION
+        own = own or workers is not None
         _prepare_builtin(sources, out, bool(own), as_json)
         return
     given |= {"workers": (os.cpu_count() or 1) if workers is None else workers}

@@ -25,12 +25,13 @@ def write_test_ngrams(files: Sequence[Path], n: int, text_field: str, out: Path)
     """Write the sorted hashes of all n-grams of test files, uint64 [n-grams], as a .npy file; return counts.
 
     Documents of fewer than ``n`` words give no n-gram, and are counted. Raises DataConfigError where a test
-    document cannot be read: what it says would stay in the training part unnoticed.
+    document cannot be read, or a file holds no text: what it says would stay in the training part unnoticed.
     """
     counts = {"test_documents": 0, "test_documents_too_short": 0}
     hashes = [np.empty(0, np.uint64)]
-    unreadable = []
+    unreadable, empty = [], []
     for file in files:
+        num_texts = 0
         for raw in read_documents(file, text_field):
             counts["test_documents"] += 1
             raw = extract_text(raw)
@@ -40,12 +41,20 @@ def write_test_ngrams(files: Sequence[Path], n: int, text_field: str, out: Path)
                 words = []
             else:
                 words = find_words(document.text)
+                num_texts += 1
             hashes.append(hash_ngrams(words, n))
             counts["test_documents_too_short"] += len(words) < n
+        if not num_texts:
+            empty.append(str(file))
     if unreadable:
         raise DataConfigError(
             f"{len(unreadable)} documents of the test files cannot be read, the first is {unreadable[0]}; give their "
             f"text in the field {text_field!r}, one document a line, or as text files"
+        )
+    if empty:
+        raise DataConfigError(
+            f"test files without any text: {', '.join(empty)}; nothing can be compared with them, give files that hold "
+            "the test's text"
         )
     ngrams = np.unique(np.concatenate(hashes))
     content = io.BytesIO()

@@ -254,3 +254,17 @@ def test_test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     ):
         prepare([str(tmp_path / "a.txt")], tmp_path / "out", decontaminate=(tmp_path / "test.jsonl",))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "test.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("test.jsonl", ""), ("test.txt", ""), ("test.jsonl", '{"text": " "}\n')]
+)
+def test_empty_test_files_are_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "a.txt").write_text("words enough to be kept, " * 4)
+    (tmp_path / name).write_text(content)
+    (tmp_path / "other.txt").write_text("not an empty one")
+    files = (tmp_path / "other.txt", tmp_path / name)
+    with pytest.raises(DataConfigError, match=rf"test files without any text: \S*{name}; nothing") as caught:
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", decontaminate=files)
+    assert caught.value.exit_code == 64
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "other.txt", name]

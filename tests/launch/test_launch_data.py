@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 from in_process import refused
 
+from basestone.data.preparing.settings import CorpusSettings
 from basestone.launch import data_commands
 from basestone.trainer.rundir import make_run_directory
 from basestone.trainer.storage import RankWriter, commit
@@ -32,6 +34,15 @@ def test_prepare_refuses_what_is_not_there(basestone, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(basestone("prepare", tmp_path / "empty", "--out", tmp_path / "out"), 64, "holds no text files")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_and_the_docs_of_prepare_tell_the_defaults(basestone):
+    told = " ".join(basestone("prepare", "--help").out.replace("│", " ").split())
+    defaults = CorpusSettings()
+    table = (Path(__file__).parents[2] / "docs" / "prepare.md").read_text()
+    for option, value in (("min-chars", defaults.min_chars), ("heldout-fraction", defaults.heldout_fraction)):
+        assert re.search(rf"--{option} [^-]*Default: {re.escape(str(value))}\.", told)
+        assert f"| `--{option}` ({value}) |" in table
 
 
 def test_prepare_hands_every_option_on(basestone, tmp_path, texts, monkeypatch):
@@ -110,6 +121,7 @@ def test_prepare_shows_a_bar_with_rates_on_a_terminal(monkeypatch):
         (("builtin:python", "--tokenizer", "t.model"), "give it alone, with --out only"),
         (("builtin:python", "--min-chars", "5"), "give it alone, with --out only"),
         (("builtin:python", "--heldout-fraction", "0.5"), "give it alone, with --out only"),
+        (("builtin:python", "--workers", "3"), "give it alone, with --out only"),
         (("builtin:python", "--scrub"), "give it alone, with --out only"),
         (("builtin:python", "--rules", "gopher"), "give it alone, with --out only"),
         (("builtin:python", "--ngram", "9"), "give it alone, with --out only"),
