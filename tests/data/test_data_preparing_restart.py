@@ -90,13 +90,13 @@ def run_and_kill(source: Path, out: Path, after_s: float, workers: int) -> bool:
 def test_killed_at_random_it_ends_with_the_same_bytes(source: Path, tmp_path: Path, workers: int) -> None:
     prepare([str(source)], tmp_path / "first", **OPTIONS)  # imports take longer than all the rest
     begun = time.monotonic()
-    prepare([str(source)], tmp_path / "whole", **OPTIONS)
+    prepare([str(source)], tmp_path / "whole", **OPTIONS, workers=workers)  # with the start of a worker
     whole_s = time.monotonic() - begun
     generator, out = random.Random(workers), tmp_path / "out"
     kills, before = 0, {}
     while kills < 60:
-        # ever longer, so that it ends: the start of a worker alone takes longer than the first ones
-        after_s = generator.uniform(0, whole_s * (0.2 + 0.05 * kills))
+        # ever longer, so that it ends, even where the machine has become many times slower since
+        after_s = generator.uniform(0, whole_s * 0.1 * 1.12**kills)
         if run_and_kill(source, out, after_s, workers):
             break
         kills += 1
