@@ -17,6 +17,7 @@ from .errors import DataConfigError
 
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|\Z)")
 END_OF_TEXT = "<|endoftext|>"
+MAX_VOCABULARY = 1 << 24  # tables of this size are made of it
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = (
@@ -77,12 +78,15 @@ def parse_ranks(content: bytes, path: Path) -> dict[bytes, int]:
                 f"tokenizer {path}, line {number}: {line[:40]!r} is no `BASE64 RANK`; give a file of tiktoken ranks"
             ) from error
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise DataConfigError(
-            f"tokenizer {path}: {f'byte {missing[0]} has no rank' if missing else 'a rank is given twice or below 0'}; "
-            "the file is cut or no tokenizer"
-        )
-    return ranks
+    if missing:
+        problem = f"byte {missing[0]} has no rank"
+    elif len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        problem = "a rank is given twice or below 0"
+    elif max(ranks.values()) >= MAX_VOCABULARY:
+        problem = f"rank {max(ranks.values())} is not below {MAX_VOCABULARY:,}"
+    else:
+        return ranks
+    raise DataConfigError(f"tokenizer {path}: {problem}; the file is cut, damaged or no tokenizer")
 
 
 def complete_ranks(ranks: dict[bytes, int], path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -109,13 +113,17 @@ def complete_ranks(ranks: dict[bytes, int], path: Path, given: dict[str, Any]) -
         settings = {"pattern": preset.pattern, "specials": fitting, **settings}
         if END_OF_TEXT in settings["specials"]:
             settings = {"bos": END_OF_TEXT, "eos": END_OF_TEXT, **settings}
-    specials = settings.setdefault("specials", {})
+    check_specials(settings.setdefault("specials", {}), ranks, path)
+    return settings
+
+
+def check_specials(specials: dict[str, Any], ranks: dict[bytes, int], path: Path) -> None:
+    """Raise DataConfigError where the id of a special is taken or none."""
     taken = {rank: token for token, rank in ranks.items()}
     for special, number in specials.items():
-        if not isinstance(number, int) or number < 0 or number in taken or not special:
+        if not isinstance(number, int) or not 0 <= number < MAX_VOCABULARY or number in taken or not special:
             raise DataConfigError(
                 f"tokenizer {path}: special {special!r} has id {number!r}, which is taken or no id; "
                 f"the first free one is {max(ranks.values()) + 1}"
             )
         taken[number] = special.encode()
-    return settings

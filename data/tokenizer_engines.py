@@ -7,17 +7,21 @@ tokenizer is run, and nothing is fetched.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import sentencepiece
 
 from .byte_level import read_spelling
-from .errors import DataConfigError
-from .tiktoken_ranks import parse_ranks
+from .errors import DataConfigError, DataError
+from .tiktoken_ranks import MAX_VOCABULARY, parse_ranks
 from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, TokenizerFile
 
 META_SPACE = "\u2581"
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+EXCERPT_CHARS = 40
 
 
 class Engine(Protocol):
@@ -30,7 +34,7 @@ class Engine(Protocol):
     pad: int
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's tokens, with no specials."""
+        """Return a text's tokens, with no specials. Raises DataError where the tokenizer fails on it."""
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens; specials give nothing."""
@@ -90,7 +94,7 @@ class SentencePieceEngine:
         if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
             return b""
         piece = model.id_to_piece(token)
-        return _byte(piece) if model.is_byte(token) else piece.replace(META_SPACE, " ").encode()
+        return bytes.fromhex(piece[3:5]) if model.is_byte(token) else piece.replace(META_SPACE, " ").encode()
 
 
 class HuggingFaceEngine:
@@ -106,7 +110,9 @@ class HuggingFaceEngine:
             ) from error
         try:
             self._fast = tokenizers.Tokenizer.from_str(file.content.decode())
-        except Exception as error:  # the library raises bare Exceptions
+        except BaseException as error:  # the library raises bare Exceptions, and panics
+            if not _is_failure(error):
+                raise
             raise DataConfigError(
                 f"tokenizer {file.path} is no tokenizer.json that this version of tokenizers reads: {error}"
             ) from error
@@ -115,7 +121,12 @@ class HuggingFaceEngine:
         self._fast.encode_special_tokens = True  # in a text they are text
         self._definition = json.loads(file.content)
         self._vocabulary: dict[str, int] = self._fast.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(self._vocabulary.values()) + 1
+        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCABULARY:
+            raise DataConfigError(
+                f"tokenizer {file.path} has ids up to {self.vocab_size - 1}; a vocabulary has 1 to "
+                f"{MAX_VOCABULARY:,}; the file is damaged or no tokenizer"
+            )
         added = self._fast.get_added_tokens_decoder()
         self._added = {token: entry.content for token, entry in added.items()}
         self._special = {token for token, entry in added.items() if entry.special}
@@ -129,7 +140,8 @@ class HuggingFaceEngine:
 
     def encode(self, text: str) -> list[int]:
         """Return a text's tokens, with no specials."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        with _tokenising(text, "tokenizers"):
+            return self._fast.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens; specials give nothing."""
@@ -137,9 +149,8 @@ class HuggingFaceEngine:
 
     def pieces(self) -> list[bytes]:
         """Return the bytes that each token stands for."""
-        kinds = set(_types(self._definition.get("decoder"))) | set(
-            _types(self._definition.get("pre_tokenizer"))
-        )
+        parts = (self._definition.get(name) for name in ("pre_tokenizer", "decoder"))
+        kinds = {node["type"]: node for part in parts for node in _components(part)}
         spelled = [b""] * self.vocab_size
         for piece, token in self._vocabulary.items():
             if token in self._special:
@@ -151,14 +162,17 @@ class HuggingFaceEngine:
         """Return the id of a piece, or -1."""
         return self._vocabulary.get(piece, -1)
 
-    def _piece(self, piece: str, kinds: set[str]) -> bytes:
+    def _piece(self, piece: str, kinds: dict[str, Any]) -> bytes:
         if "ByteLevel" in kinds:
-            return read_spelling(piece)
+            try:
+                return read_spelling(piece)
+            except KeyError:  # the decoder takes a piece that spells no bytes as it is
+                return piece.encode()
         if "WordPiece" in kinds:
-            prefix = self._definition["decoder"]["prefix"]
+            prefix = kinds["WordPiece"]["prefix"]
             return piece.removeprefix(prefix).encode() if piece.startswith(prefix) else f" {piece}".encode()
-        if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x"):
-            return _byte(piece)
+        if "ByteFallback" in kinds and (byte := BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
         return piece.replace(META_SPACE, " ").encode()
 
 
@@ -194,7 +208,8 @@ class TiktokenEngine:
 
     def encode(self, text: str) -> list[int]:
         """Return a text's tokens, with no specials."""
-        return self._encoding.encode_ordinary(text)
+        with _tokenising(text, "tiktoken"):
+            return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens; specials give nothing."""
@@ -230,17 +245,32 @@ def _or_none(token: int | None) -> int:
     return -1 if token is None else token
 
 
-def _byte(piece: str) -> bytes:
-    return bytes([int(piece[3:5], 16)])
+@contextmanager
+def _tokenising(text: str, package: str) -> Iterator[None]:
+    """Turn what a package fails with on a text into a DataError."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise DataError(
+            f"a text of {len(text):,} characters that begins with {text[:EXCERPT_CHARS]!r} cannot be tokenised by "
+            f"{package}: {str(error)[:200]}; drop the document or shorten its longest run of blanks or of one letter"
+        ) from error
 
 
-def _types(node: Any) -> Iterator[str]:
-    """Give the types of a component and all its parts."""
+def _is_failure(error: BaseException) -> bool:
+    """Tell a library's error from a request to end; Rust's panics are no Exceptions, and have no public class."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _components(node: Any) -> Iterator[dict[str, Any]]:
+    """Give a component and all its parts, each with its type."""
     if isinstance(node, dict):
         if isinstance(node.get("type"), str):
-            yield node["type"]
+            yield node
         parts: Sequence[Any] = list(node.values())
     else:
         parts = node if isinstance(node, list) else []
     for part in parts:
-        yield from _types(part)
+        yield from _components(part)

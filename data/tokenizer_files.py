@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataConfigError
-from .tiktoken_ranks import complete_ranks, is_rank_file, parse_ranks
+from .tiktoken_ranks import check_specials, complete_ranks, is_rank_file, parse_ranks
 
 SENTENCEPIECE, HUGGINGFACE, TIKTOKEN = "sentencepiece", "huggingface", "tiktoken"
 WHOLE_KEY, WHOLE_VERSION = "basestone_tokenizer", 1
@@ -84,14 +84,12 @@ def _read_json(path: Path, content: bytes) -> TokenizerFile:
                     f"tokenizer {path} has format {definition[WHOLE_KEY]!r}, this version reads {WHOLE_VERSION}; "
                     "use the version that wrote it"
                 )
-            return TokenizerFile(
-                path, definition["kind"], definition["content"].encode(), definition["settings"]
-            )
+            return _read_whole(path, definition)
         if not isinstance(definition["model"], dict):
             raise TypeError("model")
     except DataConfigError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataConfigError(
             f"tokenizer {path} is JSON, and no tokenizer.json; give the one that `tokenizers` wrote"
         ) from error
@@ -101,6 +99,20 @@ def _read_json(path: Path, content: bytes) -> TokenizerFile:
     return TokenizerFile(path, HUGGINGFACE, content, beside | _read_sidecar(path, HUGGINGFACE))
 
 
+def _read_whole(path: Path, parts: dict[str, Any]) -> TokenizerFile:
+    """Take up what ``TokenizerFile.whole`` wrote; raises KeyError, TypeError or ValueError where it is damaged."""
+    kind, settings = parts["kind"], parts["settings"]
+    known = SIDECAR_KEYS[kind]
+    if not all(isinstance(value, known[key]) for key, value in settings.items()):
+        raise TypeError("settings")
+    content = parts["content"].encode()
+    if kind == TIKTOKEN:
+        if "pattern" not in settings:
+            raise KeyError("pattern")
+        check_specials(settings["specials"], parse_ranks(content, path), path)
+    return TokenizerFile(path, kind, content, settings)
+
+
 def _named_specials(path: Path) -> dict[str, str]:
     """Return the pieces that a Hugging Face configuration names as bos, eos, pad and unk."""
     if not path.is_file():
@@ -108,7 +120,7 @@ def _named_specials(path: Path) -> dict[str, str]:
     try:
         config = json.loads(path.read_bytes())
         found = {name: config.get(f"{name}_token") for name in NAMES}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise DataConfigError(
             f"{path} cannot be read as a configuration; correct it or take it away"
         ) from error
@@ -122,7 +134,7 @@ def _read_sidecar(path: Path, kind: str) -> dict[str, Any]:
         return {}
     try:
         given = tomllib.loads(sidecar.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataConfigError(f"{sidecar} cannot be read: {error}; correct it") from error
     known = SIDECAR_KEYS[kind]
     for key, value in given.items():
