@@ -55,6 +55,7 @@ def write_hf_tokenizer(model_path: Path, out_dir: Path, *, model_max_length: int
     Raises DataConfigError for a tokenizer that has no exact equivalent.
     """
     file = read_tokenizer_file(model_path)
+    tokenizer = Tokenizer(model_path)  # refuses what no run could use
     if file.kind == SENTENCEPIECE:
         model = read_sentencepiece_model(model_path)
         files = {
@@ -63,7 +64,6 @@ def write_hf_tokenizer(model_path: Path, out_dir: Path, *, model_max_length: int
             "tokenizer.model": file.content,
         }
     else:
-        tokenizer = Tokenizer(model_path)  # refuses what no run could use
         content = file.content if file.kind == HUGGINGFACE else convert_ranks(file, tokenizer)
         config = _named_config(file.settings, model_max_length)
         files = {"tokenizer.json": content, "tokenizer_config.json": _json(config)}
@@ -95,6 +95,8 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     obstacles = []
     if not pieces or trainer.get(3, 1) != BPE_MODEL:
         obstacles.append("it is not BPE")
+    if any(piece.kind == UNUSED for piece in pieces):
+        obstacles.append("it has unused pieces, which are taken apart again")
     if normalizer.get(2, b""):
         obstacles.append("it normalises text (normalization_rule_name is not identity)")
     if normalizer.get(4, 1):
@@ -150,7 +152,7 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     SentencePiece merges any two neighbours whose joined text is a piece, the best score first; `tokenizers`
     needs each such pair spelled out. User-defined pieces are split off before and take no part.
     """
-    usable = {piece.text: piece.score for piece in model.pieces if piece.kind in (NORMAL, UNUSED)}
+    usable = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
     merges: list[tuple[str, str]] = []
     for text in sorted(usable, key=lambda text: (-usable[text], model.ids[text])):
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]

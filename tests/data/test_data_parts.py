@@ -15,6 +15,25 @@ from basestone.data.parts import DocumentPart, PartCutter
 from basestone.data.tokenizer import Tokenizer
 
 
+def train_foreign(path: Path, documents: list[str], **option: object) -> Path:
+    settings: dict[str, object] = {
+        "model_type": "bpe",
+        "vocab_size": 400,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "character_coverage": 0.98,
+    }
+    lines = [line for text in documents[:40] for line in text.splitlines() if line]
+    with open(path, "wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=stream, minloglevel=2, **{**settings, **option}
+        )
+    return path
+
+
 def joined(cutter: PartCutter, text: str) -> list[int]:
     return np.concatenate([cutter.tokenize(part) for part in cutter.cut(text)]).tolist()
 
@@ -65,24 +84,30 @@ def test_any_text_of_odd_letters(text: str, part_chars: int, model: Path) -> Non
 def test_models_that_a_cut_could_change_get_whole_documents(
     option: dict, documents: list[str], tmp_path: Path
 ) -> None:
-    settings = {
-        "model_type": "bpe",
-        "vocab_size": 400,
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "byte_fallback": True,
-        "hard_vocab_limit": False,
-        "character_coverage": 0.98,
-    }
-    lines = [line for text in documents[:40] for line in text.splitlines() if line]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "m"), minloglevel=2, **{**settings, **option}
-    )
-    cutter = PartCutter(Tokenizer(tmp_path / "m.model"))
+    cutter = PartCutter(Tokenizer(train_foreign(tmp_path / "m.model", documents, **option)))
     assert not cutter.cuts
     text = "word " * 10_000
     assert cutter.cut(text) == [DocumentPart(text, True, True)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"user_defined_symbols": [" x", "x ", "<m>", "a b", "\u2581the", "\u2581\u2581"]},
+        {"control_symbols": ["the", "\u2581a", "a"]},
+        {"treat_whitespace_as_suffix": True, "vocab_size": 330},
+        {"allow_whitespace_only_pieces": True, "split_by_unicode_script": False, "split_by_number": False},
+    ],
+)
+def test_odd_models_of_which_some_may_be_cut(
+    option: dict, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(train_foreign(tmp_path / "m.model", documents, byte_fallback=True, **option))
+    cutter = PartCutter(tokenizer)
+    monkeypatch.setattr(parts, "PART_CHARS", 1)
+    odd = ("xa bc x x d", "the x <m> a ba b", "a\u2581b \x00 a\x00 b", " the the  x  ", "<s> a <0x41> b</s> c")
+    for text in (*documents[:20], *torture_strings(300, 5), *odd):
+        assert joined(cutter, text) == tokenizer.encode_document(text).tolist()
 
 
 def test_tokens_are_one_part(model: Path) -> None:

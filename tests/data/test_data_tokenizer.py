@@ -9,6 +9,7 @@ from torture import torture_strings
 
 from basestone.data.errors import DataConfigError
 from basestone.data.hf_tokenizer import write_hf_tokenizer
+from basestone.data.parts import PartCutter
 from basestone.data.tokenizer import Tokenizer, train_tokenizer
 from basestone.data.tokenizer_inspect import hold_back, inspect_tokenizer
 
@@ -219,6 +220,26 @@ def test_what_has_no_exact_form_is_refused(
     with pytest.raises(DataConfigError, match=obstacle):
         write_hf_tokenizer(path, tmp_path / "hf", model_max_length=64)
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_model_with_unused_pieces_has_no_exact_form(
+    model: Path, documents: list[str], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(model)
+    content = model.read_bytes()
+    token = tokenizer.token_id("\u2581the")
+    # a piece is field 1: its text (field 1), its score (field 2, float), and its type (field 3), if it is not normal
+    text = "\u2581the".encode()
+    place = content.index(b"\x0a" + bytes([len(text) + 7, 0x0A, len(text)]) + text)
+    entry = content[place + 2 : place + 2 + len(text) + 7]
+    changed = b"\x0a" + bytes([len(entry) + 2]) + entry + b"\x18\x05"
+    (tmp_path / "u.model").write_bytes(content[:place] + changed + content[place + 2 + len(entry) :])
+    unused = Tokenizer(tmp_path / "u.model")
+    assert token in tokenizer.encode("in the end") and token not in unused.encode("in the end")
+    assert unused.decode(unused.encode("in the end")) == "in the end"
+    with pytest.raises(DataConfigError, match="it has unused pieces, which are taken apart again"):
+        write_hf_tokenizer(tmp_path / "u.model", tmp_path / "hf", model_max_length=64)
+    assert not PartCutter(unused).cuts
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, model: Path) -> None:
