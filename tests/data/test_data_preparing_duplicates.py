@@ -6,7 +6,9 @@ import gzip
 import itertools
 import json
 import random
+import re
 import sysconfig
+import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -104,6 +106,46 @@ def test_hashes_are_golden() -> None:
 
 GOLDEN_NGRAMS = ["6649b440f879e454", "3eef30c98c1b03fc"]
 GOLDEN_BANDS = ["295c756fbeb426f9", "1bb0106315ca4c03"]
+
+
+def test_marks_are_parts_of_words() -> None:
+    hindi = "भारत की राजधानी नई दिल्ली है और"
+    assert find_words(f"«{hindi}», 2024!") == [*hindi.split(), "2024"]
+    assert find_words("ภาษาไทย ที่นี่") == ["ภาษาไทย", "ที่นี่"]
+    assert find_words("q\u0301u\u0301 \u0301 x") == [
+        "q\u0301\u00fa",
+        "x",
+    ]  # the first letter has no single form
+    assert find_words("敏\ufe00か\u3099ab") == ["敏", "が", "ab"]
+    french = "L'été dernier, à Orléans : le garçon naïf"
+    decomposed = unicodedata.normalize("NFD", french)
+    assert decomposed != french and find_words(decomposed) == find_words(french) == re.findall(
+        r"\w+", french.lower()
+    )
+
+
+@given(
+    st.text(
+        st.characters(max_codepoint=0x1FFFF, exclude_categories=("Cs",)) | st.sampled_from("ae \u0301\u093f")
+    )
+)
+def test_words_of_any_text(text: str) -> None:
+    words = find_words(text)
+    assert (
+        find_words(unicodedata.normalize("NFD", text))
+        == find_words(unicodedata.normalize("NFC", text))
+        == words
+    )
+
+    def kinds(of: str) -> list[str]:
+        return ["L" if letter == "_" else unicodedata.category(letter)[0] for letter in of]
+
+    for word in words:
+        assert kinds(word[0])[0] in "LN" and set(kinds(word)) <= set("LNM")
+    normal = unicodedata.normalize("NFC", text.lower())
+    wanted = [letter for letter, kind in zip(normal, kinds(normal), strict=True) if kind in "LN"]
+    found = "".join(words)
+    assert [letter for letter, kind in zip(found, kinds(found), strict=True) if kind in "LN"] == wanted
 
 
 def test_short_documents() -> None:
