@@ -29,7 +29,9 @@ class MaskRates:
 
     def __post_init__(self) -> None:
         """Raise DataConfigError for rates that are no rates."""
-        if not 0 < self.predicted < 1 or min(self.masked, self.replaced) < 0 or self.masked + self.replaced > 1:
+        # written so that a NaN fails
+        rates_fit = self.masked >= 0 and self.replaced >= 0 and self.masked + self.replaced <= 1
+        if not (0 < self.predicted < 1 and rates_fit):
             raise DataConfigError(
                 f"mask rates are predicted {self.predicted}, masked {self.masked}, replaced {self.replaced}; the first "
                 "lies between 0 and 1, the others add up to at most 1"

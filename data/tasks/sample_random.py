@@ -7,6 +7,8 @@ methods may change between versions (NEP 19); what is made of the bits here is p
 
 from __future__ import annotations
 
+from operator import index
+
 import numpy as np
 
 from ..order import MASK_64
@@ -16,8 +18,8 @@ class SampleRandom:
     """Generate the random numbers of one sample: the same for the same ``(seed, sample_id)``, everywhere."""
 
     def __init__(self, seed: int, sample_id: int) -> None:
-        """Begin the stream of a sample; both numbers are taken modulo 2**64."""
-        key = np.array([seed & MASK_64, sample_id & MASK_64], np.uint64)
+        """Begin the stream of a sample; both numbers, integers of any type, are taken modulo 2**64."""
+        key = np.array([index(seed) & MASK_64, index(sample_id) & MASK_64], np.uint64)
         self._bits = np.random.Philox(key=key, counter=0)
 
     def uniforms(self, count: int) -> np.ndarray:

@@ -116,7 +116,7 @@ def full_sentences(
         raise DataConfigError(f"rows have {length} tokens; at least 3 are needed")
     row: list[int] = []
     for document in documents:
-        if row and len(row) < room:
+        if len(document) and row and len(row) < room:
             row.append(specials.sep)
         for sentence in document:
             for begin in range(0, len(sentence), room):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,10 @@ class SpanRates:
 
     def __post_init__(self) -> None:
         """Raise DataConfigError for impossible rates."""
-        if not 0 < self.noise < 1 or self.mean_span < 1:
+        if not (0 < self.noise < 1 and 1 <= self.mean_span < math.inf):
             raise DataConfigError(
                 f"span rates are noise {self.noise} and mean span {self.mean_span}; the first lies between 0 and 1, "
-                "the second is at least 1"
+                "the second is at least 1, and finite"
             )
 
 

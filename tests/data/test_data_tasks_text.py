@@ -91,6 +91,26 @@ def test_streams_differ_by_seed_and_sample() -> None:
     assert len(set(first)) == len(first)
 
 
+@pytest.mark.parametrize("integer", [np.int8, np.int32, np.int64, np.uint32, np.uint64])
+def test_integers_of_any_type_begin_the_same_stream(integer: type) -> None:
+    assert SampleRandom(integer(0), integer(5)).uniform() == SampleRandom(0, 5).uniform()
+    assert SampleRandom(0, integer(5)).uniform() != SampleRandom(0, 6).uniform()
+    if integer in (np.int32, np.int64):
+        assert SampleRandom(integer(-3), integer(-1)).uniform() == SampleRandom(-3, (1 << 64) - 1).uniform()
+
+
+def test_ids_of_the_whole_range_are_taken() -> None:
+    large = [SampleRandom(0, number).uniform() for number in (1 << 63, (1 << 63) + 1, (1 << 64) - 1, 0, 1)]
+    assert len(set(large)) == len(large)
+    for number in (1 << 63, (1 << 63) + 1, (1 << 64) - 1):
+        assert (
+            SampleRandom(np.uint64(number), np.uint64(number)).uniform()
+            == SampleRandom(number, number).uniform()
+        )
+    with pytest.raises(TypeError):
+        SampleRandom(0, 5.0)  # type: ignore[arg-type]
+
+
 def test_numbers_are_uniform() -> None:
     draws = np.concatenate([SampleRandom(3, sample).integers(10, 100) for sample in range(1000)])
     for value in range(10):
@@ -314,6 +334,9 @@ def test_mask_mistakes_are_named() -> None:
         MaskRates(masked=0.9, replaced=0.2)
     with pytest.raises(DataConfigError, match="max_predictions is 0"):
         MaskRates(max_predictions=0)
+    for name in ("predicted", "masked", "replaced"):
+        with pytest.raises(DataConfigError, match=r"mask rates are .*nan"):
+            MaskRates(**{name: math.nan})
     with pytest.raises(DataConfigError, match="mask's id is 9, the vocabulary has 4 tokens; train"):
         MaskVocabulary(9, np.zeros(4, bool))
     with pytest.raises(DataConfigError, match="word starts has 3 entries, the vocabulary 4"):
@@ -396,6 +419,22 @@ def test_each_sentence_of_a_document_is_used() -> None:
     assert used.tolist() == np.concatenate(document).tolist()
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [(90, 10, (40, 10)), (10, 90, (10, 40)), (60, 60, (25, 25)), (60, 30, (25, 25)), (30, 60, (25, 25))],
+)
+def test_the_longer_part_is_cut(first: int, second: int, left: tuple[int, int]) -> None:
+    for sample in range(20):
+        (pair,) = sentence_pairs(
+            [np.arange(first)],
+            [[np.arange(1000, 1000 + second)]],
+            SampleRandom(3, sample),
+            max_tokens=50,
+            short_fraction=0,
+        )
+        assert (len(pair.first), len(pair.second)) == left
+
+
 def test_pairs_are_framed() -> None:
     pair = SentencePair(np.array([10, 11]), np.array([12]), True)
     row = frame_pair(pair, 9, SPECIALS)
@@ -445,6 +484,19 @@ def test_full_sentences_mark_documents() -> None:
         [1, 10, 11, 12, 2, 20, 21, 2],
         [1, 30, 31, 32, 2, 3, 3, 3],
     ]
+
+
+def test_empty_documents_leave_no_trace() -> None:
+    document, empty = [np.array([10])], []
+    wanted = [row.tokens.tolist() for row in full_sentences([document, document], 8, SPECIALS)]
+    assert wanted == [[1, 10, 2, 10, 2, 3, 3, 3]]
+    for documents in (
+        [document, empty, empty, document],
+        [empty, document, document, empty, empty],
+        [document, empty, document],
+    ):
+        assert [row.tokens.tolist() for row in full_sentences(documents, 8, SPECIALS)] == wanted
+    assert not list(full_sentences([empty, empty], 8, SPECIALS))
 
 
 def test_sentence_mistakes_are_named() -> None:
@@ -545,6 +597,9 @@ def test_every_cut_is_as_likely() -> None:
 def test_span_mistakes_are_named() -> None:
     with pytest.raises(DataConfigError, match=r"noise 1\.5 and mean span 3"):
         SpanRates(1.5)
+    for rates in ((math.nan, 3.0), (0.15, math.nan), (0.15, math.inf)):
+        with pytest.raises(DataConfigError, match=r"span rates are noise .* at least 1, and finite"):
+            SpanRates(*rates)
     with pytest.raises(DataConfigError, match="5 sentinels cannot go down from id 3"):
         Sentinels(3, 5)
     with pytest.raises(DataConfigError, match="200 tokens have 10 spans, the tokenizer 4 sentinels"):
