@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from .cleaning import decode_text
 from .errors import DataConfigError
 from .storage import storage_errors, write_atomic
 from .tokenizer_engines import open_engine
@@ -27,6 +28,7 @@ from .tokenizer_files import SENTENCEPIECE, read_tokenizer_file
 DEFAULT_SYMBOLS = ("\n", "\n\n", "\n\n\n", "\t", "\t\t", "\t\t\t", "\t\t\t\t")
 LINE_BYTES = 4096  # SentencePiece skips training lines longer than this
 PRINTABLE_ASCII = "".join(map(chr, range(0x21, 0x7F)))
+BUILT_IN_PIECES = frozenset([*PRINTABLE_ASCII, *(f"<0x{byte:02X}>" for byte in range(256))])
 
 
 class Tokenizer:
@@ -146,6 +148,13 @@ def _check_symbols(user_symbols: tuple[str, ...], specials: tuple[str, ...]) -> 
         if not symbol or " " in symbol or "\u2581" in symbol:
             raise DataConfigError(
                 f"user symbol {symbol!r} is empty or holds a blank; such symbols have no exact Hugging Face form"
+            )
+        if decode_text(symbol) is None or "\0" in symbol:
+            raise DataConfigError(f"symbol {symbol!r} is not UTF-8 or holds a NUL; give it as text of letters")
+        if symbol in BUILT_IN_PIECES:
+            raise DataConfigError(
+                f"symbol {symbol!r} is a piece of every tokenizer already, as all bytes and ASCII characters are; "
+                "leave it out"
             )
     standard = ("<unk>", "<s>", "</s>", "<pad>")
     taken = [piece for piece in (*user_symbols, *specials) if piece in standard]

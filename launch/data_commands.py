@@ -349,11 +349,13 @@ def _fertility(measured: dict[str, Any]) -> str:
 
 
 def _texts(sources: list[str]) -> Iterator[str]:
-    """Give the documents of shard directories and text files."""
+    """Give the documents of shard directories and text files; those that are not UTF-8 are counted and passed over."""
+    from ..data.cleaning import decode_text
     from ..data.preparing.web import extract_text
     from ..data.shards import open_shard_set
     from ..data.sources import find_source_files, read_documents
 
+    num_not_utf8 = 0
     for source in sources:
         if (Path(source) / "manifest.json").is_file():
             shards = open_shard_set(Path(source))
@@ -362,8 +364,13 @@ def _texts(sources: list[str]) -> Iterator[str]:
         else:
             for file in find_source_files([source]):
                 for document in read_documents(file):
-                    raw = extract_text(document).content
-                    yield raw if isinstance(raw, str) else raw.decode("utf-8", errors="replace")
+                    text = decode_text(extract_text(document).content)
+                    if text is None:
+                        num_not_utf8 += 1
+                    else:
+                        yield text
+    if num_not_utf8:
+        _say(f"passed over {num_not_utf8:,} documents that are not UTF-8, as `prepare` does")
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:

@@ -121,6 +121,24 @@ def test_symbols_are_given_once(documents: list[str], tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("symbol", "match"),
+    [
+        ("\udcff", r"symbol '\\udcff' is not UTF-8 or holds a NUL"),
+        ("x\0y", r"symbol 'x\\x00y' is not UTF-8 or holds a NUL"),
+        ("a", "symbol 'a' is a piece of every tokenizer already, .*; leave it out"),
+        ("~", "symbol '~' is a piece of every tokenizer already, .*; leave it out"),
+        ("<0x4A>", "symbol '<0x4A>' is a piece of every tokenizer already, .*; leave it out"),
+    ],
+)
+def test_symbols_that_can_be_none_are_named(
+    symbol: str, match: str, documents: list[str], tmp_path: Path
+) -> None:
+    for given in ({"user_symbols": (symbol,)}, {"specials": (symbol,)}):
+        with pytest.raises(DataConfigError, match=match):
+            train_tokenizer(iter(documents), tmp_path / "x", vocab_size=600, **given)
+
+
 def test_mistakes_are_named(tmp_path: Path, documents: list[str]) -> None:
     with pytest.raises(DataConfigError, match=r"cannot be read .* train one with"):
         Tokenizer(tmp_path / "missing.model")

@@ -67,6 +67,28 @@ def test_training_takes_symbols_specials_and_sizes(basestone, tmp_path, notes):
     assert part["sample_bytes"] <= 1 << 20 and part["num_documents"] < whole["num_documents"]
 
 
+def test_documents_that_are_not_utf8_are_passed_over(basestone, tmp_path, notes):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text":"bad \\ud800 surrogate"}\n' * 3)
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    words = ("tokenizer", "train", notes, "--out", tmp_path / "a.model", "--vocab-size", "500", "--json")
+    plain = basestone(*words)
+    done = basestone(*words[:3], bad, tmp_path / "latin.txt", *words[3:])
+    assert done.code == 0 and done.out == plain.out
+    assert done.err == "passed over 4 documents that are not UTF-8, as `prepare` does\n"
+    seen = basestone("tokenizer", "inspect", tmp_path / "a.model", bad, notes, "--json")
+    assert seen.code == 0 and json.loads(seen.out)["texts"] == len(topics)
+    assert seen.err == "passed over 3 documents that are not UTF-8, as `prepare` does\n"
+    none = basestone("tokenizer", "train", bad, "--out", tmp_path / "b.model")
+    assert none.code == 64 and "error: no text to train" in none.err and "passed over 3" in none.err
+
+
+def test_a_symbol_that_is_no_text_is_refused(basestone, tmp_path, notes):
+    words = ("tokenizer", "train", notes, "--out", tmp_path / "a.model")
+    refused(basestone(*words, "--symbol", "\udcff"), 64, "is not UTF-8 or holds a NUL")
+    refused(basestone(*words, "--symbol", "a"), 64, "is a piece of every tokenizer already", "leave it out")
+
+
 def test_a_single_document_is_not_held_back(basestone, tmp_path):
     (tmp_path / "one.txt").write_text(topics["formatstrings"])
     done = basestone(
