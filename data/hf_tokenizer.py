@@ -95,6 +95,8 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     obstacles = []
     if not pieces or trainer.get(3, 1) != BPE_MODEL:
         obstacles.append("it is not BPE")
+    if not any(piece.kind == UNKNOWN for piece in pieces):
+        obstacles.append("it has no unknown piece")
     if any(piece.kind == UNUSED for piece in pieces):
         obstacles.append("it has unused pieces, which are taken apart again")
     if normalizer.get(2, b""):

@@ -61,7 +61,8 @@ class SentencePieceEngine:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(file.content)
-        except RuntimeError as error:
+            self._model.id_to_piece(list(range(self._model.vocab_size())))  # all must be UTF-8
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second where a message quotes what is none
             raise DataConfigError(
                 f"tokenizer {file.path} is no SentencePiece model; give a .model file, a tokenizer.json or a "
                 ".tiktoken file"

@@ -113,6 +113,29 @@ def test_a_whole_file_with_a_special_out_of_bounds_is_refused(tmp_path: Path) ->
     refused(path, tmp_path / "out", r"special '<\|x\|>' has id 1099511627776")
 
 
+def test_a_sentencepiece_model_with_damaged_pieces_is_refused(model: Path, tmp_path: Path) -> None:
+    content = model.read_bytes()
+    path = tmp_path / "m.model"
+    place = content.index("\u2581the".encode())
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    refused(path, tmp_path / "out", "is no SentencePiece model")
+    path.write_bytes(content.replace(b"<pad>", b"<s>\xff\xff"))  # twice the same but for the damage
+    refused(path, tmp_path / "out", "is no SentencePiece model")
+
+
+def test_a_model_whose_unknown_piece_is_not_marked_has_no_exact_form(model: Path, tmp_path: Path) -> None:
+    content = model.read_bytes()
+    size = content[1]
+    assert content[:9] == bytes([0x0A, size, 0x0A, 5]) + b"<unk>" and size < 100
+    # a second type in another wire form: SentencePiece passes over it
+    entry = content[2 : 2 + size] + b"\x1d\0\0\0\0"
+    path = tmp_path / "m.model"
+    path.write_bytes(bytes([0x0A, len(entry)]) + entry + content[2 + size :])
+    assert Tokenizer(path).unk == 0
+    with pytest.raises(DataConfigError, match="has no exact Hugging Face form: it has no unknown piece"):
+        export(path, tmp_path / "out")
+
+
 def test_pieces_that_do_not_fit_their_decoder_are_taken_as_it_takes_them(tmp_path: Path) -> None:
     for decoder, vocabulary in (
         ({"type": "ByteLevel"}, {"\u2581the": 1, "Ġthe": 2}),
