@@ -4,8 +4,9 @@ A lane that goes on within a document has to tokenise it again, and long documen
 often in. Where a tokenizer allows it, the lane's place is therefore counted in parts of a document.
 
 A cut before a single blank between two words is safe for BPE where no piece of the vocabulary holds a blank behind
-another letter: a merge over the cut would have to give such a piece. The text must reach the merges as it is, so
-models that normalise it or put a blank before it do not qualify.
+another letter: a merge over the cut would have to give such a piece. Nor does a user-defined symbol then span it; they
+are matched first, from left to right. The text must reach the merges as it is, so models that normalise it or put a
+blank before it do not qualify.
 """
 
 from __future__ import annotations
