@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/pipeline_bubble.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/prepare.py
 
 clean:

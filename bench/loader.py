@@ -53,7 +53,7 @@ NOTES = {
 def prepare_data(work: Path, sources: list[str], tokenizer: Path | None) -> None:
     """Write the corpus in every form below ``work``; formats of packages that are not here are left out."""
     from basestone.data.builtin import prepare_builtin
-    from basestone.data.inspect import index_directory
+    from basestone.data.indexing import index_directory
     from basestone.data.prepare import prepare
     from basestone.data.shards import ShardWriter, open_shard_set
     from basestone.data.tokenizer import Tokenizer

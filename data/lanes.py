@@ -167,6 +167,8 @@ class SampleGroup:
     @staticmethod
     def join(groups: Sequence[SampleGroup]) -> SampleGroup:
         """Put groups one after another."""
+        if len(groups) == 1:
+            return groups[0]
         arrays = {
             name: np.concatenate([getattr(group, name) for group in groups]) for name in (*ROW_ARRAYS, "starts")
         }

@@ -8,6 +8,8 @@ pipe, many to a message: a message for each sample would cost more than tokenisi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -45,6 +47,7 @@ GROUP_TOKENS = 1 << 17
 MAX_GROUP_SAMPLES = 64
 MIN_QUEUED_GROUPS = 4
 PARENT_POLL_S = 0.25
+PIPE_BYTES = 1 << 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 BOOTSTRAP = """
 import json, sys
@@ -126,6 +129,8 @@ class WorkerReader:
         self._end = weakref.finalize(self, _end_process, self._process, os.getpid())
         assert self._process.stdin is not None and self._process.stdout is not None
         self._frames: IO[bytes] = self._process.stdout
+        with contextlib.suppress(OSError):  # fewer switches between the two; the system may allow less
+            fcntl.fcntl(self._frames, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         orders = [json.dumps(sys.path), json.dumps({"parent": os.getpid(), "task": asdict(task)})]
         try:
             self._process.stdin.write("".join(f"{order}\n" for order in orders).encode())
