@@ -30,6 +30,14 @@ Model = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+ChunkKib = Annotated[
+    int | None,
+    typer.Option(
+        help="Bytes that are read, checked and shuffled at a time, in KiB: larger ones for corpora of many "
+        "terabytes, whose index every reader holds. Default: 128.",
+        min=1,
+    ),
+]
 HELDOUT_FRACTION = 0.01
 
 
@@ -92,6 +100,8 @@ def prepare(
             help="Share of documents to hold out. Default: 0.01.", min=0.0, max=0.9, show_default=False
         ),
     ] = HELDOUT_FRACTION,
+    chunk_kib: ChunkKib = None,
+    shard_mib: Annotated[int | None, typer.Option(help="Size of a shard, in MiB. Default: 64.", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one per core.", min=0)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -111,6 +121,7 @@ def prepare(
         "decontaminate": tuple(decontaminate or ()),
     }
     values = {"tokenizer": tokenizer, "text_field": text_field, "min_chars": min_chars, "ngram": ngram}
+    values |= {"chunk_bytes": chunk_kib and chunk_kib << 10, "shard_bytes": shard_mib and shard_mib << 20}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     if any(source.startswith("builtin:") for source in sources):
         own = given or any({**switches, **lists}.values()) or heldout_fraction != HELDOUT_FRACTION
@@ -260,6 +271,7 @@ def data_index(
         ),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Whose ids token blocks hold.")] = None,
+    chunk_kib: ChunkKib = None,
     allow_pipe: AllowPipe = False,
     as_json: AsJson = False,
 ) -> None:
@@ -267,10 +279,13 @@ def data_index(
     from ..data.errors import DataConfigError
     from ..data.indexing import index_directory, index_places
 
+    settings: dict[str, Any] = {"tokenizer": tokenizer} | (
+        {"chunk_bytes": chunk_kib << 10} if chunk_kib else {}
+    )
     if out is not None:
-        result = index_places(places, out, tokenizer=tokenizer, reader=_reader(allow_pipe), log=_say)
+        result = index_places(places, out, reader=_reader(allow_pipe), log=_say, **settings)
     elif len(places) == 1 and "://" not in places[0]:
-        result = index_directory(Path(places[0]), tokenizer=tokenizer)
+        result = index_directory(Path(places[0]), **settings)
     else:
         raise DataConfigError(
             f"{' '.join(places)}: only one local directory is indexed in place; say where the index goes: --out DIR"

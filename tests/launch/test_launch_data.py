@@ -29,6 +29,25 @@ def test_prepare_says_in_words_what_it_did(basestone, tmp_path, jsonl):
     )
 
 
+def test_sizes_of_chunks_and_shards_are_given_in_kib_and_mib(basestone, tmp_path, texts):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text * 5}) + "\n" for text in texts))
+    counts = []
+    for words in (("--chunk-kib", "2"), ("--chunk-kib", "32", "--shard-mib", "1")):
+        out = tmp_path / f"out{len(counts)}"
+        done = basestone("prepare", tmp_path / "in.jsonl", "--out", out, "--workers", "0", *words)
+        assert done.code == 0, done.err
+        manifest = json.loads((out / "train" / "manifest.json").read_text())
+        counts.append(sum(len(shard["chunks"]) for shard in manifest["shards"]))
+    assert counts[0] > 2 * counts[1] > 2
+    done = basestone("data", "index", tmp_path / "out0" / "train", "--chunk-kib", "32", "--json")
+    assert done.code == 0 and json.loads(done.out)["chunks"] == counts[1]
+    refused(
+        basestone("prepare", tmp_path / "in.jsonl", "--out", tmp_path / "o", "--chunk-kib", "70000"),
+        64,
+        "no larger",
+    )
+
+
 def test_prepare_refuses_what_is_not_there(basestone, tmp_path):
     refused(basestone("prepare", tmp_path / "no.txt", "--out", tmp_path / "out"), 64, "no.txt' names no file")
     (tmp_path / "empty").mkdir()
