@@ -22,7 +22,7 @@ import torch
 from basestone.data.prepare import prepare
 from basestone.data.tokenizer import train_tokenizer
 from basestone.model import stage
-from basestone.trainer import engine, gradients, step, verify
+from basestone.trainer import engine, feed, gradients, verify
 from basestone.trainer.batch import share
 from basestone.trainer.engine_state import EngineState
 from basestone.trainer.errors import NumericsError
@@ -250,7 +250,7 @@ def test_tensor_parallel_ranks_with_samples_in_another_order(proof, monkeypatch)
         shared = share(tokens, weights, num_samples, sequence_length, runtime)
         return tuple(part.roll(runtime.tp_rank, 0) for part in shared)
 
-    monkeypatch.setattr(step, "share", planted)
+    monkeypatch.setattr(feed, "share", planted)
     named(one("tp2-z1"), "step 1: the loss is off")
 
 
