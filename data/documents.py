@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .cleaning import decode_text
 from .errors import DataError
 
 TEXT_KIND = "text"
@@ -72,7 +73,7 @@ def text_of_sample(sample: dict[str, Any], where: str) -> str:
         text = json.loads(content)["text"]
     except (ValueError, RecursionError, KeyError, TypeError):
         text = None
-    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not isinstance(text, str) or decode_text(text) is None:
         raise DataError(
             f"{where}: sample {sample['__key__']} has a .json member without a string `text`; "
             "pass the sources through `prepare`, which drops such documents"

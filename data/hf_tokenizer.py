@@ -18,12 +18,12 @@ from .errors import DataConfigError
 from .hf_tiktoken import convert_ranks
 from .storage import storage_errors, write_atomic
 from .tokenizer import Tokenizer
+from .tokenizer_engines import META_SPACE
 from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, read_tokenizer_file
 
 # piece types of sentencepiece_model.proto
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 BPE_MODEL = 2
-META_SPACE = "\u2581"
 
 
 @dataclass(frozen=True)

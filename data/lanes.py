@@ -61,7 +61,6 @@ class Source:
         self._ahead: dict[int, Future[bytes]] = {}
         self._ends = np.cumsum([shard_set.num_chunks for shard_set in shard_sets])
         self.num_chunks = int(self._ends[-1])
-        self.num_bytes = sum(shard_set.num_bytes for shard_set in shard_sets)
 
     @property
     def num_tokens(self) -> int | None:

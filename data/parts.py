@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import DataConfigError
-from .hf_tokenizer import META_SPACE, read_sentencepiece_model
+from .hf_tokenizer import read_sentencepiece_model
 from .tokenizer import Tokenizer
+from .tokenizer_engines import META_SPACE
 from .tokenizer_files import SENTENCEPIECE
 
 PART_CHARS = 1024

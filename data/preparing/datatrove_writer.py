@@ -19,6 +19,7 @@ from ..storage import rename_directory, storage_errors
 from .document import NOT_TOKENISED, encode_document, load_tokenizer
 from .place import HELDOUT_NAME, TRAIN_NAME
 from .settings import DEFAULT_CHUNK_BYTES, DEFAULT_MIN_CHARS, DEFAULT_SHARD_BYTES, missing_package
+from .writing import open_writer
 
 try:
     from datatrove.pipeline.base import PipelineStep
@@ -62,7 +63,15 @@ class ShardWriterStep(PipelineStep):
             unfinished = {name: place.with_name(f".{place.name}") for name, place in places.items()}
             for directory in unfinished.values():
                 shutil.rmtree(directory, ignore_errors=True)  # of a task that was killed
-            writers = {name: self._open_writer(directory) for name, directory in unfinished.items()}
+            writers = {
+                name: open_writer(
+                    directory,
+                    tokenizer=self.tokenizer,
+                    shard_bytes=self.shard_bytes,
+                    chunk_bytes=self.chunk_bytes,
+                )
+                for name, directory in unfinished.items()
+            }
             for document in data:
                 with self.track_time():
                     self._write(document.text, writers)
@@ -71,16 +80,6 @@ class ShardWriterStep(PipelineStep):
                 writers[name].finish()
                 shutil.rmtree(place, ignore_errors=True)  # of an earlier run of this task
                 rename_directory(unfinished[name], place)
-
-    def _open_writer(self, directory: Path) -> ShardWriter:
-        tokenizer = None if self.tokenizer is None else load_tokenizer(self.tokenizer)
-        return ShardWriter(
-            directory,
-            shard_bytes=self.shard_bytes,
-            chunk_bytes=self.chunk_bytes,
-            vocab_size=tokenizer.vocab_size if tokenizer else None,
-            tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
-        )
 
     def _write(self, text: str, writers: dict[str, ShardWriter]) -> None:
         cleaned = clean_document(text, DEFAULT_MIN_CHARS)

@@ -101,7 +101,15 @@ class CorpusWriter:
         self._report = report
         self._dropped: Counter[str] = Counter()
         self._scrubbed: Counter[str] = Counter()
-        self._writers = {name: _open_writer(directory / name, settings) for name in (TRAIN_NAME, HELDOUT_NAME)}
+        self._writers = {
+            name: open_writer(
+                directory / name,
+                tokenizer=settings.tokenizer,
+                shard_bytes=settings.shard_bytes,
+                chunk_bytes=settings.chunk_bytes,
+            )
+            for name in (TRAIN_NAME, HELDOUT_NAME)
+        }
 
     def write_pieces(
         self, pieces: Path, num_pieces: int, decisions: Decisions, tell: Callable[[], None]
@@ -187,14 +195,15 @@ class CorpusWriter:
             report.train_bytes += size
 
 
-def _open_writer(directory: Path, settings: CorpusSettings) -> ShardWriter:
-    tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+def open_writer(directory: Path, *, tokenizer: Path | None, shard_bytes: int, chunk_bytes: int) -> ShardWriter:
+    """Start writing shards into a new directory: of token blocks with a tokenizer, of text without one."""
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     return ShardWriter(
         directory,
-        shard_bytes=settings.shard_bytes,
-        chunk_bytes=settings.chunk_bytes,
-        vocab_size=tokenizer.vocab_size if tokenizer else None,
-        tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+        shard_bytes=shard_bytes,
+        chunk_bytes=chunk_bytes,
+        vocab_size=loaded.vocab_size if loaded else None,
+        tokenizer_sha256=loaded.sha256 if loaded else None,
     )
 
 
