@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from basestone.model.config import ModelConfig
 from basestone.model.layout import Parameter, boxes, decoder_layout
-from basestone.trainer.checkpoint import TENSORS
-from basestone.trainer.storage import BLOCK_BYTES
-from basestone.trainer.weights import FP32_BYTES, index_of
+from basestone.trainer.checkpoint.checkpointer import TENSORS
+from basestone.trainer.checkpoint.format import BLOCK_BYTES
+from basestone.trainer.checkpoint.tensors import FP32_BYTES, index_of
 
 MIB = 1 << 20
 

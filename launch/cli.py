@@ -276,8 +276,9 @@ def checkpoint_ls(
     as_json: AsJson = False,
 ) -> None:
     """List the checkpoints of a run, newest first, with what their structure says."""
+    from ..trainer.checkpoint.format import steps_in
+    from ..trainer.checkpoint.reader import Reader
     from ..trainer.errors import CheckpointError, ConfigError
-    from ..trainer.storage import Reader, steps_in
 
     if not (run_dir / "checkpoints").is_dir():
         raise ConfigError(f"{run_dir}: is no run directory (no checkpoints/)")
@@ -298,8 +299,9 @@ def checkpoint_ls(
 @checkpoint_app.command("verify", epilog="Example: basestone checkpoint verify runs/quickstart")
 def checkpoint_verify(checkpoint: Checkpoint) -> None:
     """Read every byte of a checkpoint against its checksums."""
+    from ..trainer.checkpoint.format import steps_in
+    from ..trainer.checkpoint.reader import Reader
     from ..trainer.errors import CheckpointError
-    from ..trainer.storage import Reader, steps_in
 
     path = checkpoint
     if (checkpoint / "checkpoints").is_dir():

@@ -9,12 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from basestone.trainer.checkpoint import reader, writer
+from basestone.trainer.checkpoint.reader import Reader
+from basestone.trainer.checkpoint.writer import RankWriter, commit
 from basestone.trainer.errors import CheckpointError
-from basestone.trainer.storage import RankWriter, Reader, commit
 
 BLOCK_BYTES = 64
 RANK_BYTES = (0, 150, 128)  # nothing, a last block that is not full, whole blocks
 FILES = ["MANIFEST.json", "index.json", "state.json", "rank_00001.bin", "rank_00002.bin"]
+
+
+def use_small_blocks(patch: pytest.MonkeyPatch, num_bytes: int = BLOCK_BYTES) -> None:
+    """Make blocks small, so that small files have several."""
+    for module in (reader, writer):
+        patch.setattr(module, "BLOCK_BYTES", num_bytes)
 
 
 def payload(rank: int) -> bytes:
@@ -26,17 +36,17 @@ def write_ranks(temporary: Path) -> dict[str, Any]:
     temporary.mkdir(parents=True)
     ranks = []
     for rank, size in enumerate(RANK_BYTES):
-        with RankWriter(temporary / f"rank_{rank:05d}.bin") as writer:
+        with RankWriter(temporary / f"rank_{rank:05d}.bin") as out:
             for start in range(0, size, 50):  # pieces that are no blocks
-                writer.write(memoryview(payload(rank))[start : start + 50])
+                out.write(memoryview(payload(rank))[start : start + 50])
         ranks.append(
             {
-                "file": writer.path.name,
-                "bytes": writer.written,
+                "file": out.path.name,
+                "bytes": out.written,
                 "tp_rank": 0,
                 "tp_size": 1,
                 "fragments": [[0, 0, 4, 0]],
-                "blocks": writer.blocks,
+                "blocks": out.blocks,
             }
         )
     return {"parameters": [{"name": "w", "shape": [4, 3]}], "tensors": ["master"], "ranks": ranks}

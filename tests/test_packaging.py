@@ -240,7 +240,10 @@ LIGHT = {
     "plain modules": [
         *(f"basestone.model.{name}" for name in ("config", "presets", "layout", "flops")),
         *(f"basestone.trainer.{name}" for name in ("config", "load", "plan", "schedule", "errors", "places")),
-        *(f"basestone.trainer.{name}" for name in ("storage", "rundir", "run_records", "report")),
+        *(
+            f"basestone.trainer.{name}"
+            for name in ("checkpoint.reader", "checkpoint.writer", "rundir", "run_records", "report")
+        ),
     ],
 }
 

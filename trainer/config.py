@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.config import DataConfig, ReadingConfig
 from ..data.division import num_lanes, samples_per_reader
@@ -14,183 +11,18 @@ from ..model.config import ModelConfig
 from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
 from .ramp import BatchSchedule, Phase
-
-FIXED: dict[str, Any] = {"on_resume": "fixed"}
-FREE: dict[str, Any] = {"on_resume": "free"}
-OFFLOAD_STAGES = {"none": 0, "cpu": 2, "nvme": 3}  # the lowest ZeRO stage that each goes with
-
-
-class Section(BaseModel):
-    """Base of every section: immutable; an unknown key is an error, and so is `true` or "8" for a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class RunSection(Section):
-    """`[run]`: identity and processes."""
-
-    seed: int = Field(
-        1234, ge=0, description="seed of weights, data order and dropout", json_schema_extra=FIXED
-    )
-    processes: int | None = Field(
-        None, gt=0, description="local workers; by default one per GPU, else 1", json_schema_extra=FREE
-    )
-    deterministic: bool = Field(
-        False, description="bit-reproducible kernels on a GPU, at some speed", json_schema_extra=FREE
-    )
-
-
-class ParallelSection(Section):
-    """`[parallel]`: the layout. All of it may change at a resume."""
-
-    tensor: int = Field(1, gt=0, description="tensor-parallel ranks", json_schema_extra=FREE)
-    pipeline: int = Field(1, gt=0, description="pipeline-parallel ranks", json_schema_extra=FREE)
-    virtual_pipeline: int = Field(
-        1,
-        gt=0,
-        description="stages that a pipeline rank holds; above 1 they are interleaved",
-        json_schema_extra=FREE,
-    )
-    pipeline_layers: tuple[Annotated[int, Field(gt=0, strict=True)], ...] | None = Field(
-        None,
-        strict=False,  # TOML has lists
-        description="layers of every stage in the model's order; by default spread evenly",
-        json_schema_extra=FREE,
-    )
-    sequence: bool = Field(
-        False, description="Megatron sequence parallel: norms and dropout on slices", json_schema_extra=FREE
-    )
-    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage", json_schema_extra=FREE)
-    ds_config: str | None = Field(
-        None, description="DeepSpeed JSON in place of ds_configs/zero<stage>.json", json_schema_extra=FREE
-    )
-    offload: Literal["none", "cpu", "nvme"] = Field(
-        "none",
-        description="where optimizer states lie, and weights from ZeRO-3 on: on the GPU, in host memory or in files",
-        json_schema_extra=FREE,
-    )
-    nvme_path: str | None = Field(
-        None, description='directory on a local disk for `offload = "nvme"`', json_schema_extra=FREE
-    )
-
-
-class RampPhase(Section):
-    """A row of `train.ramp`: a global batch, and the step or the number of tokens at which it ends."""
-
-    global_batch: int = Field(gt=0)
-    until_step: int | None = Field(None, gt=0)
-    until_tokens: int | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _one_end(self) -> RampPhase:
-        if (self.until_step is None) == (self.until_tokens is None):
-            raise ValueError("give either until_step or until_tokens")
-        return self
-
-
-class TrainSection(Section):
-    """`[train]`: how long, in what batches, in what precision."""
-
-    steps: int | None = Field(None, gt=0, description="optimizer steps", json_schema_extra=FREE)
-    tokens: int | None = Field(None, gt=0, description="or tokens, rounded up to steps", json_schema_extra=FREE)
-    global_batch: int = Field(
-        gt=0, description="sequences in one step, over all ranks", json_schema_extra=FIXED
-    )
-    ramp: tuple[RampPhase, ...] = Field(
-        (),
-        strict=False,  # TOML has lists
-        description="smaller batches to begin with: a list of {global_batch, until_step or until_tokens}",
-        json_schema_extra=FIXED,
-    )
-    micro_batch: int = Field(1, gt=0, description="sequences in one forward of a rank", json_schema_extra=FREE)
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="working precision; masters are fp32", json_schema_extra=FIXED
-    )
-    clip: float = Field(1.0, ge=0, description="global gradient norm limit; 0 is off", json_schema_extra=FIXED)
-    recompute: bool = Field(
-        False, description="activation checkpointing: keep a layer's input only", json_schema_extra=FREE
-    )
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSection:
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give either steps or tokens, not both and not neither")
-        return self
-
-
-class OptimizerSection(Section):
-    """`[optimizer]`: AdamW (Loshchilov & Hutter 2019)."""
-
-    lr: float = Field(gt=0, allow_inf_nan=False, description="peak learning rate", json_schema_extra=FREE)
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), strict=False, description="moment decays", json_schema_extra=FREE
-    )
-    eps: float = Field(
-        1e-8, gt=0, allow_inf_nan=False, description="denominator epsilon", json_schema_extra=FREE
-    )
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay", json_schema_extra=FREE)
-    decay_all: bool = Field(
-        False, description="decay norms, biases and embeddings, too", json_schema_extra=FIXED
-    )
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("both must be at least 0 and below 1")
-        return betas
-
-
-class ScheduleSection(Section):
-    """`[schedule]`: the learning rate over steps."""
-
-    kind: Literal["cosine", "wsd", "linear", "constant"] = Field(
-        "cosine", description="shape after the warm-up", json_schema_extra=FREE
-    )
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0", json_schema_extra=FREE)
-    final_ratio: float = Field(
-        0.1, ge=0, le=1, description="the rate reached when the run ends, over the peak", json_schema_extra=FREE
-    )
-    decay_steps: int | None = Field(
-        None,
-        gt=0,
-        description="wsd: length of the decay; by default a fifth of the run",
-        json_schema_extra=FREE,
-    )
-
-
-class EvaluateSection(Section):
-    """`[evaluate]`: held-out loss while training."""
-
-    every_steps: int = Field(0, ge=0, description="0: only at the end", json_schema_extra=FREE)
-    max_tokens: int = Field(65536, gt=0, description="tokens of each held-out set", json_schema_extra=FREE)
-
-
-class CheckpointSection(Section):
-    """`[checkpoint]`: when to save and what to keep."""
-
-    every_steps: int = Field(0, ge=0, description="0: only at the end and when stopped", json_schema_extra=FREE)
-    keep_last: int = Field(3, gt=0, description="newest checkpoints to keep", json_schema_extra=FREE)
-
-
-class MeterSection(Section):
-    """`[meter]`: logging, throughput and energy."""
-
-    log_every_steps: int = Field(1, gt=0, description="steps between metric lines", json_schema_extra=FREE)
-    watts: float | None = Field(
-        None, gt=0, description="power of one host, where no counter can be read", json_schema_extra=FREE
-    )
-    peak_tflops: float | None = Field(
-        None,
-        gt=0,
-        description="dense peak of one device, for MFU, where the table has none",
-        json_schema_extra=FREE,
-    )
-    attention_flops: Literal["causal", "full"] = Field(
-        "causal", description="how attention is counted in FLOPs", json_schema_extra=FREE
-    )
-    g_co2e_per_kwh: float | None = Field(None, ge=0, description="grid intensity", json_schema_extra=FREE)
-    tensorboard: bool = Field(True, description="write TensorBoard events", json_schema_extra=FREE)
+from .sections import (
+    OFFLOAD_STAGES,
+    CheckpointSection,
+    EvaluateSection,
+    MeterSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    TrainSection,
+)
 
 
 class RunConfig(Section):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..model.layout import decoder_layout
-from .config import OFFLOAD_STAGES, ResolvedRun
+from .config import ResolvedRun
 from .errors import ConfigError
+from .sections import OFFLOAD_STAGES
 
 # What the run file decides: in a DeepSpeed file they would be a second source of truth.
 DERIVED_KEYS = (

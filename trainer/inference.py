@@ -18,7 +18,8 @@ from ..model.config import ModelConfig
 from ..model.layout import decoder_layout
 from . import runtime as processes
 from .card import CardFacts
-from .checkpoint import open_checkpoint
+from .checkpoint.opening import open_checkpoint
+from .checkpoint.tensors import CheckpointTensors
 from .config import RunConfig
 from .errors import ConfigError
 from .export import DTYPES, export_checkpoint
@@ -26,7 +27,6 @@ from .load import validate_run
 from .places import locate_heldout
 from .reference import generate, load_decoder, logits_of
 from .run_records import RunRecords, number, read_records
-from .weights import CheckpointTensors
 
 VERIFY_SEQUENCES = 2
 CURVE_POINTS = 20

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from .config import OFFLOAD_STAGES, RunConfig
+from .config import RunConfig
 from .errors import ConfigError
+from .sections import OFFLOAD_STAGES
 
 GRAMMAR = (
     "tensor tpN, sequence parallel sp, pipeline ppN, virtual stages vpN, data dpN, ZeRO zN; e.g. tp2-sp-pp2-z1"

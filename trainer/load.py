@@ -16,6 +16,13 @@ from ..data.reading.transport import is_local
 from .config import RunConfig
 from .errors import ConfigError
 
+# Keys of sections that are places: relative to the file they stand in.
+PATHS = {
+    "parallel": ("ds_config", "nvme_path"),
+    "reading": ("cache",),
+    "train": ("init_from",),
+    "checkpoint": ("remote",),
+}
 # Keys of a section of which a run has one.
 EXCLUSIVE = {"train": ({"steps", "tokens"},), "data": ({"train", "sources"},)}
 
@@ -79,7 +86,7 @@ def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
             data["heldout"] = {name: absolute(path) for name, path in data["heldout"].items()}
         if "tokenizer" in data:
             data["tokenizer"] = absolute(data["tokenizer"])
-    for section, keys in (("parallel", ("ds_config", "nvme_path")), ("reading", ("cache",))):
+    for section, keys in PATHS.items():
         fields = resolved.get(section)
         if isinstance(fields, dict):
             fields.update({key: absolute(fields[key]) for key in keys if fields.get(key)})

@@ -13,7 +13,7 @@ from typing import Any
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
-from .checkpoint import Checkpointer
+from .checkpoint.checkpointer import Checkpointer
 from .config import ResolvedRun
 from .console import RunConsole
 from .engine import Engine

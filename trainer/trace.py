@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..model.layout import Parameter, boxes
-from .config import OptimizerSection
 from .engine_state import MASTER, EngineState
+from .sections import OptimizerSection
 
 KINDS = ("gradient", "update", "root")
 FP32_EPSILON = 2.0**-23

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..model.layout import decoder_layout
 from . import runtime as processes
-from .config import ResolvedRun, RunConfig, ScheduleSection
+from .config import ResolvedRun, RunConfig
 from .ds_config import deepspeed_config
 from .engine import Engine
 from .errors import ConfigError
@@ -25,6 +25,7 @@ from .feed import Feed
 from .forks import run_ranks, threads_each
 from .layouts import Layout
 from .places import DataPlaces, vocab_size
+from .sections import ScheduleSection
 from .step import TrainingStep
 from .trace import Difference, PieceWatch, Trace
 

@@ -13,11 +13,11 @@ from small import VOCAB, curve_of, make_engine, relative_difference, run_config,
 
 from basestone.model.initial import initial_piece
 from basestone.model.layout import decoder_layout
-from basestone.trainer.checkpoint import Checkpointer
+from basestone.trainer.checkpoint.checkpointer import Checkpointer
 from basestone.trainer.errors import CheckpointError
 from basestone.trainer.layouts import parse_layout
-from basestone.trainer.storage import Reader
-from basestone.trainer.weights import CheckpointTensors
+from basestone.trainer.checkpoint.reader import Reader
+from basestone.trainer.checkpoint.tensors import CheckpointTensors
 
 pytestmark = pytest.mark.dist
 SAVED_AT, STEPS = 4, 9

@@ -14,7 +14,7 @@ from basestone.trainer.forks import run_ranks
 from small import VOCAB, held_out_loss, make_engine, relative_difference, run_config, train
 
 from basestone.model.layout import decoder_layout
-from basestone.trainer.checkpoint import Checkpointer
+from basestone.trainer.checkpoint.checkpointer import Checkpointer
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import check_deepspeed
 from basestone.trainer.engine_state import MASTER

@@ -13,8 +13,8 @@ from in_process import refused
 
 from basestone.data.preparing.settings import CorpusSettings
 from basestone.launch import data_commands
+from basestone.trainer.checkpoint.writer import RankWriter, commit
 from basestone.trainer.rundir import make_run_directory
-from basestone.trainer.storage import RankWriter, commit
 
 
 def test_prepare_says_in_words_what_it_did(basestone, tmp_path, jsonl):

@@ -148,7 +148,7 @@ def test_a_directory_is_no_run_file(tmp_path):
         ("evaluate.every=1", "evaluate.every: unknown key; did you mean 'every_steps'?"),
         ("checkpoint.keep=1", "checkpoint.keep: unknown key; did you mean 'keep_last'?"),
         ("meter.wats=1", "meter.wats: unknown key; did you mean 'watts'?"),
-        ("checkpoint.zzz=1", "checkpoint.zzz: unknown key; known keys: every_steps, keep_last"),
+        ("evaluate.zzz=1", "evaluate.zzz: unknown key; known keys: every_steps, max_tokens"),
         ("train.steps.x=1", "train.steps: Input should be a valid integer"),
     ],
 )

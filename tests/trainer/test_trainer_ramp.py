@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import run_of, run_values
 
-from basestone.trainer.config import RampPhase, RunConfig
+from basestone.trainer.config import RunConfig
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.load import fixed_differences, load_run, run_to_toml, validate_run
 from basestone.trainer.ramp import BatchSchedule, Phase
+from basestone.trainer.sections import RampPhase
 
 VOCAB = 200
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basestone.trainer.config import ScheduleSection
 from basestone.trainer.schedule import learning_rate
+from basestone.trainer.sections import ScheduleSection
 
 PEAK = 2.0
 KINDS = ("cosine", "wsd", "linear", "constant")

@@ -15,12 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_files import use_small_blocks
 
 from basestone.model.layout import Parameter
-from basestone.trainer import storage
+from basestone.trainer.checkpoint import format
+from basestone.trainer.checkpoint.reader import Reader
+from basestone.trainer.checkpoint.tensors import CheckpointTensors, index_of
+from basestone.trainer.checkpoint.writer import RankWriter, commit
 from basestone.trainer.errors import CheckpointError
-from basestone.trainer.storage import RankWriter, Reader, commit
-from basestone.trainer.weights import CheckpointTensors, index_of
 
 KEYS = ["master", "exp_avg"]
 
@@ -29,7 +31,7 @@ KEYS = ["master", "exp_avg"]
 def small_blocks() -> Iterator[None]:
     """Make blocks small, so that ranges cross them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "BLOCK_BYTES", 256)
+        use_small_blocks(patch, 256)
         yield
 
 
@@ -185,7 +187,7 @@ class EditedReader(Reader):
         super().__init__(path)
         index = json.loads((path / "index.json").read_text())
         change(index)
-        self.index = storage.Index.model_validate_json(json.dumps(index))
+        self.index = format.Index.model_validate_json(json.dumps(index))
         self._ranks = {rank.file: rank for rank in self.index.ranks}
 
 

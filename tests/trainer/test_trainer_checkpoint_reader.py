@@ -17,18 +17,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_files import BLOCK_BYTES, FILES, payload, problem, reseal, save
+from step_files import BLOCK_BYTES, FILES, payload, problem, reseal, save, use_small_blocks
 
-from basestone.trainer import storage
+from basestone.trainer.checkpoint import reader
+from basestone.trainer.checkpoint.format import PICKLE_SUFFIXES
+from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.errors import CheckpointError
-from basestone.trainer.storage import Reader
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     """Make blocks small, so that small files have several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "BLOCK_BYTES", BLOCK_BYTES)
+        use_small_blocks(patch)
         yield
 
 
@@ -149,7 +150,7 @@ def test_storage_that_fails_while_reading_is_named(step, monkeypatch, call):
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    target = storage if call == "open" else Path
+    target = reader if call == "open" else Path
     monkeypatch.setattr(target, call, fail, raising=False)
     text = problem(step)
     assert "cannot be read: Input/output error" in text and str(step) in text
@@ -173,7 +174,7 @@ def test_the_canary_sings(tmp_path):
     assert (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("suffix", storage.PICKLE_SUFFIXES)
+@pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
 def test_a_pickle_beside_the_files_is_refused_unopened(tmp_path, step, suffix):
     (step / f"x{suffix}").write_bytes(pickle.dumps(Canary(str(tmp_path / "canary"))))
     assert f"x{suffix} is not ours and may hold a pickle; refused unopened" in problem(step)

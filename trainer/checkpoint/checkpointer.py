@@ -1,6 +1,6 @@
 """Save and resume: which ranks write what, in which order, and which checkpoint a run goes on from.
 
-The format is in storage.py, the mapping between layouts in weights.py. Every rank meets in `runtime.control` only;
+The format is in format.py, the mapping between layouts in tensors.py. Every rank meets in `runtime.control` only;
 an exception on one rank is gathered as a value, so that nobody waits for a rank that has left.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +15,18 @@ from typing import Any
 
 import torch
 
-from ..data.storage import write_atomic
-from ..model.layout import Parameter
-from .engine_state import MASTER, STATE_KEYS, EngineState
-from .errors import CheckpointError, ConfigError, message_of
-from .runtime import Runtime
-from .storage import RankWriter, Reader, commit, remove, steps_in
-from .weights import CheckpointTensors, index_of
+from ...data.storage import write_atomic
+from ...model.layout import Parameter
+from ..engine_state import MASTER, STATE_KEYS, EngineState
+from ..errors import CheckpointError, ConfigError, message_of
+from ..runtime import Runtime
+from .format import step_name, steps_in
+from .reader import Reader
+from .tensors import CheckpointTensors, index_of
+from .writer import RankWriter, commit, remove
 
 log = logging.getLogger(__name__)
 TENSORS = [MASTER, *STATE_KEYS]
-
-
-def step_name(step: int) -> str:
-    """Name the directory of a step."""
-    return f"step_{step:08d}"
 
 
 class Checkpointer:
@@ -217,31 +213,3 @@ class Checkpointer:
                 tensors.fill(key, fragment.name, host, runtime.tp_rank, runtime.tp_size, fragment.start)
                 if host is not target:
                     target.copy_(host)
-
-
-def newest_good(run_dir: Path, attempts: int = 5) -> Reader:
-    """Open the newest checkpoint of a run directory whose structure is good, for reading only.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    problems: list[str] = []
-    for _ in range(attempts):  # a training run may prune the one that we are about to open
-        problems = []
-        for _, path in steps_in(run_dir / "checkpoints"):
-            try:
-                return Reader(path)
-            except (OSError, CheckpointError) as error:
-                problems.append(str(error))
-        if not problems:
-            break
-        time.sleep(0.2)
-    reason = "\n  ".join(problems) or "it holds none"
-    raise CheckpointError(f"{run_dir}: no good checkpoint: {reason}")
-
-
-def open_checkpoint(path: Path) -> Reader:
-    """Open a step directory, or the newest good one of a run directory."""
-    if (path / "checkpoints").is_dir():
-        return newest_good(path)
-    return Reader(path)

@@ -1,148 +1,22 @@
-"""Files of a checkpoint: raw little-endian bytes, a JSON index, a sha256 for every block. Imports no torch.
-
-    step_00000400/
-      rank_00003.bin   fragments one after another; a fragment's tensors (master, exp_avg, ...) follow each other
-      index.json       parameters, tensor names, and for every rank file its fragments and the hashes of its blocks
-      state.json       everything that is not a tensor
-      MANIFEST.json    written last: names, sizes and the hashes of index.json and state.json
-
-A directory appears under its final name by one rename and is never written to again. Nothing in it is a pickle;
-a file that might be one is refused unopened.
-"""
+"""Read a step directory: its structure first, then byte ranges that match their hashes. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from ..data.storage import sync_directory, write_atomic
-from .errors import CheckpointError
-
-FORMAT = 1
-BLOCK_BYTES = 8 << 20
-MANIFEST, INDEX, STATE = "MANIFEST.json", "index.json", "state.json"
-PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".metadata", ".distcp")
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class ParameterShape(_Strict):
-    """A parameter as index.json names it."""
-
-    name: str
-    shape: tuple[Positive, ...]
-
-
-class RankFile(_Strict):
-    """What index.json says of one rank's file.
-
-    A fragment is (number of the parameter, first element in the rank's piece, elements, first byte in the file).
-    """
-
-    file: str
-    bytes: Count
-    tp_rank: Count
-    tp_size: Positive
-    fragments: list[tuple[Count, Count, Positive, Count]]
-    blocks: list[str]
-
-
-class Index(_Strict):
-    """What index.json holds; `tensors` names what each fragment stores, in this order."""
-
-    parameters: list[ParameterShape]
-    tensors: list[str]
-    ranks: list[RankFile]
-
-
-class _Manifest(_Strict):
-    files: dict[str, Count]
-    sha256: dict[str, str]
-
+from ..errors import CheckpointError
+from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, PICKLE_SUFFIXES, STATE, Index, Manifest, RankFile
 
 Checked = TypeVar("Checked", bound=BaseModel)
-
-
-@dataclass
-class RankWriter:
-    """Writes one rank's file and hashes it on the way, block by block."""
-
-    path: Path
-    blocks: list[str] = field(default_factory=list)
-    written: int = 0
-
-    def __enter__(self) -> RankWriter:
-        self._file: BinaryIO = open(self.path, "xb")
-        self._hash = hashlib.sha256()
-        self._in_block = 0
-        return self
-
-    def write(self, data: memoryview) -> None:
-        """Append bytes."""
-        self._file.write(data)
-        self.written += len(data)
-        while len(data):
-            part = data[: BLOCK_BYTES - self._in_block]
-            self._hash.update(part)
-            self._in_block += len(part)
-            data = data[len(part) :]
-            if self._in_block == BLOCK_BYTES:
-                self._close_block()
-
-    def _close_block(self) -> None:
-        self.blocks.append(self._hash.hexdigest())
-        self._hash, self._in_block = hashlib.sha256(), 0
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                if self._in_block:
-                    self._close_block()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-
-
-def commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write index, state and manifest beside the rank files, then give the directory its final name.
-
-    Raises:
-        CheckpointError: the directory does not hold exactly the announced rank files, or the name is taken.
-    """
-    announced = {rank["file"]: rank["bytes"] for rank in index["ranks"]}
-    found = {path.name: path.stat().st_size for path in temporary.iterdir()}
-    if found != announced:
-        raise CheckpointError(
-            f"{temporary}: holds {sorted(found.items())} but the ranks wrote {sorted(announced.items())}; "
-            "is the run directory on a disk that all nodes share?"
-        )
-    manifest: dict[str, Any] = {"format": FORMAT, "files": dict(announced), "sha256": {}}
-    for name, value in ((INDEX, index), (STATE, state)):
-        body = json.dumps(value, separators=(",", ":")).encode()
-        write_atomic(temporary / name, body)
-        manifest["files"][name] = len(body)
-        manifest["sha256"][name] = hashlib.sha256(body).hexdigest()
-    write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-    if final.exists():
-        raise CheckpointError(f"{final}: exists already; a step directory is never written twice")
-    os.rename(temporary, final)
-    sync_directory(final.parent)
 
 
 class Reader:
@@ -182,7 +56,7 @@ class Reader:
             )
         return names
 
-    def _read_manifest(self, names: set[str]) -> _Manifest:
+    def _read_manifest(self, names: set[str]) -> Manifest:
         path = self.path
         if MANIFEST not in names:
             raise CheckpointError(f"{path}: no {MANIFEST}; the save never finished, or this is no checkpoint")
@@ -193,7 +67,7 @@ class Reader:
             raise CheckpointError(f"{path / MANIFEST}: is damaged: {error!r}") from error
         if version != FORMAT:
             raise CheckpointError(f"{path}: has format {version}, this release reads format {FORMAT}")
-        manifest = self._checked(_Manifest, MANIFEST, body)
+        manifest = self._checked(Manifest, MANIFEST, body)
         for name in (INDEX, STATE):
             if name not in manifest.files:
                 raise CheckpointError(f"{path / MANIFEST}: is damaged: it does not name {name}")
@@ -305,23 +179,3 @@ def _storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:
-    """List the step directories under their final names, newest first."""
-    found = []
-    if checkpoints.is_dir():
-        for path in checkpoints.iterdir():
-            if path.is_dir() and path.name.startswith("step_") and path.name[5:].isdecimal():
-                found.append((int(path.name[5:]), path))
-    return sorted(found, reverse=True)
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Delete step directories so that a kill in the middle never leaves half of one under its name."""
-    for path in paths:
-        trash = path.with_name(f".trash-{path.name}")
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(path, trash)
-        sync_directory(path.parent)  # or a power cut keeps the old name and loses some of the files
-        shutil.rmtree(trash, ignore_errors=True)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.layout import Box, Parameter, boxes, intersect
-from .errors import CheckpointError
-from .storage import INDEX, RankFile, Reader
+from ...model.layout import Box, Parameter, boxes, intersect
+from ..errors import CheckpointError
+from .format import INDEX, RankFile
+from .reader import Reader
 
 FP32_BYTES = 4
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from basestone.model.layout import Parameter
-from basestone.trainer import checkpoint as checkpoints
-from basestone.trainer.checkpoint import TENSORS, Checkpointer, newest_good, open_checkpoint, step_name
+from basestone.trainer.checkpoint import checkpointer
+from basestone.trainer.checkpoint.checkpointer import TENSORS, Checkpointer
+from basestone.trainer.checkpoint.format import step_name, steps_in
+from basestone.trainer.checkpoint.opening import newest_good, open_checkpoint
 from basestone.trainer.engine_state import Fragment
 from basestone.trainer.errors import CheckpointError, ConfigError
-from basestone.trainer.storage import steps_in
 
 TABLE = {"w": Parameter("w", (4, 3), "weight", 0), "norm": Parameter("norm", (3,), "norm")}
 
@@ -146,7 +147,7 @@ def test_a_failed_removal_does_not_fail_the_save(run, monkeypatch, caplog):
     def fail(_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(checkpoints, "remove", fail)
+    monkeypatch.setattr(checkpointer, "remove", fail)
     run.save(4)
     assert run.steps == [4, 3, 2, 1]
     assert "old checkpoints were not removed: " in caplog.text
@@ -170,7 +171,7 @@ def test_a_failed_write_is_named_and_changes_nothing(run, monkeypatch):
 
     for name in ("RankWriter", "commit"):
         with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
-            patch.setattr(checkpoints, name, full)
+            patch.setattr(checkpointer, name, full)
             run.save(2)
         assert "the checkpoint of step 2 was not written" in str(caught.value) and "No space" in str(
             caught.value

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from step_files import BLOCK_BYTES, problem, save, write_ranks
+from step_files import problem, save, use_small_blocks, write_ranks
 
 from basestone.data import storage as files
 from basestone.data.storage import write_atomic
-from basestone.trainer import storage
+from basestone.trainer.checkpoint import reader, writer
+from basestone.trainer.checkpoint.format import steps_in
+from basestone.trainer.checkpoint.writer import commit, remove
 from basestone.trainer.errors import CheckpointError
-from basestone.trainer.storage import commit, remove, steps_in
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     """Make blocks small, so that small files have several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "BLOCK_BYTES", BLOCK_BYTES)
+        use_small_blocks(patch)
         yield
 
 
@@ -103,7 +104,7 @@ class Disk:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let everything that a checkpoint writes go to this disk."""
-        for module in (storage, files):
+        for module in (reader, writer, files):
             monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def open(self, path: Path, mode: str) -> Any:

@@ -1,0 +1,93 @@
+"""Write a step directory: rank files, then index, state and manifest, then the name. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...data.storage import sync_directory, write_atomic
+from ..errors import CheckpointError
+from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, STATE
+
+
+@dataclass
+class RankWriter:
+    """Writes one rank's file and hashes it on the way, block by block."""
+
+    path: Path
+    blocks: list[str] = field(default_factory=list)
+    written: int = 0
+
+    def __enter__(self) -> RankWriter:
+        self._file: BinaryIO = open(self.path, "xb")
+        self._hash = hashlib.sha256()
+        self._in_block = 0
+        return self
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self.written += len(data)
+        while len(data):
+            part = data[: BLOCK_BYTES - self._in_block]
+            self._hash.update(part)
+            self._in_block += len(part)
+            data = data[len(part) :]
+            if self._in_block == BLOCK_BYTES:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self.blocks.append(self._hash.hexdigest())
+        self._hash, self._in_block = hashlib.sha256(), 0
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                if self._in_block:
+                    self._close_block()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write index, state and manifest beside the rank files, then give the directory its final name.
+
+    Raises:
+        CheckpointError: the directory does not hold exactly the announced rank files, or the name is taken.
+    """
+    announced = {rank["file"]: rank["bytes"] for rank in index["ranks"]}
+    found = {path.name: path.stat().st_size for path in temporary.iterdir()}
+    if found != announced:
+        raise CheckpointError(
+            f"{temporary}: holds {sorted(found.items())} but the ranks wrote {sorted(announced.items())}; "
+            "is the run directory on a disk that all nodes share?"
+        )
+    manifest: dict[str, Any] = {"format": FORMAT, "files": dict(announced), "sha256": {}}
+    for name, value in ((INDEX, index), (STATE, state)):
+        body = json.dumps(value, separators=(",", ":")).encode()
+        write_atomic(temporary / name, body)
+        manifest["files"][name] = len(body)
+        manifest["sha256"][name] = hashlib.sha256(body).hexdigest()
+    write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+    if final.exists():
+        raise CheckpointError(f"{final}: exists already; a step directory is never written twice")
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete step directories so that a kill in the middle never leaves half of one under its name."""
+    for path in paths:
+        trash = path.with_name(f".trash-{path.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(path, trash)
+        sync_directory(path.parent)  # or a power cut keeps the old name and loses some of the files
+        shutil.rmtree(trash, ignore_errors=True)
