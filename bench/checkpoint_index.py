@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from basestone.model.config import ModelConfig
 from basestone.model.layout import Parameter, boxes, decoder_layout
-from basestone.trainer.checkpoint.checkpointer import TENSORS
 from basestone.trainer.checkpoint.format import BLOCK_BYTES
+from basestone.trainer.checkpoint.share import TENSORS
 from basestone.trainer.checkpoint.tensors import FP32_BYTES, index_of
 
 MIB = 1 << 20

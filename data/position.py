@@ -103,14 +103,8 @@ class StreamPosition:
             for key, value in self._identity.items()
             if state.get(key) != value
         ]
-        before = self._by_present_name(state.get("sources", ()))
-        for number, name in enumerate(self._names):
-            found = before.get(name, {}).get("fingerprint", self._fingerprints[number])
-            if found != self._fingerprints[number]:
-                differences.append(
-                    f"content of the source {name!r} (fingerprint): the checkpoint has {_short(found)}, this run "
-                    f"{_short(self._fingerprints[number])}; other data needs another name in data.sources"
-                )
+        differences += content_differences(self._names, self._fingerprints, state)
+        before = _by_present_name(self._names, self._fingerprints, state.get("sources", ()))
         if differences:
             raise DataConfigError(
                 f"the data position cannot be taken up: {'; '.join(differences)}; use the same values, or start "
@@ -130,21 +124,6 @@ class StreamPosition:
         self.changes = [f"source {name} is new" for name in added]
         self.changes += [f"source {source['name']} is left out" for source in self._left_out]
 
-    def _by_present_name(self, sources: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Give the state's sources by name; one of the same content that has another name now is known again."""
-        known = {source["name"] for source in sources}
-        new = [row for row in zip(self._fingerprints, self._names, strict=True) if row[1] not in known]
-        found: dict[str, dict[str, Any]] = {}
-        for source in sources:
-            name = source["name"]
-            if name not in self._names:
-                renamed = next((row for row in new if row[0] == source["fingerprint"]), None)
-                if renamed is not None:
-                    new.remove(renamed)
-                    name = renamed[1]
-            found[name] = source
-        return found
-
     def _restore_source(self, number: int, source: dict[str, Any] | None) -> None:
         if source is None:
             return
@@ -153,6 +132,37 @@ class StreamPosition:
             self._cursors[number, row] = cursors.get(int(lane), (0, 0, 0))
         self.bad_chunks |= {(number, int(chunk)): int(size) for chunk, size in source["bad_chunks"]}
         self.samples[number] = source["samples"] if self._is_first else 0
+
+
+def content_differences(names: Sequence[str], fingerprints: Sequence[str], state: dict[str, Any]) -> list[str]:
+    """List the sources of a run whose content is not the one that a state knows under their names."""
+    before, differences = _by_present_name(names, fingerprints, state.get("sources", ())), []
+    for name, fingerprint in zip(names, fingerprints, strict=True):
+        found = before.get(name, {}).get("fingerprint", fingerprint)
+        if found != fingerprint:
+            differences.append(
+                f"content of the source {name!r} (fingerprint): the checkpoint has {_short(found)}, this run "
+                f"{_short(fingerprint)}; other data needs another name in data.sources"
+            )
+    return differences
+
+
+def _by_present_name(
+    names: Sequence[str], fingerprints: Sequence[str], sources: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Give a state's sources by name; one of the same content that has another name now is known again."""
+    known = {source["name"] for source in sources}
+    new = [row for row in zip(fingerprints, names, strict=True) if row[1] not in known]
+    found: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        name = source["name"]
+        if name not in names:
+            renamed = next((row for row in new if row[0] == source["fingerprint"]), None)
+            if renamed is not None:
+                new.remove(renamed)
+                name = renamed[1]
+        found[name] = source
+    return found
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

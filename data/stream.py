@@ -52,10 +52,12 @@ class TokenStream:
         num_readers: int,
         workers: int = 1,
         state: dict[str, Any] | None = None,
+        opened: OpenedSources | None = None,
     ) -> None:
         """Open the shards and start the workers, at the beginning or where ``state`` says.
 
-        ``state`` comes from ``state()`` of the only reader or from ``position.merge_states`` of all.
+        ``state`` comes from ``state()`` of the only reader or from ``position.merge_states`` of all; ``opened`` are
+        the settings' sources, where they were opened already.
 
         Raises DataConfigError for input that the user has to change, among it a state of other data, and
         DataError for damaged shards.
@@ -65,7 +67,7 @@ class TokenStream:
         if workers < 0:
             raise DataConfigError(f"workers is {workers}; 0 or more are needed")
         self._settings, self._global_batch, self._num_readers = settings, global_batch, num_readers
-        opened = OpenedSources(settings)
+        opened = opened or OpenedSources(settings)
         self._pad, self._dtype = opened.tokenizer.pad, token_dtype(opened.tokenizer.vocab_size)
         self.num_bytes = opened.num_bytes
         own_lanes = np.arange(reader, settings.lanes, num_readers)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from basestone.model.layout import decoder_layout
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import MicroBatch, cut
+from basestone.trainer.checkpoint.restorer import Restorer
+from basestone.trainer.checkpoint.saver import SaveOutcome, Saver
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import Engine
+from basestone.trainer.sections import CheckpointSection
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, NUM_LAYERS = 200, 32, 8, 4
 LR = 1e-3
@@ -49,6 +54,26 @@ def make_engine(run: RunConfig) -> Engine:
         tensor=parallel.tensor, pipeline=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline
     )
     return Engine(run.resolve(runtime.world_size, VOCAB), runtime)
+
+
+def saver_of(engine: Engine, folder: str, *, asynchronous: bool = False, **keys: Any) -> Saver:
+    """Give what saves an engine in a run directory; `keys` are those of [checkpoint]."""
+    table, section = decoder_layout(engine.model), CheckpointSection(**keys)
+    return Saver(Path(folder), table, engine.runtime, engine.state, section, asynchronous=asynchronous)
+
+
+def save(engine: Engine, folder: str, step: int, **keys: Any) -> SaveOutcome:
+    """Save an engine and see it through."""
+    state = {"step": step, "optimizer_steps": engine.state.steps}
+    outcome = saver_of(engine, folder, **keys).begin(step, state, wait=True)
+    assert outcome is not None
+    return outcome
+
+
+def restore(engine: Engine, folder: str) -> dict[str, Any] | None:
+    """Load the newest good checkpoint of a run directory into an engine."""
+    table = decoder_layout(engine.model)
+    return Restorer(Path(folder), table, engine.runtime, engine.state).restore(lambda state: [])
 
 
 def batch_of(step: int) -> tuple[np.ndarray, np.ndarray]:

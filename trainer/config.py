@@ -177,6 +177,10 @@ class RunConfig(Section):
                 f"{given} needs parallel.nvme_path, a directory on a local disk; "
                 'name one, or set parallel.offload = "cpu"'
             )
+        if parallel.offload == "nvme" and self.checkpoint.asynchronous:
+            problems.append(
+                f"checkpoint.asynchronous = true copies to host memory what {given} put into files; leave it out"
+            )
         if parallel.offload != "nvme" and parallel.nvme_path is not None:
             problems.append(
                 f'parallel.nvme_path is for parallel.offload = "nvme", got "{parallel.offload}"; take one of them out'
@@ -214,6 +218,12 @@ class ResolvedRun:
     lanes: int
     mix_ends: tuple[int, ...]  # the first samples that the rows of data.mix no longer rule
     steps: int
+
+    @property
+    def saves_asynchronously(self) -> bool:
+        """Tell whether checkpoints are written from a copy, which memory that was offloaded would not hold."""
+        wanted = self.run.checkpoint.asynchronous
+        return self.run.parallel.offload == "none" if wanted is None else wanted
 
     @property
     def tokens(self) -> int:

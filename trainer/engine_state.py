@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's
 MASTER = "master"
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Fragment(NamedTuple):
@@ -117,6 +118,20 @@ class EngineState:
     def steps(self, value: int) -> None:
         for state in self._inner.state.values():
             state["step"].fill_(float(value))
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """The loss scale of fp16, and the counts by which it moves; None where it does not move."""
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        if not getattr(scaler, "dynamic", False):
+            return None
+        return {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS}
+
+    @loss_scale.setter
+    def loss_scale(self, values: dict[str, float] | None) -> None:
+        if self.loss_scale is not None:
+            for name, value in (values or {}).items():
+                setattr(self._optimizer.loss_scaler, name, value)
 
     def refresh(self) -> None:
         """Renew the working parameters after the masters were written to."""

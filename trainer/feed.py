@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from ..data.mixing import SourceSettings
-from ..data.position import merge_states
+from ..data.position import content_differences, merge_states
 from ..data.quarantine import check_bad_bytes
 from ..data.stream import COUNTERS, TokenStream
-from ..data.stream_settings import StreamSettings
+from ..data.stream_settings import OpenedSources, StreamSettings
 from .batch import marks_of, share
 from .config import ResolvedRun
 from .places import DataPlaces
@@ -21,28 +21,31 @@ from .runtime import Runtime
 class Feed:
     """Hands every rank of a model replica the same samples, and counts over all replicas."""
 
-    def __init__(
-        self,
-        resolved: ResolvedRun,
-        places: DataPlaces,
-        runtime: Runtime,
-        *,
-        workers: int,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        """Open the stream on the rank that reads for its replica; `state` comes from `state()`."""
+    def __init__(self, resolved: ResolvedRun, places: DataPlaces, runtime: Runtime) -> None:
+        """Open the sources on the rank that reads for its replica; `start` comes before the first `read`."""
         self._resolved, self._runtime = resolved, runtime
-        settings = stream_settings(resolved, places)
-        self._names = [source.name for source in settings.sources]
+        self._settings = stream_settings(resolved, places)
+        self._names = [source.name for source in self._settings.sources]
+        self._opened = OpenedSources(self._settings) if runtime.reads_data else None
         self._stream: TokenStream | None = None
-        if runtime.reads_data:
+
+    def differences(self, state: dict[str, Any]) -> list[str]:
+        """List the sources whose content is not what a position (of `state()`) knows; the same on every rank."""
+        found = content_differences(self._names, self._opened.fingerprints, state) if self._opened else []
+        return self._runtime.broadcast(found)  # type: ignore[no-any-return]
+
+    def start(self, state: dict[str, Any] | None = None, *, workers: int) -> None:
+        """Begin to read at the beginning, or where `state` (of `state()`) says."""
+        runtime = self._runtime
+        if self._opened is not None:
             self._stream = TokenStream(
-                settings,
-                global_batch=resolved.run.train.global_batch,
+                self._settings,
+                global_batch=self._resolved.run.train.global_batch,
                 reader=runtime.dp_rank,
                 num_readers=runtime.dp_size,
                 workers=workers,
                 state=state,
+                opened=self._opened,
             )
         # The first reader's position knows sources that have another name now, and counts for all.
         known = (

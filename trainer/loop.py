@@ -13,7 +13,8 @@ from typing import Any
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
-from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.restorer import Restorer
+from .checkpoint.saver import Saver
 from .config import ResolvedRun
 from .console import RunConsole
 from .engine import Engine
@@ -26,6 +27,7 @@ from .places import DataPlaces
 from .record import Recorder
 from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
+from .saving import Saving
 from .step import StepFigures, TrainingStep
 
 
@@ -60,24 +62,27 @@ class Trainer:
         """Build the model, restore, open the data and the records."""
         resolved, runtime = self._resolved, self._runtime
         self._engine = Engine(resolved, runtime)
-        table = decoder_layout(resolved.run.model)
-        keep = resolved.run.checkpoint.keep_last
-        self._checkpointer = Checkpointer(run_dir, table, runtime, keep_last=keep)
-        if runtime.rank == 0:
-            self._checkpointer.clean()
-        state = self._checkpointer.restore(self._engine.state, self._check_same_run, resume)
+        table, section = decoder_layout(resolved.run.model), resolved.run.checkpoint
+        self._saver = Saver(
+            run_dir, table, runtime, self._engine.state, section, asynchronous=resolved.saves_asynchronously
+        )
+        self._feed = Feed(resolved, self._places, runtime)
+        restorer = Restorer(run_dir, table, runtime, self._engine.state)
+        state = restorer.restore(self._differences, resume)
+        init_from = resolved.run.train.init_from if state is None else None
+        begun_with = restorer.begin_with(Path(init_from)) if init_from else None
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
-        data_state = state["data"] if state else None
-        self._feed = Feed(resolved, self._places, runtime, workers=resolved.run.data.workers, state=data_state)
-        self._training_step = TrainingStep(self._engine, resolved, runtime, self._feed)
+        self._feed.start(state["data"] if state else None, workers=resolved.run.data.workers)
+        self._training_step = TrainingStep(self._engine, resolved, runtime, self._feed, self._saver.wait_copied)
         self._held_out = self._open_held_out()
         self._meters = Meters(resolved, runtime)
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
+        self._saving = Saving(self._saver, section, self._directory, self._console)
         self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
-            self._begin_records(state)
+            self._begin_records(state, begun_with)
 
     def _open_directory(self, run_dir: Path) -> RunDirectory | None:
         """Open the run directory on rank 0; every rank learns of a failure."""
@@ -92,7 +97,7 @@ class Trainer:
             raise ConfigError(problem)
         return directory
 
-    def _begin_records(self, state: dict[str, Any] | None) -> None:
+    def _begin_records(self, state: dict[str, Any] | None, begun_with: Path | None) -> None:
         assert self._directory is not None
         directory = self._directory
         copy = directory.path / "tokenizer.model"
@@ -103,6 +108,9 @@ class Trainer:
         event = "resume" if state else "start"
         where = f"at step {self.step}" if state else f"{self._resolved.steps} steps"
         directory.event(self.step, event, f"{where} on {self._resolved.world_size} process(es)")
+        if begun_with is not None:
+            directory.event(self.step, "init", f"weights of {begun_with}")
+            self._console.say(f"begins with the weights of {begun_with}")
         for change in self._feed.changes:
             directory.event(self.step, "data", change)
             self._console.say(f"data: {change}")
@@ -111,8 +119,8 @@ class Trainer:
             self._console.say(f"resuming {where} (attempt {directory.attempt})")
         self._console.say(f"energy: {self._meters.energy_note}")
 
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, tokenizer or dataset, every difference in one message."""
+    def _differences(self, state: dict[str, Any]) -> list[str]:
+        """List what makes a checkpoint that of another model, tokenizer or dataset."""
         differences = fixed_differences(state["run"], self._resolved.run.model_dump(mode="json"))
         # Its path may move; the tokenizer is known by its content.
         differences = [line for line in differences if not line.startswith("data.tokenizer:")]
@@ -120,12 +128,7 @@ class Trainer:
             differences.append(
                 "data.tokenizer: its content differs from the one the checkpoint was trained with"
             )
-        if differences:
-            raise ConfigError(
-                "the checkpoint belongs to another run:\n  "
-                + "\n  ".join(differences)
-                + "\nput these back, or choose another --run-dir"
-            )
+        return differences + self._feed.differences(state["data"])
 
     def _open_held_out(self) -> list[HeldOut]:
         run = self._resolved.run
@@ -159,19 +162,20 @@ class Trainer:
             while self.step < last:
                 figures = self._train_step()
                 self.step += 1
-                stop = figures.asked
+                stop, working, minutes_over = figures.flags
                 done = self.step == last
-                saving = _is_due(self.step, run.checkpoint.every_steps) or done or stop
+                self._saving.advance(working=working)
+                saving = self._saving.is_due(self.step, minutes_over=minutes_over) or done or stop
                 # A checkpoint carries the ledger, which is brought up to date by a log line.
                 if self.step == 1 or _is_due(self.step, run.meter.log_every_steps) or saving:
                     self._log(figures)
                 if stop:  # before an evaluation: whoever asked may not wait for it
-                    self._save("stop")
+                    self._save("stop", wait=True)
                 if _is_due(self.step, run.evaluate.every_steps):
                     self._evaluate()
                     evaluated = self.step
                 if saving and not stop:
-                    self._save("save")
+                    self._save("save", wait=done)
                 if stop:
                     raise Stopped(f"stopped after step {self.step}, saved; the same command goes on")
             if evaluated != self.step:
@@ -179,10 +183,12 @@ class Trainer:
         self._finish()
 
     def _train_step(self) -> StepFigures:
+        self._heldout_losses: dict[str, float] = {}
         try:
-            figures = self._training_step.run(self.step, asked=self._stop_signals > 0)
-        except NumericsError as error:
-            steps = sorted(self._checkpointer.directory.glob("step_*"))
+            figures = self._training_step.run(self.step, (self._stop_signals > 0, *self._saving.flags()))
+        except NumericsError as error:  # on every rank
+            self._saving.finish()
+            steps = sorted(self._saver.directory.glob("step_*"))
             newest = steps[-1].name if steps else "none yet"
             raise NumericsError(
                 f"{error}; newest checkpoint: {newest}; "
@@ -191,6 +197,7 @@ class Trainer:
             ) from error
         self._meters.phase("data", figures.data_s)
         self._meters.phase("forward_backward", figures.forward_backward_s)
+        self._meters.phase("checkpoint", figures.checkpoint_s)
         self._meters.phase("optimizer", figures.optimizer_s)
         self._meters.step(figures.num_tokens)
         self._tokens += figures.num_tokens
@@ -222,29 +229,29 @@ class Trainer:
         started_s = time.perf_counter()
         for held_out in self._held_out:
             result = held_out.measure(self._engine, self._resolved.run.train.micro_batch)
+            self._heldout_losses[held_out.name] = result.loss
             self._recorder.evaluation(
                 {"kind": "eval", "step": self.step, "name": held_out.name, **result.record()}
             )
         self._meters.phase("evaluate", time.perf_counter() - started_s)
 
-    def _save(self, event: str) -> None:
+    def _save(self, cause: str, *, wait: bool) -> None:
         started_s = time.perf_counter()
         state = {
             "step": self.step,
             "tokens": self._tokens,
             "optimizer_steps": self._engine.state.steps,
+            "loss_scale": self._engine.state.loss_scale,
+            "heldout": self._heldout_losses,
             "data": self._feed.state(),
             "run": self._resolved.run.model_dump(mode="json"),
             "tokenizer_sha256": self._tokenizer_sha256,
             "ledger": self._directory.ledger.useful() if self._directory is not None else {},
             "versions": self._versions,
         }
-        path = self._checkpointer.save(self.step, self._engine.state, state)
-        if self._directory is not None:
-            self._directory.event(self.step, event, path.name)
-            self._directory.save_ledger(durable=True)
-            if event == "stop":
-                self._directory.mark("RESUME", f"step {self.step}")
+        self._saving.save(self.step, state, cause=cause, wait=wait)
+        if self._directory is not None and cause == "stop":
+            self._directory.mark("RESUME", f"step {self.step}")
         self._meters.phase("checkpoint", time.perf_counter() - started_s)
 
     def _finish(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,30 +23,40 @@ from .schedule import learning_rate
 class StepFigures:
     """What a step gave, the same on every rank but for the seconds.
 
-    `loss` in nats a token, `grad_norm` before clipping, `num_tokens` the predictions that counted; `asked` tells
-    whether any rank was asked to stop. `data_counts` are those of Feed.take_counts over all ranks.
+    `loss` in nats a token, `grad_norm` before clipping, `num_tokens` the predictions that counted. A flag is true where
+    any rank raised it. `data_counts` are those of Feed.take_counts over all ranks. `checkpoint_s` was waited for the
+    copy of a save.
     """
 
     loss: float
     grad_norm: float
     lr: float
     num_tokens: int
-    asked: bool
+    flags: tuple[bool, ...]
     data_counts: tuple[float, ...]
     data_s: float
     forward_backward_s: float
+    checkpoint_s: float
     optimizer_s: float
 
 
 class TrainingStep:
     """Reads a global batch, runs it forward and backward, checks the numbers and updates."""
 
-    def __init__(self, engine: Engine, resolved: ResolvedRun, runtime: Runtime, feed: Feed) -> None:
-        """Take what the steps work with."""
+    def __init__(
+        self,
+        engine: Engine,
+        resolved: ResolvedRun,
+        runtime: Runtime,
+        feed: Feed,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take what the steps work with; `before_update` returns when masters and states may change."""
         self._engine, self._resolved, self._runtime, self._feed = engine, resolved, runtime, feed
+        self._before_update = before_update
 
-    def run(self, step: int, *, asked: bool = False) -> StepFigures:
-        """Do optimizer step `step`, counted from 0; every rank calls this.
+    def run(self, step: int, flags: Sequence[bool] = ()) -> StepFigures:
+        """Do optimizer step `step`, counted from 0; every rank calls this, with as many flags.
 
         Raises:
             NumericsError: the loss or the gradient norm is not finite, on every rank; nothing was updated for the loss.
@@ -53,11 +64,9 @@ class TrainingStep:
         run, runtime = self._resolved.run, self._runtime
         started_s = time.perf_counter()
         tokens, marks = self._feed.read(step)
-        # Tokens that count, who was asked to stop, what the readers met: one small reduction over all ranks.
+        # Tokens that count, flags, what the readers met: one small reduction over all ranks.
         counted = float((marks % 2).sum()) if runtime.reads_data else 0.0
-        num_tokens, num_asked, *data_counts = self._sum_over_ranks(
-            counted, float(asked), *self._feed.take_counts()
-        )
+        num_tokens, *sums = self._sum_over_ranks(counted, *map(float, flags), *self._feed.take_counts())
         read_s = time.perf_counter()
         seed_step(run.run.seed, step, runtime)
         batches = cut(tokens, marks, run.train.micro_batch, documents_apart=run.data.attention == "document")
@@ -67,6 +76,8 @@ class TrainingStep:
         if not math.isfinite(loss):
             self._refuse(step, "loss", own)
         forward_s = time.perf_counter()
+        self._before_update()
+        free_s = time.perf_counter()
         lr = learning_rate(step, self._resolved.steps, run.optimizer.lr, run.schedule)
         norm = self._engine.update(lr)
         if not math.isfinite(norm) and run.train.dtype != "fp16":  # fp16 skips the step and lowers its scale
@@ -76,11 +87,12 @@ class TrainingStep:
             grad_norm=norm,
             lr=lr,
             num_tokens=int(num_tokens),
-            asked=num_asked > 0,
-            data_counts=tuple(data_counts),
+            flags=tuple(count > 0 for count in sums[: len(flags)]),
+            data_counts=tuple(sums[len(flags) :]),
             data_s=read_s - started_s,
             forward_backward_s=forward_s - read_s,
-            optimizer_s=time.perf_counter() - forward_s,
+            checkpoint_s=free_s - forward_s,
+            optimizer_s=time.perf_counter() - free_s,
         )
 
     def _sum_over_ranks(self, *values: float) -> list[float]:

@@ -223,7 +223,8 @@ def _steps(
         tensor=parallel.tensor, pipeline=parallel.pipeline, virtual_pipeline=parallel.virtual_pipeline
     )
     engine = Engine(resolved, runtime)
-    feed = Feed(resolved, places, runtime, workers=0)
+    feed = Feed(resolved, places, runtime)
+    feed.start(workers=0)
     training_step = TrainingStep(engine, resolved, runtime, feed)
     watch = PieceWatch(engine.state, run.optimizer)
     for step in range(num_steps):

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from basestone.trainer.forks import run_ranks
-from small import VOCAB, held_out_loss, make_engine, relative_difference, run_config, train
+from small import VOCAB, held_out_loss, make_engine, relative_difference, restore, run_config, save, train
 
 from basestone.model.layout import decoder_layout
-from basestone.trainer.checkpoint.checkpointer import Checkpointer
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import check_deepspeed
 from basestone.trainer.engine_state import MASTER
@@ -107,9 +106,8 @@ def test_a_layout_keeps_offload_where_it_goes_with_it(name, offload):
 
 def _train_and_save(run: RunConfig, folder: str) -> list[tuple[float, float]]:
     engine = make_engine(run)
-    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=2)
     train(engine, run, range(SAVED_AT))
-    keeper.save(SAVED_AT, engine.state, {"step": SAVED_AT, "optimizer_steps": engine.state.steps})
+    save(engine, folder, SAVED_AT)
     curve = train(engine, run, range(SAVED_AT, STEPS))
     engine.close()
     return curve
@@ -117,8 +115,7 @@ def _train_and_save(run: RunConfig, folder: str) -> list[tuple[float, float]]:
 
 def _load_and_train(run: RunConfig, folder: str) -> list[tuple[float, float]]:
     engine = make_engine(run)
-    keeper = Checkpointer(Path(folder), decoder_layout(engine.model), engine.runtime, keep_last=2)
-    state = keeper.restore(engine.state, lambda state: None)
+    state = restore(engine, folder)
     assert state is not None and engine.state.steps == SAVED_AT
     curve = train(engine, run, range(SAVED_AT, STEPS))
     engine.close()

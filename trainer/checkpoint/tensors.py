@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +164,9 @@ class CheckpointTensors:
         return out.view(row.shape)
 
 
-def index_of(table: dict[str, Parameter], tensors: list[str], ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def index_of(
+    table: dict[str, Parameter], tensors: Sequence[str], ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Make the index of a step directory from what every rank reports of its file."""
     parameters = [{"name": row.name, "shape": list(row.shape)} for row in table.values()]
-    return {"parameters": parameters, "tensors": tensors, "ranks": ranks}
+    return {"parameters": parameters, "tensors": list(tensors), "ranks": ranks}

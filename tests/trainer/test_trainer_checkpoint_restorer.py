@@ -1,90 +1,18 @@
-"""Which steps a run keeps and goes on from, with one rank and an optimizer that is only tensors."""
+"""Which steps a run keeps and goes on from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_rank import Run
 
-from basestone.model.layout import Parameter
-from basestone.trainer.checkpoint import checkpointer
-from basestone.trainer.checkpoint.checkpointer import TENSORS, Checkpointer
-from basestone.trainer.checkpoint.format import step_name, steps_in
+from basestone.trainer.checkpoint import saver, share
 from basestone.trainer.checkpoint.opening import newest_good, open_checkpoint
-from basestone.trainer.engine_state import Fragment
 from basestone.trainer.errors import CheckpointError, ConfigError
-
-TABLE = {"w": Parameter("w", (4, 3), "weight", 0), "norm": Parameter("norm", (3,), "norm")}
-
-
-class OneRank:
-    """The runtime of a world of one."""
-
-    rank = tp_rank = dp_rank = 0
-    tp_size = dp_size = world_size = 1
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    gather_all = gather
-
-
-class Tensors:
-    """What an engine's state is to the checkpoint."""
-
-    is_replicated = False
-
-    def __init__(self) -> None:
-        self.steps, self.refreshed = 0, 0
-        self.values = {name: {key: torch.zeros(row.numel) for key in TENSORS} for name, row in TABLE.items()}
-
-    def set(self, number: float) -> None:
-        for tensors in self.values.values():
-            for place, tensor in enumerate(tensors.values()):
-                tensor.copy_(number + place / 4 + torch.arange(tensor.numel()) * 64)
-
-    def fragments(self) -> Iterator[Fragment]:
-        for name, tensors in self.values.items():
-            yield Fragment(name, 0, TABLE[name].numel, True, tensors)
-
-    def refresh(self) -> None:
-        self.refreshed += 1
-
-
-class Run:
-    """A run directory, and what stands for its engine."""
-
-    def __init__(self, path: Path, keep_last: int = 3) -> None:
-        self.path, self.state = path, Tensors()
-        self.keeper = Checkpointer(path, TABLE, OneRank(), keep_last=keep_last)  # type: ignore[arg-type]
-
-    def save(self, *steps: int) -> None:
-        for step in steps:
-            self.state.set(step)
-            self.keeper.save(step, self.state, {"step": step, "optimizer_steps": step})  # type: ignore[arg-type]
-
-    def restore(self, explicit: int | Path | None = None) -> int | None:
-        path = self.step(explicit) if isinstance(explicit, int) else explicit
-        state = self.keeper.restore(self.state, lambda _: None, path)  # type: ignore[arg-type]
-        return state["step"] if state else None
-
-    def step(self, step: int) -> Path:
-        return self.path / "checkpoints" / step_name(step)
-
-    @property
-    def steps(self) -> list[int]:
-        return [step for step, _ in steps_in(self.path / "checkpoints")]
-
-    def damage(self, step: int) -> None:
-        path = self.step(step) / "rank_00000.bin"
-        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
 
 
 @pytest.fixture
@@ -116,7 +44,7 @@ def test_damaged_newer_steps_do_not_push_out_good_ones(tmp_path, keep_last):
     run.save(2, 4, 6)
     run.damage(4)
     run.damage(6)
-    run = Run(tmp_path, keep_last)
+    run = Run(tmp_path, keep_last=keep_last)
     assert run.restore() == 2
     run.save(3)
     assert run.steps == [3, 2][:keep_last]
@@ -136,8 +64,7 @@ def test_a_line_that_was_left_is_not_gone_on_from(run):
 def test_a_step_of_a_line_that_was_left_is_written_anew(run):
     run.save(4, 8)
     run.restore(explicit=4)
-    run.state.set(100)
-    run.keeper.save(8, run.state, {"step": 8, "optimizer_steps": 8, "again": True})
+    run.save(8, again=True)
     assert run.steps == [8, 4] and open_checkpoint(run.step(8)).state()["again"]
 
 
@@ -147,7 +74,7 @@ def test_a_failed_removal_does_not_fail_the_save(run, monkeypatch, caplog):
     def fail(_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(checkpointer, "remove", fail)
+    monkeypatch.setattr(saver, "remove", fail)
     run.save(4)
     assert run.steps == [4, 3, 2, 1]
     assert "old checkpoints were not removed: " in caplog.text
@@ -169,13 +96,11 @@ def test_a_failed_write_is_named_and_changes_nothing(run, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("RankWriter", "commit"):
-        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
-            patch.setattr(checkpointer, name, full)
-            run.save(2)
-        assert "the checkpoint of step 2 was not written" in str(caught.value) and "No space" in str(
-            caught.value
-        )
+    for module, name in ((share, "RankWriter"), (saver, "commit")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            outcome = run.save(2)
+        assert outcome.path is None and "No space" in outcome.problem
         assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_00000001"]
     assert (run.path / "latest").read_text() == "step_00000001\n"
 
@@ -235,12 +160,16 @@ def test_another_run_is_refused_and_older_steps_are_not_tried(run):
     run.save(2, 4)
     asked = []
 
-    def refuse(state: dict[str, Any]) -> None:
+    def differences(state: dict[str, Any]) -> list[str]:
         asked.append(state["step"])
-        raise ConfigError("another run")
+        return ["model.num_layers: 2", "data.tokenizer: another"]
 
-    with pytest.raises(ConfigError, match="another run"):
-        run.keeper.restore(run.state, refuse)
+    with pytest.raises(ConfigError) as caught:
+        run.restorer.restore(differences)
+    assert str(caught.value) == (
+        "the checkpoint belongs to another run:\n  model.num_layers: 2\n  data.tokenizer: another\n"
+        "put these back, or choose another --run-dir"
+    )
     assert asked == [4] and run.state.refreshed == 0
 
 
@@ -258,7 +187,7 @@ def test_what_killed_attempts_left_is_removed_and_nothing_else(run):
     (run.path / "checkpoints" / ".tmp-step_00000003-0a1b2c3d").mkdir()
     shutil.copytree(run.step(2), run.path / "checkpoints" / ".trash-step_00000001")
     (run.path / "checkpoints" / "notes.txt").touch()
-    run.keeper.clean()
+    Run(run.path)
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["notes.txt", "step_00000002"]
 
 
@@ -276,7 +205,5 @@ def test_readers_take_the_newest_with_a_good_structure(run):
 @pytest.mark.faults
 def test_a_directory_that_cannot_be_made_is_a_checkpoint_that_was_not_written(run):
     (run.path / "checkpoints").touch()
-    with pytest.raises(
-        CheckpointError, match=r"the checkpoint of step 2 was not written: rank 0: .*checkpoints"
-    ):
-        run.save(2)
+    outcome = run.save(2)
+    assert outcome.path is None and outcome.problem.startswith("rank 0: ") and "checkpoints" in outcome.problem
