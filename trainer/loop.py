@@ -73,6 +73,7 @@ class Trainer:
         begun_with = restorer.begin_with(Path(init_from)) if init_from else None
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
+        self._heldout_losses: dict[str, float] = {}  # of this step, where it was evaluated
         self._feed.start(state["data"] if state else None, workers=resolved.run.data.workers)
         self._training_step = TrainingStep(self._engine, resolved, runtime, self._feed, self._saver.wait_copied)
         self._held_out = self._open_held_out()
@@ -183,7 +184,7 @@ class Trainer:
         self._finish()
 
     def _train_step(self) -> StepFigures:
-        self._heldout_losses: dict[str, float] = {}
+        self._heldout_losses = {}
         try:
             figures = self._training_step.run(self.step, (self._stop_signals > 0, *self._saving.flags()))
         except NumericsError as error:  # on every rank

@@ -11,6 +11,8 @@ from .errors import CheckpointError
 from .rundir import RunDirectory
 from .sections import CheckpointSection
 
+LONGEST_WAIT_S = 60.0  # of training, for the save before the one that is due
+
 
 class Saving:
     """Begins saves when they are due, one at a time, and books how they ended."""
@@ -20,8 +22,8 @@ class Saving:
     ) -> None:
         """Begin to count the minutes; `directory` is rank 0's."""
         self._saver, self._section, self._directory, self._console = saver, section, directory, console
-        self._begun_s = time.monotonic()
-        self._postponed = self._overdue_told = False
+        self._begun_s, self.longest_wait_s = time.monotonic(), LONGEST_WAIT_S
+        self._overdue_told = False
 
     def flags(self) -> tuple[bool, bool]:
         """Tell whether this rank's save still works, and whether the minutes are over on rank 0's clock."""
@@ -45,20 +47,26 @@ class Saving:
             self._tell(step, "save_hangs", text)
 
     def is_due(self, step: int, *, minutes_over: bool) -> bool:
-        """Tell whether to save after `step` steps; one that another save is in the way of is due after it."""
+        """Tell whether to save after `step` steps."""
         every = self._section.every_steps
-        due = self._postponed or minutes_over or (every > 0 and step % every == 0)
-        self._postponed = due and self._saver.in_flight is not None
-        return due and not self._postponed
+        return minutes_over or (every > 0 and step % every == 0)
 
     def save(self, step: int, state: dict[str, Any], *, cause: str = "save", wait: bool = False) -> None:
         """Save, and with `wait` see it through; every rank calls this.
 
+        The save before it is waited for, and where that takes long this one is left out.
+
         Raises:
             CheckpointError: it failed, and was to be waited for or was one too many; on every rank.
         """
-        self.finish()
-        self._begun_s, self._postponed, self._overdue_told = time.monotonic(), False, False
+        self._book(self._saver.finish(None if wait else self.longest_wait_s))
+        self._begun_s = time.monotonic()
+        if self._saver.in_flight is not None:
+            self._tell(
+                step, "save_skipped", f"is left out: that of step {self._saver.in_flight[0]} is being written"
+            )
+            return
+        self._overdue_told = False
         outcome = self._saver.begin(step, state, cause=cause, wait=wait)
         self._book(outcome)
         if wait and outcome is not None and outcome.problem:

@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +169,29 @@ class Saver:
             return None
         return self._end_commit(self._flight)
 
-    def finish(self) -> SaveOutcome | None:
-        """Wait until the save in flight has ended, if there is one; every rank calls this."""
+    def finish(self, wait_s: float | None = None) -> SaveOutcome | None:
+        """Wait until the save in flight has ended, if there is one; every rank calls this.
+
+        Args:
+            wait_s: leave it in flight where a part of it takes longer; by default one that never ends has failed.
+        """
         if (flight := self._flight) is None:
             return None
         waited_s = time.perf_counter()
-        if not flight.committing:
+        if not flight.committing and (wait_s is None or self._all_end(flight, wait_s)):
             self._begin_commit(flight)
-        return self._end_commit(flight, waited_s)
+        outcome = None
+        if flight.committing and (wait_s is None or self._all_end(flight, wait_s)):
+            outcome = self._end_commit(flight)
+        if outcome is not None:
+            return replace(outcome, blocked_s=outcome.blocked_s + time.perf_counter() - waited_s)
+        flight.blocked_s += time.perf_counter() - waited_s
+        return None
+
+    def _all_end(self, flight: _Flight, wait_s: float) -> bool:
+        """Wait for the threads of all ranks, but not longer; tell whether they have ended."""
+        flight.work.wait(flight.work.running_s + wait_s)
+        return not any(self._runtime.gather_all(flight.work.running))
 
     def _begin_commit(self, flight: _Flight) -> None:
         report, problem = flight.work.wait(self.limit_s)
@@ -184,11 +199,9 @@ class Saver:
         work = functools.partial(self._commit, flight, reports) if reports else lambda: None
         flight.work, flight.committing = Background(work), True
 
-    def _end_commit(self, flight: _Flight, waited_s: float | None = None) -> SaveOutcome:
+    def _end_commit(self, flight: _Flight) -> SaveOutcome:
         _, problem = flight.work.wait(self.limit_s)
         problem = self._runtime.broadcast(problem)
-        if waited_s is not None:
-            flight.blocked_s += time.perf_counter() - waited_s
         self._flight = None
         path = None if problem else self.directory / step_name(flight.step)
         total_s = time.perf_counter() - flight.started_s
