@@ -40,7 +40,7 @@ def named(text: str) -> Callable[..., bool]:
 POINTS: dict[str, tuple[tuple[int, ...], Callable[[Callable[[], None]], None]]] = {
     "begin": ((0,), lambda act: before(saver.Saver, "_prepare", act, 2)),
     "snapshot": ((0, 1), lambda act: before(share.Staging, "_copy", act, 2)),
-    "mid_file": ((0, 1), lambda act: before(writer.RankWriter, "write", act, 80)),
+    "mid_file": ((0, 1), lambda act: before(writer.RankWriter, "write", act, 55)),
     "after_file": ((0, 1), lambda act: after(share.Share, "write", act, 2)),
     "commit": ((0,), lambda act: before(saver, "commit", act, 2)),
     "before_manifest": ((0,), lambda act: before(writer, "write_atomic", act, 2, named("MANIFEST"))),
