@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..data.reading.transport import shown
 from ..model.flops import decoder_flops_per_token
 from ..model.layout import Parameter, decoder_layout, has_weight_decay
 from ..model.pipeline import Chunk, chunks_of_ranks, held_by
@@ -74,11 +75,7 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
             _sizes(memory),
         ),
         *_offload_lines(resolved),
-        (
-            "checkpoints",
-            f"{_every(run.checkpoint.every_steps)}, the last {run.checkpoint.keep_last} are kept, "
-            f"{total * MASTER_AND_MOMENTS_BYTES / GIB:.2f} GiB each",
-        ),
+        ("checkpoints", _checkpoints(resolved, total)),
         ("evaluation", f"{_every(run.evaluate.every_steps)} on {', '.join(run.data.heldout) or 'nothing'}"),
     ]
 
@@ -92,6 +89,33 @@ def _offload_lines(resolved: ResolvedRun) -> list[tuple[str, str]]:
     host, swapped = host_memory_bytes(resolved), swapped_bytes(resolved)
     lines = [("host memory a rank", _sizes(host))] if host else []
     return lines + ([("in files a rank", f"about {swapped / GIB:.2f} GiB")] if swapped else [])
+
+
+def _checkpoints(resolved: ResolvedRun, num_parameters: int) -> str:
+    section = resolved.run.checkpoint
+    when = [f"every {section.every_steps} steps"] if section.every_steps else []
+    when += [f"every {section.every_minutes:g} minutes"] if section.every_minutes else []
+    kept = [f"the last {section.keep_last}"]
+    kept += [f"every {section.keep_every_steps}th step"] if section.keep_every_steps else []
+    kept += [f"the best {section.keep_best}"] if section.keep_best else []
+    kept += [f"one {section.rollback_steps} steps back"] if section.rollback_steps else []
+    return (
+        f"{', '.join([*when, 'at the end'])}; kept are {', '.join(kept)}, "
+        f"{num_parameters * MASTER_AND_MOMENTS_BYTES / GIB:.2f} GiB each; "
+        + (
+            f"written beside training from a copy of {staged_bytes(resolved) / GIB:.2f} GiB in host memory a rank"
+            if resolved.saves_asynchronously
+            else "training waits for them"
+        )
+        + (f"; copied to {shown(section.remote)}" if section.remote else "")
+    )
+
+
+def staged_bytes(resolved: ResolvedRun) -> float:
+    """Count the host memory of a rank's copy of masters and moments, from which a save is written."""
+    parallel = resolved.run.parallel
+    local = max(local_parameters(resolved, rank) for rank in range(parallel.pipeline))
+    return local * MASTER_AND_MOMENTS_BYTES / (resolved.data_parallel if parallel.zero else 1)
 
 
 def _every(steps: int) -> str:

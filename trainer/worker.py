@@ -14,7 +14,6 @@ import signal
 import sys
 import traceback
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 from .errors import EXIT_FAULT, EXIT_STOPPED, exit_code_of, lost_contact, message_of
@@ -83,19 +82,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def versions() -> dict[str, str]:
-    """Give the versions that decide what a run computes."""
-    import basestone
-
-    names = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece")
-    return {"basestone": basestone.__version__, **{name: version(name) for name in names}}
-
-
 def train(arguments: argparse.Namespace) -> None:
     """Be one rank of a training run."""
     from . import runtime as processes
     from .load import load_run
     from .places import locate, vocab_size
+    from .provenance import versions
 
     run = load_run(arguments.run, arguments.overrides)
     places = locate(run.data, run.reading, processes.cache_dir())

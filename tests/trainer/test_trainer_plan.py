@@ -14,6 +14,7 @@ from basestone.trainer.plan import (
     host_memory_bytes,
     local_parameters,
     memory_bytes,
+    staged_bytes,
     swapped_bytes,
     total_flops,
 )
@@ -157,9 +158,31 @@ def test_the_plan_says_what_will_be():
         f"{MATRICES + EMBEDDING:,} of {TOTAL:,} parameters (not on norms, biases, embeddings)"
         in got["optimizer"]
     )
-    assert got["checkpoints"].startswith("at the end, the last 3 are kept")
+    assert got["checkpoints"].startswith("at the end; kept are the last 3, ")
     assert got["evaluation"] == "at the end on nothing"
     assert "memory a rank" in got and "schedule" in got
+
+
+def test_the_plan_says_what_saves_need_and_keep():
+    keys = {
+        "checkpoint__every_steps": 50,
+        "checkpoint__every_minutes": 2.5,
+        "checkpoint__keep_every_steps": 1000,
+        "checkpoint__keep_best": 2,
+        "checkpoint__rollback_steps": 100,
+        "checkpoint__remote": "s3://user:secret@bucket/run?token=1",
+    }
+    text = lines(resolved(2, **keys))["checkpoints"]
+    assert text.startswith(
+        "every 50 steps, every 2.5 minutes, at the end; kept are the last 3, every 1000th step, the best 2, "
+        "one 100 steps back, "
+    )
+    assert text.endswith("copied to s3://bucket/run")
+    assert f"from a copy of {TOTAL * 12 / 2 / 2**30:.2f} GiB in host memory a rank" in text
+    assert staged_bytes(resolved(2)) == TOTAL * 12 / 2
+    assert staged_bytes(resolved(2, parallel__zero=0)) == TOTAL * 12
+    waits = lines(resolved(1, parallel__zero=2, parallel__offload="cpu"))["checkpoints"]
+    assert waits.endswith("each; training waits for them")
 
 
 def test_the_plan_of_other_choices():
@@ -174,7 +197,7 @@ def test_the_plan_of_other_choices():
         )
     )
     assert f"{TOTAL:,} of {TOTAL:,} parameters, clip 1" in got["optimizer"]
-    assert got["checkpoints"].startswith("every 5 steps and at the end")
+    assert got["checkpoints"].startswith("every 5 steps, at the end; kept")
     assert got["evaluation"] == "every 7 steps and at the end on a, b"
     assert got["schedule"] == "wsd, 3 warm-up steps, down to 0.0001"
 

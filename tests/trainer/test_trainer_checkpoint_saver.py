@@ -1,0 +1,184 @@
+"""A save beside training: what is written is what was there when it began, and one rank's part of the protocol."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from one_rank import TABLE, Run
+
+from basestone.trainer.checkpoint import share
+from basestone.trainer.checkpoint.background import Background
+from basestone.trainer.checkpoint.reader import Reader
+from basestone.trainer.checkpoint.saver import Saver
+from basestone.trainer.checkpoint.share import TENSORS
+from basestone.trainer.checkpoint.tensors import CheckpointTensors
+from basestone.trainer.engine_state import EngineState
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, asynchronous=True)
+
+
+def begin(run: Run, step: int) -> None:
+    run.state.set(step)
+    assert run.saver.begin(step, {"step": step, "optimizer_steps": step}) is None
+
+
+def masters(run: Run, step: int) -> dict[str, torch.Tensor]:
+    tensors = CheckpointTensors(Reader(run.step(step)), TABLE)
+    return {name: tensors.read(name).flatten() for name in TABLE}
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> threading.Event:
+    """Let a function wait for an event."""
+    go, real = threading.Event(), getattr(owner, name)
+
+    def held(*args: Any) -> Any:
+        assert go.wait(30)
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, held)
+    return go
+
+
+def test_what_changes_after_the_copy_is_not_saved(run, monkeypatch):
+    go = hold(monkeypatch, share.Share, "write")
+    begin(run, 2)
+    run.saver.wait_copied()
+    run.state.set(99)  # the next update
+    go.set()
+    outcome = run.saver.finish()
+    assert outcome.path == run.step(2) and outcome.problem is None
+    run.state.set(2)
+    for name, values in masters(run, 2).items():
+        assert torch.equal(values, run.state.values[name]["master"])
+
+
+def test_an_update_waits_for_the_copy(run, monkeypatch):
+    """Planted: were the update not to wait, the copy would hold what came after."""
+    go = hold(monkeypatch, share.Staging, "_copy")
+    begin(run, 2)
+    updated = threading.Event()
+
+    def update() -> None:
+        run.saver.wait_copied()
+        run.state.set(99)
+        updated.set()
+
+    threading.Thread(target=update, daemon=True).start()
+    assert not updated.wait(0.2)
+    go.set()
+    assert updated.wait(30)
+    run.saver.finish()
+    run.state.set(2)
+    assert torch.equal(masters(run, 2)["w"], run.state.values["w"]["master"])
+
+
+def test_a_copy_that_fails_lets_the_update_go_on(run, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(share.Staging, "_copy", fail)
+    begin(run, 2)
+    run.saver.wait_copied()
+    outcome = run.saver.finish()
+    assert outcome.path is None and outcome.problem == "rank 0: the device is lost"
+    assert list((run.path / "checkpoints").iterdir()) == []
+
+
+def test_a_save_takes_two_turns_without_waiting(run, monkeypatch):
+    go = hold(monkeypatch, share.Share, "write")
+    begin(run, 2)
+    assert run.saver.working and run.saver.in_flight[0] == 2
+    with pytest.raises(AssertionError, match="one save at a time"):
+        begin(run, 3)
+    assert run.saver.finish(wait_s=0.05) is None and run.saver.in_flight[0] == 2, "left in flight"
+    go.set()
+    outcomes = []
+    while run.saver.in_flight:
+        while run.saver.working:
+            pass
+        outcomes.append(run.saver.advance())
+    assert [outcome and outcome.path for outcome in outcomes] == [None, run.step(2)]
+    assert run.saver.advance() is None and run.saver.finish() is None
+
+
+def test_both_ways_write_the_same_files(run, tmp_path):
+    begin(run, 2)
+    run.saver.finish()
+    (tmp_path / "other").mkdir()
+    other = Run(tmp_path / "other")
+    other.save(2)
+    for name in ("rank_00000.bin", "index.json", "state.json"):
+        assert (run.step(2) / name).read_bytes() == (other.step(2) / name).read_bytes(), name
+
+
+def test_the_copy_is_kept_and_is_the_ranks_share(run):
+    elements = sum(row.numel for row in TABLE.values()) * len(TENSORS)
+    assert run.saver._staging.num_bytes == elements * 4
+    before = run.saver._staging._buffer.data_ptr()
+    for step in (2, 4):
+        begin(run, step)
+        run.saver.finish()
+    assert run.saver._staging._buffer.data_ptr() == before and run.steps == [4, 2]
+    assert Run(run.path).saver._staging is None
+
+
+def test_a_background_that_never_ends_is_a_problem_in_time():
+    stuck = threading.Event()
+    background = Background(stuck.wait)
+    assert background.wait(0.05) == (None, "has not ended after 0 s; is the storage well?")
+    stuck.set()
+    assert background.wait(30) == (True, None)
+
+
+class Held:
+    """An optimizer of which only the loss scaler is asked."""
+
+    def __init__(self, scaler: Any) -> None:
+        self.loss_scaler, self.param_groups, self.state = scaler, [], {}
+        self.optimizer = SimpleNamespace(param_groups=[], state={}, defaults={})
+
+
+def state_with(scaler: Any) -> EngineState:
+    return EngineState(torch.nn.Module(), Held(scaler), None)  # type: ignore[arg-type]
+
+
+def test_the_loss_scale_goes_on_as_it_was():
+    """DeepSpeed's own scaler: after a resume it halves and doubles at the very steps it would have."""
+
+    def scaler() -> DynamicLossScaler:
+        return DynamicLossScaler(2**16, 3, 1, 2, False)
+
+    first, resumed = scaler(), scaler()
+    overflows = [False, True, True, False, False, False, False, True, False, False, False, False]
+    for overflow in overflows[:5]:
+        first.update_scale(overflow)
+    state = state_with(first).loss_scale
+    assert state["cur_scale"] == 2**15 and state["last_overflow_iter"] == 2
+    state_with(resumed).loss_scale = state
+    for overflow in overflows[5:]:
+        first.update_scale(overflow)
+        resumed.update_scale(overflow)
+        assert vars(resumed) == vars(first)
+    assert state_with(LossScaler(1)).loss_scale is None
+    fixed = state_with(LossScaler(8))
+    fixed.loss_scale = state
+    assert fixed._optimizer.loss_scaler.cur_scale == 8
+
+
+def test_nothing_is_begun_where_nothing_fits(run, monkeypatch):
+    monkeypatch.setattr(Saver, "_space_problem", lambda _: "full")
+    outcome = run.save(2)
+    assert (outcome.path, outcome.problem, run.saver.failed_in_a_row) == (None, "full", 1)
+    assert not (run.path / "checkpoints").exists()
+    monkeypatch.undo()
+    run.save(4)
+    assert run.saver.failed_in_a_row == 0 and run.steps == [4]
