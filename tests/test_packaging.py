@@ -242,7 +242,14 @@ LIGHT = {
         *(f"basestone.trainer.{name}" for name in ("config", "load", "plan", "schedule", "errors", "places")),
         *(
             f"basestone.trainer.{name}"
-            for name in ("checkpoint.reader", "checkpoint.writer", "rundir", "run_records", "report")
+            for name in (
+                "checkpoint.reader",
+                "checkpoint.writer",
+                "rundir",
+                "run_lock",
+                "run_records",
+                "report",
+            )
         ),
     ],
 }

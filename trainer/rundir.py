@@ -7,11 +7,9 @@ RUN/  run.toml  metrics.jsonl  events.jsonl  ledger.json  tokenizer.model  lock 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Any
 
 from ..data.storage import naming, write_atomic
 from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
+from .run_lock import LOCK, RunLock
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
@@ -81,7 +80,7 @@ def make_run_directory(path: Path) -> None:
     try:
         for folder in (path, path / "checkpoints", path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        os.close(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
     except OSError as error:
         raise ConfigError(f"run directory {path}: cannot be written ({error}); choose another") from error
     if folders := [name for name in FILES if (path / name).is_dir()]:
@@ -102,24 +101,8 @@ class RunDirectory:
         """
         self.path = path
         make_run_directory(path)
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock = RunLock(path)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(self._lock, 4096, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise ConfigError(
-                f"run directory {path}: another run holds it ({holder or 'unknown'}); "
-                "wait for it, stop it, or choose another directory"
-            ) from error
-        except OSError as error:
-            os.close(self._lock)
-            raise ConfigError(
-                f"run directory {path}: its file system gives no locks ({error.strerror}); choose another directory"
-            ) from error
-        try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
             self.ledger = self._load_ledger()
             self.ledger.attempts += 1
             self._old_failure = _identity(path / "FAILED")
@@ -127,7 +110,7 @@ class RunDirectory:
             self._events = _Lines(path / "events.jsonl")
             self._quarantine: _Lines | None = None
         except Exception:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def _load_ledger(self) -> Ledger:
@@ -217,8 +200,9 @@ class RunDirectory:
         with warned_of("the ledger was not saved"):
             self.save_ledger()
         lines = [lines for lines in (self._metrics, self._events, self._quarantine) if lines is not None]
-        for descriptor in (*(one.descriptor for one in lines), self._lock):
-            os.close(descriptor)
+        for one in lines:
+            os.close(one.descriptor)
+        self._lock.close()
 
 
 def _fits(name: str, value: Any) -> bool:

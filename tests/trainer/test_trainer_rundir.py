@@ -3,97 +3,17 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import resource
-import signal
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from forked import in_child, kill
 from hypothesis import given
 from hypothesis import strategies as st
 
 from basestone.trainer.errors import ConfigError, NumericsError, exit_code_of, message_of
 from basestone.trainer.rundir import Ledger, RunDirectory, make_run_directory, tell_failure
-
-
-def in_child(work: Callable[[], str]) -> tuple[int, str]:
-    """Do `work` in a child process that then stays alive; give its id and what it said."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            try:
-                text = work()
-            except ConfigError as error:
-                text = f"refused: {error}"
-            os.write(theirs, text.encode() or b"nothing")
-            while True:
-                time.sleep(60)
-        finally:
-            os._exit(1)
-    os.close(theirs)
-    text = os.read(ours, 65536).decode()
-    os.close(ours)
-    return child, text
-
-
-def kill(child: int) -> None:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
-def hold(path: Path) -> str:
-    """Take the lock and keep it for as long as the process lives."""
-    hold.directory = RunDirectory(path)  # type: ignore[attr-defined]
-    return "held"
-
-
-# ---- the lock -----------------------------------------------------------------------------------------------------
-
-
-def test_a_second_process_is_refused_with_the_holder(tmp_path):
-    directory = RunDirectory(tmp_path)
-    child, text = in_child(lambda: hold(tmp_path))
-    kill(child)
-    assert text.startswith(f"refused: run directory {tmp_path}: another run holds it (pid {os.getpid()} on ")
-    assert "wait for it, stop it, or choose another directory" in text
-    directory.close()
-    child, text = in_child(lambda: hold(tmp_path))
-    kill(child)
-    assert text == "held", "a closed directory is free"
-
-
-@pytest.mark.faults
-def test_a_killed_holder_frees_the_lock_at_once(tmp_path):
-    child, text = in_child(lambda: hold(tmp_path))
-    assert text == "held"
-    with pytest.raises(ConfigError, match=f"another run holds it \\(pid {child} on "):
-        RunDirectory(tmp_path)
-    kill(child)
-    directory = RunDirectory(tmp_path)
-    assert directory.attempt == 1, "the killed one saved no ledger"
-    assert (tmp_path / "lock").read_text().startswith(f"pid {os.getpid()} on ")
-    directory.close()
-
-
-@pytest.mark.faults
-def test_a_program_that_the_holder_started_does_not_keep_the_lock(tmp_path):
-    def hold_and_start() -> str:
-        hold(tmp_path)
-        return str(subprocess.Popen(["sleep", "60"], close_fds=False).pid)
-
-    child, sleeper = in_child(hold_and_start)
-    kill(child)
-    try:
-        os.kill(int(sleeper), 0)
-        RunDirectory(tmp_path).close()
-    finally:
-        os.kill(int(sleeper), signal.SIGKILL)
 
 
 def test_a_refused_run_changes_nothing(tmp_path):
@@ -104,18 +24,6 @@ def test_a_refused_run_changes_nothing(tmp_path):
         RunDirectory(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     directory.close()
-
-
-def test_a_file_system_without_locks_is_not_called_another_run(tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
-    with pytest.raises(
-        ConfigError, match=r"its file system gives no locks .*; choose another directory"
-    ) as caught:
-        RunDirectory(tmp_path)
-    assert "another run" not in str(caught.value)
 
 
 @pytest.mark.parametrize("make", [make_run_directory, RunDirectory])
