@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import enum
-import json
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import environ, local
+from .checkpoint_commands import checkpoint_app
 from .data_commands import data_app, prepare, tokenizer_app
 
 EXIT_USER, EXIT_INTERRUPTED = 64, 130
@@ -33,7 +33,6 @@ app.add_typer(data_app)
 app.command(
     epilog="Example: basestone prepare docs/ crawl.warc.gz --rules gopher --near-duplicates --out shards/web"
 )(prepare)
-checkpoint_app = typer.Typer(name="checkpoint", help="List and verify checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", show_default=False)]
@@ -268,50 +267,6 @@ def quickstart(
     from .quickstart import run_quickstart
 
     raise typer.Exit(run_quickstart(out.resolve(), fresh))
-
-
-@checkpoint_app.command("ls", epilog="Example: basestone checkpoint ls runs/quickstart")
-def checkpoint_ls(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """List the checkpoints of a run, newest first, with what their structure says."""
-    from ..trainer.checkpoint.format import steps_in
-    from ..trainer.checkpoint.reader import Reader
-    from ..trainer.errors import CheckpointError, ConfigError
-
-    if not (run_dir / "checkpoints").is_dir():
-        raise ConfigError(f"{run_dir}: is no run directory (no checkpoints/)")
-    rows: list[dict[str, Any]] = []
-    for step, path in steps_in(run_dir / "checkpoints"):
-        try:
-            rows.append({"step": step, "path": str(path), "bytes": Reader(path).num_bytes, "problem": None})
-        except CheckpointError as error:
-            rows.append({"step": step, "path": str(path), "bytes": None, "problem": str(error)})
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        text = f"damaged: {row['problem']}" if row["problem"] else f"{row['bytes'] / 1e6:10.1f} MB"
-        print(f"{row['path']}  {text}")
-
-
-@checkpoint_app.command("verify", epilog="Example: basestone checkpoint verify runs/quickstart")
-def checkpoint_verify(checkpoint: Checkpoint) -> None:
-    """Read every byte of a checkpoint against its checksums."""
-    from ..trainer.checkpoint.format import steps_in
-    from ..trainer.checkpoint.reader import Reader
-    from ..trainer.errors import CheckpointError
-
-    path = checkpoint
-    if (checkpoint / "checkpoints").is_dir():
-        steps = steps_in(checkpoint / "checkpoints")
-        if not steps:
-            raise CheckpointError(f"{checkpoint}: holds no checkpoint")
-        path = steps[0][1]
-    if problems := Reader(path).verify():
-        raise CheckpointError("\n".join(problems))
-    print(f"{path}: every byte matches its checksum")
 
 
 def _say(text: str) -> None:

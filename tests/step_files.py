@@ -52,9 +52,9 @@ def write_ranks(temporary: Path) -> dict[str, Any]:
     return {"parameters": [{"name": "w", "shape": [4, 3]}], "tensors": ["master"], "ranks": ranks}
 
 
-def save(checkpoints: Path, step: int = 1) -> Path:
+def save(checkpoints: Path, step: int = 1, **state: Any) -> Path:
     temporary, final = checkpoints / ".tmp-step", checkpoints / f"step_{step:08d}"
-    commit(temporary, final, write_ranks(temporary), {"step": step})
+    commit(temporary, final, write_ranks(temporary), {"step": step, **state})
     return final
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -77,4 +78,21 @@ def test_report_and_checkpoint_commands(trained, basestone):
     assert done.returncode == 0 and (trained / "report.html").stat().st_size > 5000
     listed = json.loads(basestone("checkpoint", "ls", trained, "--json").stdout)
     assert [row["step"] for row in listed] == [16, 12, 8] and all(row["problem"] is None for row in listed)
-    assert "every byte matches" in basestone("checkpoint", "verify", trained).stdout
+    verified = basestone("checkpoint", "verify", trained, "--all")
+    assert verified.returncode == 0 and verified.stdout.count("every byte matches") == 3
+    facts = json.loads(basestone("checkpoint", "show", trained, "--json").stdout)
+    layout = {"processes": 2, "tensor": 2, "pipeline": 1, "zero": 1}
+    assert (facts["step"], facts["optimizer_steps"], facts["layout"]) == (16, 16, layout)
+    assert not facts["weights_only"] and facts["parameters"] > 0 and "torch" in facts["versions"]
+
+
+def test_a_pruned_run_goes_on_from_what_is_left(tmp_path, trained, basestone):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    done = basestone("checkpoint", "prune", run_dir, "--keep-last", "1")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000016"]
+    done = basestone("train", run_dir / "run.toml", "--run-dir", run_dir, "--set", "train.steps=18")
+    assert done.returncode == 0 and "resuming at step 16" in done.stdout + done.stderr
+    steps = [row["step"] for row in json.loads(basestone("checkpoint", "ls", run_dir, "--json").stdout)]
+    assert steps == [18, 16]

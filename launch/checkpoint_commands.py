@@ -1,0 +1,231 @@
+"""`basestone checkpoint ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..trainer.sections import CheckpointSection
+
+checkpoint_app = typer.Typer(
+    name="checkpoint", help="List, show, verify and remove checkpoints.", no_args_is_help=True
+)
+
+EXIT_STORAGE = 74
+LONG_BYTES = 1 << 30  # from here on a check says how far it is
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(help="A step directory, or a run directory for its newest one.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+
+
+@checkpoint_app.command("ls", epilog="Example: basestone checkpoint ls runs/quickstart")
+def checkpoint_ls(run_dir: RunPath, as_json: AsJson = False) -> None:
+    """List the checkpoints of a run, newest first: size, date, held-out loss, and what keeps each.
+
+    Only their structure is looked at: `checkpoint verify` reads every byte.
+    """
+    from ..trainer.checkpoint.inspection import list_steps
+    from ..trainer.errors import ConfigError
+
+    _check_run(run_dir)
+    try:
+        section = _section_of(run_dir)
+    except ConfigError as error:
+        section = None
+        _say(f"what keeps them is not known: {str(error).splitlines()[0]}")
+    rows = list_steps(run_dir, section)
+    if as_json:
+        print(json.dumps([{**vars(row), "path": str(row.path)} for row in rows], indent=1))
+        return
+    for row in rows:
+        if row.problem is not None:
+            print(f"{row.path}  damaged: {row.problem}")
+            continue
+        loss = "" if row.heldout_loss is None else f"  held-out loss {row.heldout_loss:.4f}"
+        keys = f"  {', '.join(row.kept_by)}" if row.kept_by else ""
+        print(f"{row.path}  {_size(row.bytes or 0):>10}  {row.saved}{loss}{keys}")
+
+
+@checkpoint_app.command("show", epilog="Example: basestone checkpoint show runs/quickstart")
+def checkpoint_show(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Show what a checkpoint holds, the layout that it was written in, and its files."""
+    from ..trainer.checkpoint.inspection import describe
+    from ..trainer.checkpoint.opening import open_checkpoint
+
+    facts = describe(open_checkpoint(checkpoint))
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    files = facts.pop("files")
+    for name, value in facts.items():
+        print(f"{name:>16}  {_plain(name, value)}")
+    for file in files:
+        print(f"{'':>16}  {file['file']}  {_size(file['bytes'])}, {file['fragments']} fragments")
+
+
+@checkpoint_app.command("verify", epilog="Example: basestone checkpoint verify runs/quickstart --all")
+def checkpoint_verify(
+    checkpoint: Checkpoint,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint of the run directory.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a checkpoint against its checksums; what is wrong is named by file and bytes."""
+    from ..trainer.checkpoint.inspection import problems_of
+    from ..trainer.errors import CheckpointError
+
+    paths = _steps_of(checkpoint)
+    found = {}
+    for path in paths if every else paths[:1]:
+        found[path] = problems_of(path, _progress(path))
+        if not found[path] and not as_json:
+            print(f"{path}: every byte matches its checksum")
+    problems = [problem for listed in found.values() for problem in listed]
+    if as_json:
+        rows = [{"path": str(path), "problems": listed} for path, listed in found.items()]
+        print(json.dumps(rows, indent=1))
+        raise typer.Exit(EXIT_STORAGE if problems else 0)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+@checkpoint_app.command(
+    "prune", epilog="Example: basestone checkpoint prune runs/quickstart --keep-last 1 --dry-run"
+)
+def checkpoint_prune(
+    run_dir: RunPath,
+    keep_last: Annotated[int | None, typer.Option(help="Newest ones to keep.", min=1)] = None,
+    keep_every_steps: Annotated[
+        int | None, typer.Option(help="Keep those of steps that this divides; 0: none.", min=0)
+    ] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(help="Keep so many with the lowest held-out loss.", min=0)
+    ] = None,
+    rollback_steps: Annotated[
+        int | None, typer.Option(help="Keep one that is so many steps behind; 0: none.", min=0)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove checkpoints that the run's own `[checkpoint]` keys do not keep, and what killed saves left.
+
+    A key that is given here counts in place of the run's. A run that is going is refused; damaged ones stay.
+    """
+    from ..trainer.checkpoint.inspection import plan_pruning, prune
+    from ..trainer.run_lock import RunLock
+
+    _check_run(run_dir)
+    given = {
+        "keep_last": keep_last,
+        "keep_every_steps": keep_every_steps,
+        "keep_best": keep_best,
+        "rollback_steps": rollback_steps,
+    }
+    section = _section_of(run_dir, {name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        _say_pruning(plan_pruning(run_dir, section), "would be removed", as_json)
+        return
+    with closing(RunLock(run_dir)):
+        pruning = plan_pruning(run_dir, section)
+        num_bytes = pruning.num_bytes
+        prune(pruning)
+    _say_pruning(pruning, "removed", as_json, num_bytes)
+
+
+def _say_pruning(pruning: Any, verb: str, as_json: bool, num_bytes: int | None = None) -> None:
+    gone = [*(row.path for row in pruning.removed), *pruning.leftovers]
+    num_bytes = pruning.num_bytes if num_bytes is None else num_bytes
+    if as_json:
+        values = {
+            "removed": [str(path) for path in gone],
+            "bytes": num_bytes,
+            "kept": [str(row.path) for row in pruning.kept],
+            "damaged": [str(row.path) for row in pruning.damaged],
+        }
+        print(json.dumps(values, indent=1))
+        return
+    for row in pruning.kept:
+        print(f"{row.path}  stays: {', '.join(row.kept_by)}")
+    for row in pruning.damaged:
+        print(f"{row.path}  stays: it is damaged: {row.problem}")
+    for path in gone:
+        print(f"{path}  {verb}")
+    print(f"{len(gone)} {verb}, {_size(num_bytes)}")
+
+
+def _check_run(run_dir: Path) -> None:
+    from ..trainer.errors import ConfigError
+
+    if not (run_dir / "checkpoints").is_dir():
+        raise ConfigError(f"{run_dir}: is no run directory (no checkpoints/)")
+
+
+def _section_of(run_dir: Path, given: dict[str, int] | None = None) -> CheckpointSection:
+    """Give the `[checkpoint]` section of a run directory's own run.toml, with what is given laid over it."""
+    from ..trainer.errors import ConfigError
+    from ..trainer.load import load_run
+    from ..trainer.sections import CheckpointSection
+
+    if (run_dir / "run.toml").exists():
+        section = load_run(run_dir / "run.toml").checkpoint
+    elif given:
+        section = CheckpointSection()
+    else:
+        raise ConfigError(f"{run_dir}: has no run.toml that says what to keep; give --keep-last")
+    return section.model_copy(update=given)
+
+
+def _steps_of(checkpoint: Path) -> list[Path]:
+    """Give a run directory's step directories, newest first, or the one that is named."""
+    from ..trainer.checkpoint.format import steps_in
+    from ..trainer.errors import CheckpointError
+
+    if not (checkpoint / "checkpoints").is_dir():
+        return [checkpoint]
+    steps = steps_in(checkpoint / "checkpoints")
+    if not steps:
+        raise CheckpointError(f"{checkpoint}: holds no checkpoint")
+    return [path for _, path in steps]
+
+
+def _progress(path: Path) -> Callable[[int, int], None]:
+    """Say on standard error how far the check of a large checkpoint is, at every tenth."""
+    said = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        tenth = 10 * done // total
+        if total >= LONG_BYTES and tenth > said:
+            said = tenth
+            _say(f"{path.name}: {10 * tenth} % of {_size(total)}")
+
+    return show
+
+
+def _plain(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(key, inner)}" for key, inner in value.items()) or "unknown"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if value is None:
+        return "unknown"
+    if name == "bytes":
+        return _size(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
