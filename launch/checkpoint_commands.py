@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import local
+
 if TYPE_CHECKING:
     from ..trainer.sections import CheckpointSection
 
 checkpoint_app = typer.Typer(
-    name="checkpoint", help="List, show, verify and remove checkpoints.", no_args_is_help=True
+    name="checkpoint", help="List, show, verify, remove and import checkpoints.", no_args_is_help=True
 )
 
 EXIT_STORAGE = 74
@@ -139,6 +141,31 @@ def checkpoint_prune(
         num_bytes = pruning.num_bytes
         prune(pruning)
     _say_pruning(pruning, "removed", as_json, num_bytes)
+
+
+@checkpoint_app.command(
+    "import",
+    epilog="Example: basestone checkpoint import pytorch_model.bin imported --run recipes/quickstart.toml",
+)
+def checkpoint_import(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A state dict of torch.save: pytorch_model.bin, *.pt, *.pth.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="The step directory to write; must not exist.", show_default=False)
+    ],
+    run: Annotated[
+        Path, typer.Option("--run", help="The run file that describes its model.", show_default=False)
+    ],
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Make a checkpoint of weights alone out of a torch file; nothing in the file is executed.
+
+    Its names are those of the family's Hugging Face class, or our own.
+    """
+    arguments = ["import", str(file), str(out), "--run", str(run), *(["--debug"] if debug else [])]
+    raise typer.Exit(local.run_workers(arguments, 1))
 
 
 def _say_pruning(pruning: Any, verb: str, as_json: bool, num_bytes: int | None = None) -> None:

@@ -105,6 +105,18 @@ def locate_heldout(
     return heldout
 
 
+def locate_tokenizer(data: DataConfig, reading: ReadingConfig, cache_dir: Path) -> Path:
+    """Give the tokenizer alone: what the run trains on need not be there.
+
+    Raises:
+        DataConfigError: it is not there.
+    """
+    locator = _Locator(data, reading, cache_dir, lambda _: None)
+    tokenizer = locator.tokenizer()
+    _refuse(locator.problems)
+    return tokenizer
+
+
 def _refuse(problems: Iterable[str]) -> None:
     if listed := "\n".join(problems):
         raise DataConfigError(listed)

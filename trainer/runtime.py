@@ -292,6 +292,11 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "basestone"
 
 
+def pickles_are_opened() -> bool:
+    """Tell whether the environment lets torch.load run what a file says."""
+    return os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0") not in ("", "0")
+
+
 def find_own_programs() -> None:
     """Let programs that were installed beside this Python be found (ninja), where its environment is not activated."""
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])

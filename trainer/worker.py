@@ -25,7 +25,14 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s")
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "verify": verify, "evaluate": evaluate, "generate": generate, "export": export}
+    commands = {
+        "train": train,
+        "verify": verify,
+        "evaluate": evaluate,
+        "generate": generate,
+        "export": export,
+        "import": import_file,
+    }
     try:
         commands[arguments.command](arguments)
     except Exception as error:
@@ -79,6 +86,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--licence", default="")
     one.add_argument("--name", default="")
     one.add_argument("--tokenizer", type=Path)
+    one = commands.add_parser("import", parents=[common])
+    one.add_argument("file", type=Path)
+    one.add_argument("out", type=Path)
+    one.add_argument("--run", type=Path, required=True)
     return parser.parse_args(argv)
 
 
@@ -203,6 +214,24 @@ def export(arguments: argparse.Namespace) -> None:
             name=arguments.name,
         )
     )
+
+
+def import_file(arguments: argparse.Namespace) -> None:
+    """Write the weights of a torch state dict as a step directory."""
+    from ..data.tokenizer import Tokenizer
+    from . import runtime as processes
+    from .foreign import import_weights
+    from .load import load_run
+    from .places import locate_tokenizer
+
+    run = load_run(arguments.run)
+    place = locate_tokenizer(run.data, run.reading, processes.cache_dir())
+    tokenizer = Tokenizer(place)
+    resolved = run.resolve(run.parallel.tensor * run.parallel.pipeline, tokenizer.vocab_size)
+    import_weights(
+        arguments.file, arguments.out, resolved, tokenizer_sha256=tokenizer.sha256, versions=versions()
+    )
+    print(f"{arguments.out}: weights of {arguments.file.name}; its tokenizer is {place}")
 
 
 if __name__ == "__main__":

@@ -96,3 +96,41 @@ def test_a_pruned_run_goes_on_from_what_is_left(tmp_path, trained, basestone):
     assert done.returncode == 0 and "resuming at step 16" in done.stdout + done.stderr
     steps = [row["step"] for row in json.loads(basestone("checkpoint", "ls", run_dir, "--json").stdout)]
     assert steps == [18, 16]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_torch_file_comes_in_and_leaves_as_what_it_was(tmp_path, corpus, basestone, family):
+    """transformers -> torch.save -> import -> export -> transformers: the same logits."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    if family == "llama":
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"intermediate_size": 256, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).eval()
+        keys = ["model.ffn_hidden_size=256", "model.norm_epsilon=1e-5"]
+    else:
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=512, **sizes)).eval()
+        keys = ["model.ffn_hidden_size=256"]
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    text = (corpus / "run.toml").read_text()
+    if family == "gpt2":
+        text = text.replace('"llama"', '"gpt2"').replace("num_query_groups = 2\n", "")
+    section = "\n".join(key.removeprefix("model.").replace("=", " = ") for key in keys)
+    (corpus / f"{family}.toml").write_text(text.replace("[model]\n", f"[model]\n{section}\n"))
+    imported, out = tmp_path / "imported", tmp_path / "hf"
+    done = basestone(
+        *("checkpoint", "import", tmp_path / "pytorch_model.bin", imported, "--run", corpus / f"{family}.toml")
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = corpus / "tokenizer.model"
+    assert done.stdout == f"{imported}: weights of pytorch_model.bin; its tokenizer is {tokenizer}\n"
+    assert "every byte matches" in basestone("checkpoint", "verify", imported).stdout
+    done = basestone("export", imported, out, "--dtype", "fp32", "--tokenizer", tokenizer)
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(64)[None] * 7 % 512
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
+    done = basestone("generate", imported, "--prompt", "The", "--max-new-tokens", "2", "--tokenizer", tokenizer)
+    assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr

@@ -16,6 +16,7 @@ from run_files import run_values
 from step_files import BLOCK_BYTES, save, use_small_blocks
 
 from basestone.launch import checkpoint_commands
+from basestone.trainer import worker
 from basestone.trainer.checkpoint import inspection
 from basestone.trainer.load import run_to_toml
 from basestone.trainer.run_lock import RunLock
@@ -298,3 +299,15 @@ def test_what_is_no_run_directory_is_refused(basestone: Command, tmp_path, run_d
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").mkdir()
     assert basestone("checkpoint", command, run_dir).code == 0
+
+
+# ---- import -------------------------------------------------------------------------------------------------------
+
+
+def test_import_reaches_the_worker_as_typed(basestone: Command, asked):
+    done = basestone("checkpoint", "import", "a b.bin", "out", "--run", "run.toml", "--debug")
+    ((arguments, num_workers),) = asked
+    parsed = worker._parse(arguments)
+    assert (done.code, num_workers, parsed.command, parsed.debug) == (7, 1, "import", True)
+    assert (parsed.file, parsed.out, parsed.run) == (Path("a b.bin"), Path("out"), Path("run.toml"))
+    refused(basestone("checkpoint", "import", "a", "b"), 64, "run")

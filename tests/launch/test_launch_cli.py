@@ -70,7 +70,8 @@ def test_there_are_all_commands():
         *("train", "verify", "evaluate", "generate", "export", "report", "quickstart", "prepare"),
         *("tokenizer train", "tokenizer inspect", "tokenizer export"),
         *("data index", "data inspect", "data verify"),
-        *("checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint prune"),
+        *("checkpoint ls", "checkpoint show", "checkpoint verify"),
+        *("checkpoint prune", "checkpoint import"),
     }
 
 
