@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,7 @@ def list_steps(run_dir: Path, section: CheckpointSection | None) -> list[Listed]
         return listed
     facts = [StepFacts(row.step, row.heldout_loss) for row in good]
     keeps = policies(facts, section, good[0].step)
-    return [
-        Listed(**{**vars(row), "kept_by": tuple(keeps.get(row.step, ()))}) if row.problem is None else row
-        for row in listed
-    ]
+    return [row if row.problem else replace(row, kept_by=tuple(keeps.get(row.step, ()))) for row in listed]
 
 
 def _listed(step: int, path: Path) -> Listed:
