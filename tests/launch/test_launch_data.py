@@ -1,4 +1,4 @@
-"""The commands that need no torch, on small real files: prepare, tokenizer, data, checkpoint."""
+"""The commands that need no torch, on small real files: prepare, tokenizer, data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from in_process import refused
 
 from basestone.data.preparing.settings import CorpusSettings
 from basestone.launch import data_commands
-from basestone.trainer.checkpoint.writer import RankWriter, commit
-from basestone.trainer.rundir import make_run_directory
 
 
 def test_prepare_says_in_words_what_it_did(basestone, tmp_path, jsonl):
@@ -246,58 +244,3 @@ def test_text_of_both_kinds_trains_a_tokenizer(tmp_path, shards, texts):
     (tmp_path / "more.txt").write_text("more words")
     found = list(data_commands._texts([str(shards / "heldout"), str(tmp_path / "more.txt")]))
     assert found[-1] == "more words" and set(found[:-1]) < set(texts) and len(found) > 1
-
-
-# ---- checkpoints --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A run directory with two steps."""
-    make_run_directory(tmp_path / "run")
-    for step in (1, 2):
-        temporary = tmp_path / "run" / "checkpoints" / ".tmp-step"
-        temporary.mkdir()
-        with RankWriter(temporary / "rank_00000.bin") as writer:
-            writer.write(memoryview(bytes([step]) * 1000))
-        rank = {"file": "rank_00000.bin", "bytes": 1000, "tp_rank": 0, "tp_size": 1, "fragments": []}
-        index = {"parameters": [], "tensors": [], "ranks": [rank | {"blocks": writer.blocks}]}
-        commit(temporary, tmp_path / "run" / "checkpoints" / f"step_{step:08d}", index, {"step": step})
-    return tmp_path / "run"
-
-
-@pytest.mark.faults
-def test_checkpoint_ls_shows_good_and_damaged(basestone, run_dir):
-    done = basestone("checkpoint", "ls", run_dir)
-    assert done.code == 0 and [line.split()[1:] for line in done.out.splitlines()] == [["0.0", "MB"]] * 2
-    older = run_dir / "checkpoints" / "step_00000001"
-    (older / "index.json").unlink()
-    rows = json.loads(basestone("checkpoint", "ls", run_dir, "--json").out)
-    assert [(row["step"], row["problem"]) for row in rows] == [
-        (2, None),
-        (1, f"{older}: index.json is missing"),
-    ]
-    assert rows[0]["bytes"] > 1000 and rows[1]["bytes"] is None
-    done = basestone("checkpoint", "ls", run_dir)
-    assert done.code == 0 and f"damaged: {older}: index.json is missing" in done.out
-
-
-@pytest.mark.faults
-def test_checkpoint_verify_reads_every_byte(basestone, run_dir):
-    newest = run_dir / "checkpoints" / "step_00000002"
-    for path in (run_dir, newest):
-        assert basestone("checkpoint", "verify", path) == (
-            0,
-            f"{newest}: every byte matches its checksum\n",
-            "",
-        )
-    body = (newest / "rank_00000.bin").read_bytes()
-    (newest / "rank_00000.bin").write_bytes(body[:-1] + b"\0")
-    refused(
-        basestone("checkpoint", "verify", run_dir),
-        74,
-        "rank_00000.bin: bytes 0..1000 do not match their sha256",
-    )
-    assert basestone("checkpoint", "verify", newest.with_name("step_00000001")).code == 0
-    (newest / "state.json").write_text("{}")
-    refused(basestone("checkpoint", "verify", run_dir), 74, "state.json: has 2 bytes")
