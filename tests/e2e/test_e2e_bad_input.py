@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
 import shutil
+from contextlib import closing
 
 import pytest
+
+from basestone.trainer.run_lock import RunLock
 
 pytestmark = pytest.mark.dist
 
@@ -89,11 +92,8 @@ def test_run_directory_that_cannot_be_written_or_is_taken(corpus, tmp_path, base
     refused(basestone(*run, tmp_path / "file" / "run"), 64, "cannot be written")
     taken = tmp_path / "taken"
     taken.mkdir()
-    with open(taken / "lock", "w") as lock:
-        lock.write("pid 1 on elsewhere\n")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(basestone(*run, taken), 64, "another run holds it", "pid 1 on elsewhere")
+    with closing(RunLock(taken)):
+        refused(basestone(*run, taken), 64, f"another run holds it (pid {os.getpid()} on ")
 
 
 def test_another_model_tokenizer_or_batch_at_a_resume(corpus, tmp_path, trained, basestone):
