@@ -319,9 +319,14 @@ def test_clock_jump(tmp_path, monkeypatch, jump_s, flock):
     """Neither a holder's clock, nor ours, nor the times of files decide who holds the lock."""
     if not flock:
         monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
-    child, text = in_child(lambda: hold(tmp_path))
-    assert text == "held"
     real = time.time
+
+    def jump_and_hold() -> str:
+        time.time = lambda: real() - jump_s
+        return hold(tmp_path)
+
+    child, text = in_child(jump_and_hold)
+    assert text == "held"
     monkeypatch.setattr(time, "time", lambda: real() + jump_s)
     try:
         for path in tmp_path.iterdir():
