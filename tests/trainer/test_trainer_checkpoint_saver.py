@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from one_rank import TABLE, Run
 
@@ -151,12 +152,13 @@ def state_with(scaler: Any) -> EngineState:
     return EngineState(torch.nn.Module(), Held(scaler), None)  # type: ignore[arg-type]
 
 
-def test_the_loss_scale_goes_on_as_it_was():
+def test_the_loss_scale_goes_on_as_it_was(monkeypatch):
     """DeepSpeed's own scaler: after a resume it halves and doubles at the very steps it would have."""
 
     def scaler() -> DynamicLossScaler:
         return DynamicLossScaler(2**16, 3, 1, 2, False)
 
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # it tells of overflows on rank 0
     first, resumed = scaler(), scaler()
     overflows = [False, True, True, False, False, False, False, True, False, False, False, False]
     for overflow in overflows[:5]:
@@ -182,3 +184,13 @@ def test_nothing_is_begun_where_nothing_fits(run, monkeypatch):
     monkeypatch.undo()
     run.save(4)
     assert run.saver.failed_in_a_row == 0 and run.steps == [4]
+
+
+def test_saves_keep_what_the_policy_says(tmp_path):
+    """The best and every tenth stay beside the newest, over a restart that has to read the losses again."""
+    losses = {5: 3.0, 10: 2.5, 15: 2.0, 20: 2.7, 25: 2.9, 30: 2.8, 35: 2.6}
+    for steps in ((5, 10, 15, 20), (25, 30, 35)):
+        run = Run(tmp_path, keep_last=1, keep_best=2, keep_every_steps=20)
+        for step in steps:
+            run.save(step, heldout={"a": losses[step] - 0.5, "b": losses[step] + 0.5})
+    assert run.steps == [35, 20, 15, 10]

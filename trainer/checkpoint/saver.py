@@ -28,6 +28,8 @@ from ..runtime import TIMEOUT, Runtime
 from ..sections import CheckpointSection
 from .background import Background
 from .format import step_name, steps_in
+from .reader import Reader
+from .retention import StepFacts, heldout_loss, kept
 from .share import TENSORS, Share, Staging
 from .tensors import FP32_BYTES, index_of
 from .writer import commit, remove
@@ -89,6 +91,7 @@ class Saver:
         self._flight: _Flight | None = None
         if runtime.rank == 0:
             self._clean()
+        self._losses: dict[int, float | None] = {}  # of the checkpoints that are there
         self.failed_in_a_row = 0
         self.limit_s = LIMIT_S
         problem = self._space_problem() if runtime.rank == 0 else None
@@ -249,7 +252,7 @@ class Saver:
             shutil.rmtree(flight.temporary, ignore_errors=True)
             raise
         self._hint(final)
-        self._prune(flight.step)
+        self._prune(flight.step, heldout_loss(flight.state))
 
     def _hint(self, final: Path) -> None:
         """Write `latest`, by which nothing is decided: a failure costs the hint, not the checkpoint."""
@@ -258,17 +261,28 @@ class Saver:
         except OSError as error:
             log.warning("latest was not written: %s", message_of(error))
 
-    def _prune(self, saved: int) -> None:
-        """Remove what the run no longer goes on from; a failure costs space, not the checkpoint."""
+    def _prune(self, saved: int, loss: float | None) -> None:
+        """Remove what is not kept; a failure costs space, not the checkpoint.
+
+        Later steps are damaged, or of a line that was left: a resume must not go on from them, and they must not push
+        out the ones that it needs.
+        """
         try:
-            steps = steps_in(self.directory)
-            # Later steps are damaged, or of a line that was left: a resume must not go on from them, and they must
-            # not push out the ones that it needs.
-            later = [path for step, path in steps if step > saved]
-            older = [path for step, path in steps if step <= saved][self._section.keep_last :]
-            remove([*later, *older])
+            steps = dict(steps_in(self.directory))
+            self._losses = {step: self._loss_of(step, path) for step, path in steps.items()} | {saved: loss}
+            stay = kept([StepFacts(*row) for row in self._losses.items()], self._section, saved)
+            remove(path for step, path in steps.items() if step not in stay)
         except OSError as error:
             log.warning("old checkpoints were not removed: %s", message_of(error))
+
+    def _loss_of(self, step: int, path: Path) -> float | None:
+        """Give the held-out loss of a checkpoint, read once from one that an earlier attempt wrote."""
+        if step in self._losses or not self._section.keep_best:
+            return self._losses.get(step)
+        try:
+            return heldout_loss(Reader(path).state())
+        except (OSError, CheckpointError):
+            return None
 
     def _clean(self) -> None:
         """Remove what killed attempts left, before anything new is written: the run holds its directory's lock."""
