@@ -18,7 +18,7 @@ from .checkpoint.saver import Saver
 from .config import ResolvedRun
 from .console import RunConsole
 from .engine import Engine
-from .errors import EXIT_STOPPED, EXIT_USER, ConfigError, NumericsError, Stopped, exit_code_of
+from .errors import EXIT_STOPPED, EXIT_USER, ConfigError, NumericsError, Stopped, exit_code_of, message_of
 from .evaluate import HeldOut
 from .feed import Feed
 from .load import fixed_differences
@@ -91,8 +91,8 @@ class Trainer:
         if self._runtime.rank == 0:
             try:
                 directory = RunDirectory(run_dir)
-            except ConfigError as error:
-                problem = str(error)
+            except (ConfigError, OSError) as error:  # as a value: the other ranks wait here
+                problem = message_of(error)
         problem = self._runtime.broadcast(problem)
         if problem:
             raise ConfigError(problem)

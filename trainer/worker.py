@@ -223,6 +223,7 @@ def import_file(arguments: argparse.Namespace) -> None:
     from .foreign import import_weights
     from .load import load_run
     from .places import locate_tokenizer
+    from .provenance import versions
 
     run = load_run(arguments.run)
     place = locate_tokenizer(run.data, run.reading, processes.cache_dir())
