@@ -52,6 +52,7 @@ POINTS: dict[str, tuple[tuple[int, ...], Callable[[Callable[[], None]], None]]] 
     "update": ((0, 1), lambda act: before(engine.Engine, "update", act, 5)),
     "data": ((0, 1), lambda act: before(feed.Feed, "read", act, 6)),
 }
+THREAD = ("snapshot", "mid_file", "after_file")  # in the thread of a rank that writes
 CASES = [(point, rank) for point, (ranks, _) in POINTS.items() for rank in ranks]
 
 
@@ -63,9 +64,17 @@ def fault_at(point: str, rank: int) -> whole_run.Fault:
     return prepare
 
 
-@pytest.mark.parametrize(("point", "rank"), CASES)
+@pytest.mark.parametrize(("point", "rank"), [case for case in CASES if case[0] not in THREAD])
 def test_kill_in_save(tmp_path, corpus, reference, point, rank):
-    run_dir = tmp_path / "run"
+    goes_on(tmp_path / "run", corpus, reference, point, rank)
+
+
+@pytest.mark.parametrize(("point", "rank"), [case for case in CASES if case[0] in THREAD])
+def test_kill_in_async_writer(tmp_path, corpus, reference, point, rank):
+    goes_on(tmp_path / "run", corpus, reference, point, rank)
+
+
+def goes_on(run_dir: Path, corpus: Path, reference: list[float], point: str, rank: int) -> None:
     assert killed(corpus, run_dir, fault=fault_at(point, rank))
     for _, path in steps_in(run_dir / "checkpoints"):
         assert Reader(path).verify() == []
