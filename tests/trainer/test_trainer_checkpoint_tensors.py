@@ -19,6 +19,7 @@ from step_files import use_small_blocks
 
 from basestone.model.layout import Parameter
 from basestone.trainer.checkpoint import format
+from basestone.trainer.checkpoint import tensors as module
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.tensors import CheckpointTensors, index_of
 from basestone.trainer.checkpoint.writer import RankWriter, commit
@@ -29,9 +30,10 @@ KEYS = ["master", "exp_avg"]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Make blocks small, so that ranges cross them."""
+    """Make blocks and pieces small, so that ranges cross them."""
     with pytest.MonkeyPatch.context() as patch:
         use_small_blocks(patch, 256)
+        patch.setattr(module, "PIECE_ELEMENTS", 7)
         yield
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..engine_state import MASTER, STATE_KEYS, EngineState, Fragment
 from ..runtime import Runtime
+from .tensors import PIECE_ELEMENTS
 from .writer import RankWriter
 
 TENSORS = (MASTER, *STATE_KEYS)
-PIECE_ELEMENTS = 2 << 20  # fetched from a GPU at a time: the bytes of a block
 
 
 class Share:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ...model.layout import Box, Parameter, boxes, intersect
 from ..errors import CheckpointError
-from .format import INDEX, RankFile
+from .format import BLOCK_BYTES, INDEX, RankFile
 from .reader import Reader
 
 FP32_BYTES = 4
+PIECE_ELEMENTS = BLOCK_BYTES // FP32_BYTES
 
 
 class _Saved(NamedTuple):
@@ -140,17 +141,16 @@ class CheckpointTensors:
     def _copy(
         self, view: Tensor, wanted: Box, item: _Saved, shared: tuple[int, int, int, int], which: int
     ) -> None:
-        row, col, num_rows, num_cols = shared
         box = item.box
-        # Whole rows of the saved box are read: contiguous bytes; columns outside the share are left behind.
-        first = box.offset + (row - box.row) * box.num_cols
-        start = item.first_byte + (which * item.numel + first) * FP32_BYTES
-        data = self._reader.read(item.file, start, num_rows * box.num_cols * FP32_BYTES)
-        source = torch.frombuffer(data, dtype=torch.float32).view(num_rows, box.num_cols)
-        source = source.narrow(1, col - box.col, num_cols)
-        view[row - wanted.row : row - wanted.row + num_rows, col - wanted.col : col - wanted.col + num_cols] = (
-            source
-        )
+        first_byte = item.first_byte + which * item.numel * FP32_BYTES
+        for row, col, num_rows, num_cols in _pieces(shared, box.num_cols):
+            # Of several rows whole ones are read, as bytes follow each other; other columns are left behind.
+            left, width = (col, num_cols) if num_rows == 1 else (box.col, box.num_cols)
+            start = box.offset + (row - box.row) * box.num_cols + left - box.col
+            data = self._reader.read(item.file, first_byte + start * FP32_BYTES, num_rows * width * FP32_BYTES)
+            source = torch.frombuffer(data, dtype=torch.float32).view(num_rows, width)
+            target = view.narrow(0, row - wanted.row, num_rows).narrow(1, col - wanted.col, num_cols)
+            target.copy_(source.narrow(1, col - left, num_cols))
 
     def names(self) -> Iterable[str]:
         """Give the global names in the order of the forward pass."""
@@ -170,3 +170,16 @@ def index_of(
     """Make the index of a step directory from what every rank reports of its file."""
     parameters = [{"name": row.name, "shape": list(row.shape)} for row in table.values()]
     return {"parameters": parameters, "tensors": list(tensors), "ranks": ranks}
+
+
+def _pieces(shared: tuple[int, int, int, int], width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a share (row, col, rows, cols) of a box into pieces that are read without holding more than a block."""
+    row, col, num_rows, num_cols = shared
+    rows_at_once = PIECE_ELEMENTS // width
+    if num_rows > 1 and rows_at_once:
+        for first in range(row, row + num_rows, rows_at_once):
+            yield first, col, min(rows_at_once, row + num_rows - first), num_cols
+        return
+    for one in range(row, row + num_rows):
+        for first in range(col, col + num_cols, PIECE_ELEMENTS):
+            yield one, first, 1, min(PIECE_ELEMENTS, col + num_cols - first)
