@@ -101,6 +101,15 @@ class RangeReader:
         """
         return self._persist(shown(place), lambda: self._transport(place).size(place), missing=DataConfigError)
 
+    def entries(self, place: str) -> dict[str, int | None]:
+        """List a directory that fsspec reads, as it is now: sizes in bytes by name, None for a directory.
+
+        Where nothing lies it is empty: an object store knows no empty directories. Raises as ``size`` does.
+        """
+        if place.startswith(("http://", "https://")):
+            raise DataConfigError(f"{shown(place)}: http servers do not list files; copy it to a disk or a bucket")
+        return self._persist(shown(place), lambda: self._filesystems.entries(place), missing=DataConfigError)
+
     def read_all(self, place: str) -> bytes:
         """Return a whole file."""
         num_bytes, _ = self.size(place)

@@ -175,6 +175,24 @@ class FilesystemFiles:
         )
         return int(info["size"] or 0), mark
 
+    def entries(self, url: str) -> dict[str, int | None]:
+        """List a directory as it is now: sizes in bytes by name, None for a directory."""
+        filesystem, path = open_filesystem(url)
+        try:
+            filesystem.invalidate_cache()  # a listing that is kept misses what others have written since
+            listed = filesystem.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:
+            raise _from_store(error) from error
+        return {
+            str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"] or 0)
+            if entry["type"] == "file"
+            else None
+            for entry in listed
+            if str(entry["name"]).strip("/") != path.strip("/")  # stores may list the directory in itself
+        }
+
     def read(self, url: str, offset: int, length: int) -> bytes:
         """Read a range."""
         if not length:

@@ -196,7 +196,7 @@ def test_readers_take_the_newest_with_a_good_structure(run):
         newest_good(run.path)
     run.save(2, 4)
     (run.step(4) / "index.json").unlink()
-    assert open_checkpoint(run.path).path == run.step(2)
+    assert open_checkpoint(run.path).place == str(run.step(2))
     (run.step(2) / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)index\.json is missing.*state\.json is missing"):
         newest_good(run.path, attempts=1)

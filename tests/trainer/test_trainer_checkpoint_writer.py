@@ -16,7 +16,7 @@ from step_files import problem, save, use_small_blocks, write_ranks
 
 from basestone.data import storage as files
 from basestone.data.storage import write_atomic
-from basestone.trainer.checkpoint import reader, writer
+from basestone.trainer.checkpoint import writer
 from basestone.trainer.checkpoint.format import steps_in
 from basestone.trainer.checkpoint.writer import commit, remove
 from basestone.trainer.errors import CheckpointError
@@ -104,7 +104,7 @@ class Disk:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let everything that a checkpoint writes go to this disk."""
-        for module in (reader, writer, files):
+        for module in (writer, files):
             monkeypatch.setattr(module, "open", self.open, raising=False)
 
     def open(self, path: Path, mode: str) -> Any:

@@ -72,11 +72,15 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """Give the step of a step directory's name; None for any other name."""
+    number = name.removeprefix("step_")
+    return int(number) if number != name and number.isdecimal() else None
+
+
 def steps_in(checkpoints: Path) -> list[tuple[int, Path]]:
     """List the step directories under their final names, newest first."""
-    found = []
-    if checkpoints.is_dir():
-        for path in checkpoints.iterdir():
-            if path.is_dir() and path.name.startswith("step_") and path.name[5:].isdecimal():
-                found.append((int(path.name[5:]), path))
-    return sorted(found, reverse=True)
+    if not checkpoints.is_dir():
+        return []
+    steps = ((step_of(path.name), path) for path in checkpoints.iterdir() if path.is_dir())
+    return sorted(((step, path) for step, path in steps if step is not None), reverse=True)

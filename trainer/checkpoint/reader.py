@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ...data.reading.reader import RangeReader
 from ..errors import CheckpointError
 from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, PICKLE_SUFFIXES, STATE, Index, Manifest, RankFile
+from .places import directory_at
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -25,84 +24,88 @@ class Reader:
     Whoever wrote the directory, nothing outside it is opened, and what is wrong with it is a CheckpointError.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: Path | str, reader: RangeReader | None = None) -> None:
         """Read manifest and index.
+
+        Args:
+            place: a path, or a URL that fsspec reads.
+            reader: reads what lies at a URL.
 
         Raises:
             CheckpointError: naming the file that is missing, has another size or another hash, or is not ours.
         """
-        self.path = path
-        names = self._names()
-        self._manifest = self._read_manifest(names)
+        self._directory = directory_at(place, reader)
+        self.place = self._directory.place
+        self._sizes = self._listed()
+        self._manifest = self._read_manifest()
         for name, size in self._manifest.files.items():
-            self._check_file(name, size, names)
+            self._check_file(name, size)
         self.index = self._checked(Index, INDEX, self._hashed(INDEX))
         self._ranks = self._rank_files()
         self._cache: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+
+    def at(self, name: str = "") -> str:
+        """Give the place of the directory, or of a file in it, as messages may show it."""
+        return self._directory.at(name) if name else str(self._directory)
 
     @property
     def num_bytes(self) -> int:
         """Size of all files but the manifest."""
         return sum(self._manifest.files.values())
 
-    def _names(self) -> set[str]:
-        with _storage_errors(self.path):
-            if not self.path.is_dir():
-                raise CheckpointError(f"{self.path}: there is no such checkpoint directory")
-            names = {entry.name for entry in self.path.iterdir()}
-        if bad := sorted(name for name in names if name.endswith(PICKLE_SUFFIXES)):
+    def _listed(self) -> dict[str, int | None]:
+        sizes = self._directory.sizes()
+        if not sizes:
+            raise CheckpointError(f"{self.at()}: there is no such checkpoint directory")
+        if bad := sorted(name for name in sizes if name.endswith(PICKLE_SUFFIXES)):
             raise CheckpointError(
-                f"{self.path}: {', '.join(bad)} is not ours and may hold a pickle; refused unopened"
+                f"{self.at()}: {', '.join(bad)} is not ours and may hold a pickle; refused unopened"
             )
-        return names
+        return sizes
 
-    def _read_manifest(self, names: set[str]) -> Manifest:
-        path = self.path
-        if MANIFEST not in names:
-            raise CheckpointError(f"{path}: no {MANIFEST}; the save never finished, or this is no checkpoint")
-        body = self._bytes(MANIFEST)
+    def _read_manifest(self) -> Manifest:
+        size = self._sizes.get(MANIFEST)
+        if size is None:
+            raise CheckpointError(
+                f"{self.at()}: no {MANIFEST}; the save never finished, or this is no checkpoint"
+            )
+        body = self._directory.read(MANIFEST, 0, size)
         try:
             version = json.loads(body)["format"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path / MANIFEST}: is damaged: {error!r}") from error
+            raise CheckpointError(f"{self.at(MANIFEST)}: is damaged: {error!r}") from error
         if version != FORMAT:
-            raise CheckpointError(f"{path}: has format {version}, this release reads format {FORMAT}")
+            raise CheckpointError(f"{self.at()}: has format {version}, this release reads format {FORMAT}")
         manifest = self._checked(Manifest, MANIFEST, body)
         for name in (INDEX, STATE):
             if name not in manifest.files:
-                raise CheckpointError(f"{path / MANIFEST}: is damaged: it does not name {name}")
+                raise CheckpointError(f"{self.at(MANIFEST)}: is damaged: it does not name {name}")
         return manifest
 
-    def _check_file(self, name: str, size: int, names: set[str]) -> None:
-        path = self.path / name
-        if name not in names:  # which also refuses whatever points out of the directory
-            raise CheckpointError(f"{self.path}: {name} is missing")
-        with _storage_errors(path):
-            status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: is not a regular file")
-        if status.st_size != size:
-            raise CheckpointError(f"{path}: has {status.st_size} bytes, {size} were written")
+    def _check_file(self, name: str, size: int) -> None:
+        if name not in self._sizes:  # which also refuses whatever points out of the directory
+            raise CheckpointError(f"{self.at()}: {name} is missing")
+        found = self._sizes[name]
+        if found is None:
+            raise CheckpointError(f"{self.at(name)}: is not a regular file")
+        if found != size:
+            raise CheckpointError(f"{self.at(name)}: has {found} bytes, {size} were written")
 
     def _rank_files(self) -> dict[str, RankFile]:
         """Check that the index speaks of exactly the manifest's rank files."""
         sizes = {name: size for name, size in self._manifest.files.items() if name not in (INDEX, STATE)}
         ranks = {rank.file: rank for rank in self.index.ranks}
         if len(ranks) != len(self.index.ranks) or {name: rank.bytes for name, rank in ranks.items()} != sizes:
-            raise CheckpointError(f"{self.path / INDEX}: names other rank files than {MANIFEST}")
+            raise CheckpointError(f"{self.at(INDEX)}: names other rank files than {MANIFEST}")
         for name, rank in ranks.items():
             if len(rank.blocks) != -(-rank.bytes // BLOCK_BYTES):
-                raise CheckpointError(f"{self.path / INDEX}: {name} has {len(rank.blocks)} block hashes")
+                raise CheckpointError(f"{self.at(INDEX)}: {name} has {len(rank.blocks)} block hashes")
         return ranks
 
-    def _bytes(self, name: str) -> bytes:
-        with _storage_errors(self.path / name):
-            return (self.path / name).read_bytes()
-
     def _hashed(self, name: str) -> bytes:
-        body = self._bytes(name)
+        body = self._directory.read(name, 0, self._manifest.files[name])
         if hashlib.sha256(body).hexdigest() != self._manifest.sha256.get(name):
-            raise CheckpointError(f"{self.path / name}: its sha256 differs from the manifest's")
+            raise CheckpointError(f"{self.at(name)}: its sha256 differs from the manifest's")
         return body
 
     def _checked(self, form: type[Checked], name: str, body: bytes) -> Checked:
@@ -111,7 +114,7 @@ class Reader:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{self.path / name}: is damaged: {place}: {first['msg']}") from error
+            raise CheckpointError(f"{self.at(name)}: is damaged: {place}: {first['msg']}") from error
 
     def state(self) -> dict[str, Any]:
         """Give everything that is not a tensor."""
@@ -119,21 +122,20 @@ class Reader:
         try:
             state = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path / STATE}: is damaged: {error!r}") from error
+            raise CheckpointError(f"{self.at(STATE)}: is damaged: {error!r}") from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"{self.path / STATE}: is damaged: holds no object")
+            raise CheckpointError(f"{self.at(STATE)}: is damaged: holds no object")
         return state
 
     def read(self, name: str, start: int, num_bytes: int) -> bytearray:
         """Read bytes [start, start + num_bytes) of a rank file, verified."""
+        if start + num_bytes > self._ranks[name].bytes:
+            raise CheckpointError(f"{self.at(name)}: ends before byte {start + num_bytes}")
         out = bytearray(num_bytes)
         position = start
         while position < start + num_bytes:
             block, inside = divmod(position, BLOCK_BYTES)
-            data = self._block(name, block)
-            part = memoryview(data)[inside : inside + start + num_bytes - position]
-            if not part:
-                raise CheckpointError(f"{self.path / name}: ends before byte {start + num_bytes}")
+            part = memoryview(self._block(name, block))[inside : inside + start + num_bytes - position]
             out[position - start : position - start + len(part)] = part
             position += len(part)
         return out
@@ -143,14 +145,11 @@ class Reader:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        hashes = self._ranks[name].blocks
-        with _storage_errors(self.path / name), open(self.path / name, "rb") as file:
-            file.seek(block * BLOCK_BYTES)
-            data = file.read(BLOCK_BYTES)
-        if block >= len(hashes) or hashlib.sha256(data).hexdigest() != hashes[block]:
+        rank, first = self._ranks[name], block * BLOCK_BYTES
+        data = self._directory.read(name, first, min(BLOCK_BYTES, rank.bytes - first))
+        if hashlib.sha256(data).hexdigest() != rank.blocks[block]:
             raise CheckpointError(
-                f"{self.path / name}: bytes {block * BLOCK_BYTES}..{block * BLOCK_BYTES + len(data)} "
-                "do not match their sha256"
+                f"{self.at(name)}: bytes {first}..{first + len(data)} do not match their sha256"
             )
         self._cache[key] = data
         while len(self._cache) > 4:
@@ -158,8 +157,9 @@ class Reader:
         return data
 
     def verify(self) -> list[str]:
-        """Read every byte; list what does not match."""
-        problems = []
+        """Read every byte; list what does not match, and files that are not of this checkpoint."""
+        extra = sorted(self._sizes.keys() - self._manifest.files.keys() - {MANIFEST})
+        problems = [f"{self.at(name)}: is not of this checkpoint: {MANIFEST} does not name it" for name in extra]
         for name, rank in self._ranks.items():
             for block in range(len(rank.blocks)):
                 try:
@@ -171,11 +171,3 @@ class Reader:
         except CheckpointError as error:
             problems.append(str(error))
         return problems
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

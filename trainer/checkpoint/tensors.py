@@ -51,7 +51,7 @@ class CheckpointTensors:
             if name in saved and saved[name] != row.shape
         ]
         if problems:
-            raise CheckpointError(f"{reader.path} holds another model: {'; '.join(problems[:8])}")
+            raise CheckpointError(f"{reader.at()} holds another model: {'; '.join(problems[:8])}")
         self._saved = self._index()
 
     def _index(self) -> dict[str, list[_Saved]]:
@@ -112,7 +112,7 @@ class CheckpointTensors:
             raise self._damage(f"{name}: saved once more by tensor-parallel rank {tp_rank}")
 
     def _damage(self, text: str) -> CheckpointError:
-        return CheckpointError(f"{self._reader.path / INDEX}: is damaged: {text}")
+        return CheckpointError(f"{self._reader.at(INDEX)}: is damaged: {text}")
 
     def fill(self, key: str, name: str, target: Tensor, tp_rank: int, tp_size: int, start: int) -> None:
         """Fill a 1-D fp32 tensor with a flat range of one rank's piece.
@@ -128,7 +128,7 @@ class CheckpointTensors:
             CheckpointError: the checkpoint has no such tensors, or bytes do not match their hashes.
         """
         if key not in self.keys:
-            raise CheckpointError(f"{self._reader.path}: holds no {key!r}, only {', '.join(self.keys)}")
+            raise CheckpointError(f"{self._reader.at()}: holds no {key!r}, only {', '.join(self.keys)}")
         row, which = self._table[name], self.keys.index(key)
         for wanted in boxes(row, tp_rank, tp_size, start, target.numel()):
             size = wanted.num_rows * wanted.num_cols
