@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.errors import DataConfigError
 from ..data.heldout import HeldOutSet, load_heldout
 from ..data.reading.reader import RangeReader
-from ..data.reading.transport import is_local, shown
+from ..data.reading.transport import is_local, join, shown
+from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
 from ..model.layout import decoder_layout
 from . import runtime as processes
 from .card import CardFacts
 from .checkpoint.opening import open_checkpoint
+from .checkpoint.places import local_path
 from .checkpoint.tensors import CheckpointTensors
 from .config import RunConfig
 from .errors import ConfigError
@@ -29,35 +34,38 @@ from .reference import generate, load_decoder, logits_of
 from .run_records import RunRecords, number, read_records
 
 VERIFY_SEQUENCES = 2
+TOKENIZER = "tokenizer.model"  # of a run directory
+NO_RECORDS = RunRecords("", [], {}, [], {}, "")  # of a copy elsewhere, whose model card goes without
 CURVE_POINTS = 20
 
 
 class OpenCheckpoint:
     """A step directory, or the newest good one of a run directory, with the run that wrote it."""
 
-    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
-        """Open the checkpoint; no weights are read yet.
+    def __init__(self, place: Path | str, tokenizer: Path | None = None) -> None:
+        """Open the checkpoint at a path or a URL; no weights are read yet.
 
         Raises:
             CheckpointError: it is damaged or not there.
             ConfigError: its tokenizer cannot be found, or is another one.
         """
-        reader = open_checkpoint(path)
-        self.path, self.state = reader.path, reader.state()
-        self.run: RunConfig = validate_run(self.state["run"], str(reader.path))
+        reader = open_checkpoint(place)
+        self.name, self.state = os.path.basename(reader.place), reader.state()
+        self.run: RunConfig = validate_run(self.state["run"], reader.at())
         self.model: ModelConfig = self.run.model
         self.tensors = CheckpointTensors(reader, decoder_layout(self.model))
-        self.run_dir = reader.path.parent.parent
+        self._run_place = os.path.dirname(os.path.dirname(reader.place))
         self.tokenizer = self._find_tokenizer(tokenizer)
 
     def _find_tokenizer(self, given: Path | None) -> Path:
         wanted = self.state["tokenizer_sha256"]
-        found = given or self.run_dir / "tokenizer.model"
+        place = str(given) if given else join(self._run_place, TOKENIZER)
+        found = local_path(place) or _fetched(place)
         if not found.exists():
             raise ConfigError(f"{found}: the checkpoint's tokenizer is not there; name it with --tokenizer")
         if Tokenizer(found).sha256 != wanted:
             raise ConfigError(
-                f"{found}: is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
+                f"{shown(place)}: is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
             )
         return found
 
@@ -148,7 +156,7 @@ class OpenCheckpoint:
         checked = "not verified"
         if report.verification is not None:
             checked = f"logits equal the trainer's within {report.verification.relative_error:.1e} (relative)"
-        return f"{out}: {self.path.name}, {dtype}, {checked}"
+        return f"{out}: {self.name}, {dtype}, {checked}"
 
     def _samples(self) -> torch.Tensor | None:
         """Give some real held-out text as ids, where the run has any that is still there."""
@@ -162,7 +170,8 @@ class OpenCheckpoint:
         return None
 
     def _facts(self, name: str, licence: str) -> CardFacts:
-        step, records = self.state["step"], read_records(self.run_dir)
+        step, run_dir = self.state["step"], local_path(self._run_place)
+        records = read_records(run_dir) if run_dir is not None else NO_RECORDS
         heldout = {
             label: lines[-1]
             for label, lines in ((key, _until(values, step)) for key, values in records.evals.items())
@@ -184,6 +193,22 @@ class OpenCheckpoint:
             loss_curve=_curve(records, step),
             versions=self.state["versions"],
         )
+
+
+def _fetched(place: str) -> Path:
+    """Copy a tokenizer from elsewhere into the cache, under a name that its content gives.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    try:
+        content = RangeReader().read_all(place)
+    except DataConfigError as error:
+        raise ConfigError(f"{error}; or name the checkpoint's tokenizer with --tokenizer") from error
+    path = processes.cache_dir() / "tokenizers" / hashlib.sha256(content).hexdigest()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
+    return path
 
 
 def _until(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:

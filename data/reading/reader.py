@@ -99,7 +99,7 @@ class RangeReader:
 
         Raises DataConfigError where there is no such file or it may not be read, DataStorageError where storage fails.
         """
-        return self._persist(shown(place), lambda: self._transport(place).size(place), missing=DataConfigError)
+        return self.persist(shown(place), lambda: self._transport(place).size(place), missing=DataConfigError)
 
     def entries(self, place: str) -> dict[str, int | None]:
         """List a directory that fsspec reads, as it is now: sizes in bytes by name, None for a directory.
@@ -107,8 +107,10 @@ class RangeReader:
         Where nothing lies it is empty: an object store knows no empty directories. Raises as ``size`` does.
         """
         if place.startswith(("http://", "https://")):
-            raise DataConfigError(f"{shown(place)}: http servers do not list files; copy it to a disk or a bucket")
-        return self._persist(shown(place), lambda: self._filesystems.entries(place), missing=DataConfigError)
+            raise DataConfigError(
+                f"{shown(place)}: http servers do not list files; copy it to a disk or a bucket"
+            )
+        return self.persist(shown(place), lambda: self._filesystems.entries(place), missing=DataConfigError)
 
     def read_all(self, place: str) -> bytes:
         """Return a whole file."""
@@ -126,7 +128,7 @@ class RangeReader:
                     raise
                 raise ReadError(str(error), transient=True, damaged=True) from error
 
-        return self._persist(shown(place), read)
+        return self.persist(shown(place), read)
 
     def read(
         self, place: str, offset: int, length: int, *, crc32: int | None = None, where: str | None = None
@@ -144,7 +146,7 @@ class RangeReader:
                 self.counters.add("cache_hits")
                 return kept
             cache.discard(key)
-        content = self._persist(where, lambda: self._read_once(place, offset, length, crc32))
+        content = self.persist(where, lambda: self._read_once(place, offset, length, crc32))
         self.counters.add("bytes_read", length)
         if cache is not None:
             cache.put(key, content)
@@ -173,13 +175,21 @@ class RangeReader:
             return self._pipes
         return self._http if place.startswith(("http://", "https://")) else self._filesystems
 
-    def _persist(
-        self, where: str, read: Callable[[], Result], missing: type[DataError] = DataStorageError
+    def persist(
+        self,
+        where: str,
+        action: Callable[[], Result],
+        *,
+        missing: type[DataError] = DataStorageError,
+        hint: str = "check that it is there, may be read, and that the storage is well",
     ) -> Result:
-        """Read, and read again after a growing, random wait while that may help; ``missing`` is for what cannot."""
+        """Do what may fail with a ReadError, again after a growing, random wait while that may help.
+
+        Raises DataStorageError, or ``missing`` for what no other try can change; both name ``where``.
+        """
         for attempt in range(1, self.settings.attempts + 1):
             try:
-                return read()
+                return action()
             except ReadError as error:
                 if error.transient and attempt < self.settings.attempts:
                     self.counters.add("retries")
@@ -190,7 +200,5 @@ class RangeReader:
                     raise DataError(f"{where}: {error}") from error
                 tries = f" (tried {attempt} times)" if attempt > 1 else ""
                 kind = DataStorageError if error.transient else missing
-                raise kind(
-                    f"{where}: {error}{tries}; check that it is there, may be read, and that the storage is well"
-                ) from error
+                raise kind(f"{where}: {error}{tries}; {hint}") from error
         raise AssertionError("the last attempt returns or raises")

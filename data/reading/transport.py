@@ -168,7 +168,7 @@ class FilesystemFiles:
         try:
             info = filesystem.info(path)
         except Exception as error:
-            raise _from_store(error) from error
+            raise store_error(error) from error
         mark = next(
             (str(info[key]) for key in ("ETag", "etag", "LastModified", "mtime", "blob_id") if info.get(key)),
             "",
@@ -184,7 +184,7 @@ class FilesystemFiles:
         except FileNotFoundError:
             return {}
         except Exception as error:
-            raise _from_store(error) from error
+            raise store_error(error) from error
         return {
             str(entry["name"]).rstrip("/").rpartition("/")[2]: int(entry["size"] or 0)
             if entry["type"] == "file"
@@ -201,7 +201,7 @@ class FilesystemFiles:
         try:
             content = filesystem.cat_file(path, start=offset, end=offset + length)
         except Exception as error:
-            raise _from_store(error) from error
+            raise store_error(error) from error
         return _whole(content, length, transient=True)
 
 
@@ -284,7 +284,8 @@ def _from_os(error: OSError) -> ReadError:
     return ReadError(error.strerror or str(error), transient=not isinstance(error, permanent))
 
 
-def _from_store(error: Exception) -> ReadError:
+def store_error(error: Exception) -> ReadError:
+    """Tell what a filesystem of fsspec raised: one line, and whether another try may help."""
     permanent = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
     missing_credentials = type(error).__name__ in {"NoCredentialsError", "ParamValidationError"}
     return ReadError(_one_line(error), transient=not isinstance(error, permanent) and not missing_credentials)

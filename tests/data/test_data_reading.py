@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from servers import FAULTS, FakeHub, serving
+from servers import FAULTS, FakeHub, s3_endpoint, serving, serving_s3
 from streams import open_stream
 
 from basestone.data.config import ReadingConfig
@@ -260,25 +260,11 @@ def test_a_stream_over_http_is_the_local_one(text_shards: Path, model: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory):
+def s3():
     """A real S3 client's bucket, on moto's server."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import fsspec
-
-    filesystem = fsspec.filesystem("s3")
-    filesystem.mkdir("corpus")
-    yield filesystem
-    patch.undo()
-    server.stop()
+    with serving_s3() as port, s3_endpoint(f"http://127.0.0.1:{port}") as filesystem:
+        filesystem.mkdir("corpus")
+        yield filesystem
 
 
 def test_a_stream_from_s3_is_the_local_one(s3, text_shards: Path, model: Path, tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def test_extra_file(step):
     (step / "notes.txt").write_text("mine")
     (step / "more").mkdir()
     assert problem(step).splitlines() == [
-        f"{step / name}: is not of this checkpoint: MANIFEST.json does not name it" for name in ("more", "notes.txt")
+        f"{step / name}: is not of this checkpoint: MANIFEST.json does not name it"
+        for name in ("more", "notes.txt")
     ]
     assert Reader(step).read("rank_00001.bin", 0, 150) == payload(1), "what is ours is still read"
 

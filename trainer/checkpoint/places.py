@@ -23,6 +23,7 @@ class Directory(Protocol):
     """A directory of files; `str()` of it is fit for messages, `place` opens it again."""
 
     place: str
+    blocks_at_once: int  # that one request is worth
 
     def sizes(self) -> dict[str, int | None]:
         """Give the size in bytes of everything in it, by name; None for what is no regular file."""
@@ -39,6 +40,8 @@ class Directory(Protocol):
 
 class LocalDirectory:
     """A directory of this host; links are not followed."""
+
+    blocks_at_once = 1
 
     def __init__(self, path: Path) -> None:
         """Open nothing yet."""
@@ -72,6 +75,8 @@ class LocalDirectory:
 
 class RemoteDirectory:
     """A directory of an object store, or of what else fsspec reads."""
+
+    blocks_at_once = 4  # 32 MiB: a store takes longer to begin than to go on
 
     def __init__(self, url: str, reader: RangeReader | None = None) -> None:
         """Connect to nothing yet.
