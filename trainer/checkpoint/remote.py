@@ -218,7 +218,8 @@ class _Disk:
     def copy(self, step: _Step) -> None:
         target = self._path / CHECKPOINTS / step.directory.name
         temporary = target.with_name(f".tmp-copy-{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a copy that was killed
+        for left in (temporary, target.with_name(f".trash-{target.name}")):  # by a copy that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
 
         def copy_file(name: str) -> None:

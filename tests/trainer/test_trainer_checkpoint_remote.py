@@ -1,0 +1,630 @@
+"""Copies of step directories elsewhere, on a disk and at an S3 server: whole or not seen."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import S3Proxy, s3_endpoint, serving_s3
+from step_files import BLOCK_BYTES, FILES, payload, problem, reseal, save, use_small_blocks, write_ranks
+
+from basestone.data.config import ReadingConfig
+from basestone.data.reading.reader import RangeReader
+from basestone.trainer.checkpoint.copier import Copier, Outcome
+from basestone.trainer.checkpoint.opening import newest_good, open_checkpoint, steps_at
+from basestone.trainer.checkpoint.reader import Reader
+from basestone.trainer.checkpoint.remote import Copying, copy_step, set_aside_later
+from basestone.trainer.checkpoint.writer import commit, remove
+from basestone.trainer.errors import CheckpointError
+
+ALL_FILES = ["rank_00000.bin", *FILES]
+QUICK = Copying(threads=3, attempts=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Make blocks small, so that small files have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_blocks(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[int]:
+    with serving_s3() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def bucket(moto) -> Iterator[Any]:
+    """A filesystem with an empty bucket `runs`."""
+    with s3_endpoint(f"http://127.0.0.1:{moto}") as files:
+        files.mkdir("runs")
+        yield files
+
+
+@pytest.fixture(params=["disk", "s3", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where copies go: a directory, a bucket, and what fsspec has beside them."""
+    if request.param == "s3":
+        request.getfixturevalue("bucket")
+    name = tmp_path.name.strip("_")
+    return {"disk": str(tmp_path / "copies"), "s3": f"s3://runs/{name}", "memory": f"memory://{name}"}[
+        request.param
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with one checkpoint."""
+    run = tmp_path / "run"
+    save(run / "checkpoints", 4)
+    (run / "tokenizer.model").write_bytes(b"pieces")
+    (run / "run.toml").write_text("[run]\n")
+    return run
+
+
+def step_of(run: Path, step: int = 4) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def at(place: str, step: int = 4) -> str:
+    return f"{place}/checkpoints/step_{step:08d}"
+
+
+class Files:
+    """What lies at a place, read and changed without what is under test."""
+
+    def __init__(self, place: str) -> None:
+        import fsspec
+
+        self.files, self.base = fsspec.url_to_fs(place)
+        self.files.invalidate_cache()
+
+    def __call__(self) -> dict[str, bytes]:
+        found = self.files.find(self.base, withdirs=False)
+        return {name.removeprefix(self.base).lstrip("/"): self.files.cat_file(name) for name in found}
+
+    def write(self, name: str, content: bytes) -> None:
+        self.files.pipe_file(f"{self.base}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        self.files.rm_file(f"{self.base}/{name}")
+
+
+def local_files(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def rewrite(run: Path, step: int = 4) -> Path:
+    """Leave a line of training, and save the same step anew: files of the same sizes, other contents."""
+    remove([step_of(run, step)])
+    checkpoints = run / "checkpoints"
+    temporary, final = checkpoints / ".tmp-step", step_of(run, step)
+    index = write_ranks(temporary)
+    for rank in index["ranks"]:
+        path = temporary / rank["file"]
+        path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+        rank["blocks"] = [hash_of(path.read_bytes(), block) for block in range(len(rank["blocks"]))]
+    commit(temporary, final, index, {"step": 7})
+    assert problem(final) == ""
+    return final
+
+
+def hash_of(content: bytes, block: int) -> str:
+    return hashlib.sha256(content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]).hexdigest()
+
+
+# ---- what is copied -----------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_the_original_byte_for_byte(run, place):
+    copy_step(step_of(run), place, QUICK)
+    assert Files(place)() == local_files(run)
+    copy = Reader(at(place))
+    assert copy.verify() == [] and copy.state() == {"step": 4}
+    assert copy.read("rank_00001.bin", 10, 130) == payload(1)[10:140]
+    assert copy.num_bytes == Reader(step_of(run)).num_bytes
+    assert open_checkpoint(place).place == open_checkpoint(at(place)).place == at(place)
+
+
+def test_every_range_of_a_copy_reads_as_written(run, place):
+    copy_step(step_of(run), place, QUICK)
+    copy = Reader(at(place))
+    for start, num_bytes in ((0, 150), (0, 0), (149, 1), (63, 2), (64, 64), (1, 148), (150, 0)):
+        assert copy.read("rank_00001.bin", start, num_bytes) == payload(1)[start : start + num_bytes]
+    with pytest.raises(CheckpointError, match=r"rank_00001\.bin: ends before byte 151"):
+        copy.read("rank_00001.bin", 0, 151)
+
+
+def test_a_whole_copy_is_left_alone(run, bucket, moto):
+    copy_step(step_of(run), "s3://runs/alone", QUICK)
+    proxy = S3Proxy(moto)
+    with s3_endpoint(proxy.url):
+        copy_step(step_of(run), "s3://runs/alone", QUICK)
+    proxy.close()
+    assert proxy.requests and {method for method, _ in proxy.requests} <= {"GET", "HEAD"}
+
+
+@pytest.mark.faults
+def test_a_step_that_was_written_anew_replaces_its_copy(run, place):
+    copy_step(step_of(run), place, QUICK)
+    Files(place).write("checkpoints/step_00000004/rank_00009.bin", b"of more ranks")
+    rewrite(run)
+    copy_step(step_of(run), place, QUICK)
+    assert Files(place)() == local_files(run)
+    assert Reader(at(place)).verify() == [] and Reader(at(place)).state() == {"step": 7}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_a_copy_that_lacks_a_file_is_completed(run, place, name):
+    copy_step(step_of(run), place, QUICK)
+    Files(place).remove(f"checkpoints/step_00000004/{name}")
+    copy_step(step_of(run), place, QUICK)
+    assert Files(place)() == local_files(run)
+
+
+def test_the_place_of_a_run_with_another_tokenizer_is_refused(run, place):
+    copy_step(step_of(run), place, QUICK)
+    (run / "run.toml").write_text("[run]\nseed = 1\n")
+    copy_step(step_of(run), place, QUICK)
+    (run / "tokenizer.model").write_bytes(b"others")
+    before = Files(place)()
+    assert before["run.toml"] == b"[run]\nseed = 1\n"
+    with pytest.raises(
+        CheckpointError, match=f"{place}: holds .* another tokenizer; give every run a place of its"
+    ):
+        copy_step(step_of(run), place, QUICK)
+    assert Files(place)() == before
+
+
+def test_the_run_directory_is_no_place_for_its_own_copies(run):
+    with pytest.raises(CheckpointError, match="is the run directory itself; choose another place"):
+        copy_step(step_of(run), f"file://{run}", QUICK)
+
+
+def test_what_is_not_a_finished_step_is_not_copied(run, tmp_path):
+    (step_of(run) / "rank_00001.bin").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"rank_00001\.bin is not what MANIFEST\.json says"):
+        copy_step(step_of(run), str(tmp_path / "copies"), QUICK)
+    (step_of(run) / "MANIFEST.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json: is damaged"):
+        copy_step(step_of(run), str(tmp_path / "copies"), QUICK)
+    (step_of(run) / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="is no finished step directory"):
+        copy_step(step_of(run), str(tmp_path / "copies"), QUICK)
+    assert not (tmp_path / "copies").exists()
+
+
+@pytest.mark.faults
+def test_a_step_that_changes_under_the_copy_is_not_called_whole(run, bucket, moto):
+    proxy = S3Proxy(moto)
+
+    def swap(method: str, path: str) -> None:
+        if method == "PUT" and "rank_00002" in path:
+            rewrite(run)
+
+    proxy.fault_for = swap
+    with s3_endpoint(proxy.url):
+        with pytest.raises(CheckpointError, match="was removed or written anew while it was copied"):
+            copy_step(step_of(run), "s3://runs/swap", Copying(threads=1))
+        assert steps_at("s3://runs/swap/checkpoints") == []
+    proxy.close()
+    copy_step(step_of(run), "s3://runs/swap", QUICK)
+    assert Files("s3://runs/swap")() == local_files(run)
+
+
+# ---- what is found there ------------------------------------------------------------------------------------------
+
+
+def test_steps_are_listed_newest_first_and_half_copies_are_not(run, place):
+    assert steps_at(f"{place}/checkpoints") == []
+    for step in (8, 12, 100_000_000):
+        save(run / "checkpoints", step)
+    for step in (4, 8, 12, 100_000_000):
+        copy_step(step_of(run, step), place, QUICK)
+    files = Files(place)
+    files.write("checkpoints/notes.txt", b"mine")
+    assert steps_at(f"{place}/checkpoints") == [(step, at(place, step)) for step in (100_000_000, 12, 8, 4)]
+    files.remove("checkpoints/step_100000000/MANIFEST.json")
+    if "://" in place:
+        assert [step for step, _ in steps_at(f"{place}/checkpoints/")] == [12, 8, 4]
+    files.write("checkpoints/step_00000012/index.json", b"{}")
+    assert newest_good(place).place == open_checkpoint(place).place == at(place, 8)
+
+
+def test_where_nothing_lies_there_is_no_checkpoint(place):
+    with pytest.raises(CheckpointError, match=f"{place}/nothing: there is no such checkpoint directory"):
+        open_checkpoint(f"{place}/nothing")
+    with pytest.raises(CheckpointError, match=f"{place}: no good checkpoint: it holds none"):
+        newest_good(place)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s4://bucket/run", r"^s4://bucket/run: the scheme s4:// is not known"),
+        ("gs://bucket/run", r"^gs://bucket/run: the scheme gs:// needs .*pip install 'basestone\[gcs\]'"),
+        ("http://user:secret@host/run", r"^http://host/run: http servers do not list files; copy it to a disk"),
+    ],
+)
+def test_places_that_cannot_be_read_are_named_without_secrets(run, place, message):
+    for act in (
+        open_checkpoint,
+        lambda place: steps_at(f"{place}/x"),
+        lambda place: copy_step(step_of(run), place, QUICK),
+    ):
+        with pytest.raises(CheckpointError, match=message.replace(": ", "(/x)?: ", 1)) as caught:
+            act(place)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", FILES)
+def test_damage_at_the_other_place_is_found_and_named(run, place, name):
+    copy_step(step_of(run), place, QUICK)
+    files, good = Files(at(place)), (step_of(run) / name).read_bytes()
+    where = f"{at(place)}/{name}"
+    for position in (0, len(good) // 2, len(good) - 1):
+        files.write(name, good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        text = remote_problem(at(place))
+        assert where in text or (name == "MANIFEST.json" and at(place) in text and text), position
+        if name.endswith(".bin"):
+            block = position // BLOCK_BYTES * BLOCK_BYTES
+            end = min(block + BLOCK_BYTES, len(good))
+            assert text == f"{where}: bytes {block}..{end} do not match their sha256"
+    for keep in (0, 1, len(good) // 2, len(good) - 1):
+        files.write(name, good[:keep])
+        assert name in remote_problem(at(place))
+        if name != "MANIFEST.json":
+            assert remote_problem(at(place)) == f"{where}: has {keep} bytes, {len(good)} were written"
+    files.write(name, good)
+    assert remote_problem(at(place)) == ""
+    files.write("notes.txt", b"mine")
+    assert (
+        remote_problem(at(place))
+        == f"{at(place)}/notes.txt: is not of this checkpoint: MANIFEST.json does not name it"
+    )
+    files.write("x.pt", b"")
+    assert "x.pt is not ours and may hold a pickle; refused unopened" in remote_problem(at(place))
+
+
+def remote_problem(place: str) -> str:
+    """What is wrong with a step directory, by its structure or by all its bytes; nothing where it is good."""
+    try:
+        return "\n".join(Reader(place, RangeReader(ReadingConfig(attempts=2), sleep=lambda _: None)).verify())
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_format_versions(run, place, version):
+    reseal(step_of(run), lambda manifest: manifest | {"format": version})
+    copy_step(step_of(run), place, QUICK)
+    for where in (str(step_of(run)), at(place)):
+        with pytest.raises(CheckpointError) as caught:
+            Reader(where)
+        assert str(caught.value) == f"{where}: has format {version}, this release reads format 1"
+
+
+def test_blocks_that_follow_each_other_come_in_one_request(run, bucket, moto):
+    copy_step(step_of(run), "s3://runs/blocks", QUICK)
+    proxy = S3Proxy(moto)
+    with s3_endpoint(proxy.url):
+        copy = Reader(at("s3://runs/blocks"))
+        proxy.requests.clear()
+        assert copy.read("rank_00001.bin", 0, 150) == payload(1)
+        assert len(proxy.requests) == 1, "three blocks"
+        copy.read("rank_00001.bin", 100, 50)
+        assert len(proxy.requests) == 1, "they are kept"
+    proxy.close()
+
+
+# ---- kills --------------------------------------------------------------------------------------------------------
+
+# Forks a copy for every line of input, which is killed before its n-th change at the other place; says how it ended.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import s3fs
+from basestone.trainer.checkpoint.remote import Copying, copy_step
+
+def count():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def deadly(name):
+    real = getattr(os, name)
+    def call(*args, **more):
+        count()
+        return real(*args, **more)
+    setattr(os, name, call)
+
+async def asked(files, method, *args, real=s3fs.S3FileSystem._call_s3, **more):
+    if method.startswith(("put", "delete")):
+        count()
+    return await real(files, method, *args, **more)
+
+directory, place = sys.argv[1:]
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        left = int(line)
+        s3fs.S3FileSystem._call_s3 = asked
+        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+            deadly(name)
+        copy_step(Path(directory), place, Copying(threads=1))
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def reset(place: str, content: dict[str, bytes]) -> None:
+    """Let exactly this lie at a place."""
+    files = Files(place)
+    if "://" not in place:
+        shutil.rmtree(place, ignore_errors=True)
+    for name in files() if "://" in place else ():
+        files.remove(name)
+    for name, body in content.items():
+        if "://" not in place:
+            (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+        files.write(name, body)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["disk", "s3"])
+@pytest.mark.parametrize("before", ["nothing", "another attempt"])
+def test_remote_half_upload(run, bucket, tmp_path, kind, before):
+    """Kill a copy before each change that it makes: what is there is whole or not seen, and the next completes it."""
+    place = f"s3://runs/half-{before[:1]}" if kind == "s3" else str(tmp_path / "copies")
+    copy_step(save(run / "checkpoints", 2), place, QUICK)
+    if before != "nothing":
+        copy_step(step_of(run), place, QUICK)
+        rewrite(run)
+    at_first, seen, killed = Files(place)(), [], True
+    words = [sys.executable, "-c", KILLED, str(step_of(run)), place]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        while killed:
+            reset(place, at_first)
+            child.stdin.write(f"{len(seen)}\n")
+            child.stdin.flush()
+            status = int(child.stdout.readline())
+            killed = os.WIFSIGNALED(status)
+            assert killed or os.WEXITSTATUS(status) == 0
+            steps = steps_at(f"{place}/checkpoints")
+            assert [remote_problem(found) for _, found in steps] == [""] * len(steps), len(seen)
+            seen.append([Reader(found).state()["step"] for _, found in steps])
+            copy_step(step_of(run), place, QUICK)
+            assert Files(place)() == local_files(run), len(seen)
+    old, new = ([2], [4, 2]) if before == "nothing" else ([4, 2], [7, 2])
+    assert seen[0] == old and seen[-1] == new and len(seen) > 6
+    assert [state for at, state in enumerate(seen) if at == 0 or state != seen[at - 1]] in (
+        [old, new],
+        [old, [2], new],
+    )
+
+
+# ---- the thread ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copier() -> Iterator[Callable[..., Copier]]:
+    """Make copiers that stop after the test."""
+    made: list[Copier] = []
+
+    def make(place: str, **settings: Any) -> Copier:
+        made.append(Copier(place, threads=3, **{"attempts": 2, **settings}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close(0)
+
+
+def finished(copier: Copier) -> list[Outcome]:
+    copier.close(60)
+    assert copier.busy == frozenset()
+    return copier.take_outcomes()
+
+
+def test_what_is_offered_is_copied(run, place, copier):
+    one = copier(place)
+    assert one.take_outcomes() == [] and one.busy == frozenset()
+    one.offer(step_of(run))
+    assert finished(one) == [("step_00000004", None)]
+    assert one.take_outcomes() == []
+    assert Files(place)() == local_files(run)
+
+
+def test_a_copier_that_was_offered_nothing_closes(copier):
+    assert finished(copier("s3://nowhere")) == []
+
+
+def test_the_newest_wins_and_what_was_passed_over_is_told(run, bucket, moto, copier):
+    for step in (8, 12, 16):
+        save(run / "checkpoints", step)
+    begun, go = threading.Event(), threading.Event()
+    proxy = S3Proxy(moto)
+
+    def hold(method: str, path: str) -> None:
+        begun.set()
+        go.wait(60)
+
+    proxy.fault_for = hold
+    with s3_endpoint(proxy.url):
+        one = copier("s3://runs/newest")
+        one.offer(step_of(run, 4))
+        assert begun.wait(60)
+        assert one.busy == {"step_00000004"}
+        for step in (8, 12, 16):
+            one.offer(step_of(run, step))
+        assert one.busy == {"step_00000004", "step_00000016"}
+        go.set()
+        outcomes = finished(one)
+    proxy.close()
+    assert outcomes == [
+        ("step_00000008", "was passed over for step_00000012: copies take longer than saves"),
+        ("step_00000012", "was passed over for step_00000016: copies take longer than saves"),
+        ("step_00000004", None),
+        ("step_00000016", None),
+    ]
+    assert [step for step, _ in steps_at("s3://runs/newest/checkpoints")] == [16, 4]
+
+
+def test_copies_of_a_line_that_was_left_no_longer_count(run, place, copier):
+    for step in (8, 12):
+        save(run / "checkpoints", step)
+        copy_step(step_of(run, step), place, QUICK)
+    remove([step_of(run, 8), step_of(run, 12)])
+    one = copier(place)
+    one.offer(step_of(run))
+    told = "is later than step_00000004 and of a line that was left; its copy no longer counts"
+    assert finished(one) == [("step_00000004", None), ("step_00000008", told), ("step_00000012", told)]
+    assert newest_good(place).place == at(place)
+    assert set_aside_later(4, place, QUICK) == []
+    save(run / "checkpoints", 8)
+    copy_step(step_of(run, 8), place, QUICK)
+    assert newest_good(place).verify() == [] and newest_good(place).place == at(place, 8)
+
+
+@pytest.mark.faults
+def test_a_server_that_fails_now_and_then_gets_every_byte(run, bucket, moto, copier):
+    proxy, number = S3Proxy(moto), iter(range(1_000_000))
+    proxy.fault_for = lambda method, path: (None, 503, None, None, 500)[next(number) % 5]
+    with s3_endpoint(proxy.url):
+        one = copier("s3://runs/now-and-then", attempts=6)
+        one.offer(step_of(run))
+        outcomes = finished(one)
+    proxy.close()
+    assert outcomes == [("step_00000004", None)] and next(number) > 20
+    assert Files("s3://runs/now-and-then")() == local_files(run)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["rank_00001.bin", "MANIFEST.json"])
+def test_a_file_that_cannot_be_written_is_an_outcome(run, bucket, moto, copier, name):
+    place, proxy = f"s3://runs/cannot-{name[:4]}", S3Proxy(moto)
+    proxy.fault_for = lambda method, path: 403 if method == "PUT" and name in path else None
+    with s3_endpoint(proxy.url):
+        one = copier(place)
+        one.offer(step_of(run))
+        ((step, problem),) = finished(one)
+        assert step == "step_00000004"
+        assert problem.startswith(f"{at(place)}/{name}: PermissionError: ")
+        assert (
+            problem.endswith("; check the place, the credentials and the storage") and "testing" not in problem
+        )
+        assert steps_at(f"{place}/checkpoints") == []
+    proxy.close()
+    one = copier(place)
+    one.offer(step_of(run))
+    assert finished(one) == [("step_00000004", None)]
+
+
+@pytest.mark.faults
+def test_a_server_that_is_away_is_an_outcome_and_the_next_offer_tries_anew(run, bucket, moto, copier):
+    proxy = S3Proxy(moto)
+    with s3_endpoint(proxy.url):
+        one = copier("s3://runs/away")
+        proxy.fault_for = lambda method, path: 500
+        one.offer(step_of(run))
+        wait_idle(one)
+        ((step, problem),) = one.take_outcomes()
+        assert step == "step_00000004" and problem.startswith("s3://runs/away") and "(tried 2 times)" in problem
+        proxy.fault_for = lambda method, path: None
+        one.offer(step_of(run))
+        assert finished(one) == [("step_00000004", None)]
+    proxy.close()
+    with s3_endpoint("http://127.0.0.1:1"):
+        one = copier("s3://runs/away")
+        one.offer(step_of(run))
+        ((_, problem),) = finished(one)
+        assert "Could not connect to the endpoint" in problem
+
+
+def wait_idle(copier: Copier) -> None:
+    with copier._changed:
+        assert copier._changed.wait_for(lambda: copier._current is None and copier._waiting is None, 60)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s3://no-such-bucket/run", "s3://no-such-bucket/run/tokenizer.model: FileNotFoundError: "),
+        ("s4://bucket/run", "s4://bucket/run: the scheme s4:// is not known"),
+        ("FILE/copies", "Not a directory"),
+    ],
+)
+def test_a_place_that_is_not_there_is_an_outcome(run, bucket, copier, place, message):
+    one = copier(place.replace("FILE", str(run / "run.toml")))
+    one.offer(step_of(run))
+    ((step, problem),) = finished(one)
+    assert step == "step_00000004" and message in problem and "\n" not in problem
+
+
+@pytest.mark.faults
+def test_a_step_that_was_pruned_before_its_turn_is_an_outcome(run, tmp_path, copier):
+    one = copier(str(tmp_path / "copies"))
+    one.offer(step_of(run, 8))
+    assert finished(one) == [("step_00000008", f"{step_of(run, 8)}: is no finished step directory")]
+
+
+@pytest.mark.faults
+def test_a_full_disk_leaves_nothing_of_the_copy(run, tmp_path):
+    place = tmp_path / "copies"
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from basestone.trainer.checkpoint.remote import Copying, copy_step
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (140, 140))
+copy_step(Path(sys.argv[1]), sys.argv[2], Copying(threads=2))
+"""
+    words = [sys.executable, "-c", code, str(step_of(run)), str(place)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    where = place / "checkpoints" / ".tmp-copy-step_00000004"
+    assert f"CheckpointError: storage failed: File too large: {where}/" in done.stderr
+    assert list((place / "checkpoints").iterdir()) == []
+    copy_step(step_of(run), str(place), QUICK)
+    assert Files(str(place))() == local_files(run)
+
+
+@pytest.mark.faults
+def test_a_server_that_hangs_keeps_no_process_from_leaving(run):
+    code = """
+import sys
+from pathlib import Path
+from basestone.trainer.checkpoint.copier import Copier
+copier = Copier("s3://runs/hung", threads=2)
+copier.offer(Path(sys.argv[1]))
+copier.offer(Path(sys.argv[2]))
+copier.close(0.5)
+print(copier.take_outcomes())
+"""
+    save(run / "checkpoints", 8)
+    words = [sys.executable, "-c", code, str(step_of(run)), str(step_of(run, 8))]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with s3_endpoint(url):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "step_00000008', problem='was not copied within 0.5 s of the end; it lies in the run directory"
+        in done.stdout
+    )
+    assert done.stderr == ""
