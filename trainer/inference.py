@@ -59,14 +59,21 @@ class OpenCheckpoint:
 
     def _find_tokenizer(self, given: Path | None) -> Path:
         wanted = self.state["tokenizer_sha256"]
+        other = f"is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
         place = str(given) if given else join(self._run_place, TOKENIZER)
-        found = local_path(place) or _fetched(place)
+        found = local_path(place)
+        if found is None:
+            content = _fetched(place)
+            sha256 = hashlib.sha256(content).hexdigest()
+            if sha256 != wanted:
+                raise ConfigError(f"{shown(place)}: {other}")
+            found = processes.cache_dir() / "tokenizers" / sha256
+            found.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(found, content)
         if not found.exists():
             raise ConfigError(f"{found}: the checkpoint's tokenizer is not there; name it with --tokenizer")
         if Tokenizer(found).sha256 != wanted:
-            raise ConfigError(
-                f"{shown(place)}: is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
-            )
+            raise ConfigError(f"{found}: {other}")
         return found
 
     def _logits(self, dtype: torch.dtype) -> Any:
@@ -195,20 +202,11 @@ class OpenCheckpoint:
         )
 
 
-def _fetched(place: str) -> Path:
-    """Copy a tokenizer from elsewhere into the cache, under a name that its content gives.
-
-    Raises:
-        ConfigError: it is not there.
-    """
+def _fetched(place: str) -> bytes:
     try:
-        content = RangeReader().read_all(place)
+        return RangeReader().read_all(place)
     except DataConfigError as error:
         raise ConfigError(f"{error}; or name the checkpoint's tokenizer with --tokenizer") from error
-    path = processes.cache_dir() / "tokenizers" / hashlib.sha256(content).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
-    return path
 
 
 def _until(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
