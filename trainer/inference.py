@@ -83,16 +83,17 @@ class OpenCheckpoint:
     def _working_dtype(self) -> torch.dtype:
         return DTYPES[self.run.train.dtype]
 
-    def evaluate(self, directories: list[Path], max_tokens: int | None = None) -> dict[str, dict[str, float]]:
-        """Measure on shard directories; without any, on the run's own held-out sets.
+    def evaluate(self, given: list[str], max_tokens: int | None = None) -> dict[str, dict[str, float]]:
+        """Measure on shards at paths or URLs; without any, on the run's own held-out sets.
 
         Args:
             max_tokens: of each set; by default as many as the run itself took.
         """
         max_tokens = max_tokens or self.run.evaluate.max_tokens
-        names = [path.name for path in directories]
+        names = [os.path.basename(place.rstrip("/")) for place in given]
         places = {
-            path.name if names.count(path.name) == 1 else str(path): str(path) for path in directories
+            name if names.count(name) == 1 else shown(place): place
+            for name, place in zip(names, given, strict=True)
         } or self._own_heldout()
         if not places:
             raise ConfigError("nothing to evaluate on: the run has no data.heldout; name shards with --data")

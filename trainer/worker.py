@@ -174,7 +174,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from .inference import OpenCheckpoint
 
     opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
-    results = opened.evaluate([Path(place) for place in arguments.data], arguments.max_tokens)
+    results = opened.evaluate(arguments.data, arguments.max_tokens)
     if arguments.json:
         print(json.dumps(results, indent=1))
         return

@@ -243,6 +243,16 @@ def test_steps_are_listed_newest_first_and_half_copies_are_not(run, place):
     assert newest_good(place).place == open_checkpoint(place).place == at(place, 8)
 
 
+def test_what_others_have_changed_since_is_seen(run, bucket):
+    copy_step(step_of(run), "s3://runs/others", QUICK)
+    assert [step for step, _ in steps_at("s3://runs/others/checkpoints")] == [4]
+    others = type(bucket)(skip_instance_cache=True)
+    others.rm_file(f"{at('s3://runs/others')}/MANIFEST.json")
+    assert steps_at("s3://runs/others/checkpoints") == []
+    others.pipe_file(f"{at('s3://runs/others')}/MANIFEST.json", (step_of(run) / "MANIFEST.json").read_bytes())
+    assert newest_good("s3://runs/others").verify() == []
+
+
 def test_where_nothing_lies_there_is_no_checkpoint(place):
     with pytest.raises(CheckpointError, match=f"{place}/nothing: there is no such checkpoint directory"):
         open_checkpoint(f"{place}/nothing")

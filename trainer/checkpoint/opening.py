@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...data.reading.reader import RangeReader
@@ -23,17 +24,21 @@ def steps_at(checkpoints: Path | str, reader: RangeReader | None = None) -> list
     Raises:
         CheckpointError: the place cannot be listed.
     """
+    return list(_newest_first(checkpoints, reader))
+
+
+def _newest_first(checkpoints: Path | str, reader: RangeReader | None) -> Iterator[tuple[int, str]]:
+    """Give what `steps_at` lists, and ask for each only when it is wanted."""
     path = local_path(checkpoints)
     if path is not None:
-        return [(step, str(found)) for step, found in steps_in(path)]
+        yield from ((step, str(found)) for step, found in steps_in(path))
+        return
     base = RemoteDirectory(str(checkpoints), reader)
     numbers = {step: name for name in base.sizes() if (step := step_of(name)) is not None}
-    found = []
     for step, name in sorted(numbers.items(), reverse=True):
         place = join(base.place, name)
         if MANIFEST in RemoteDirectory(place, reader).sizes():
-            found.append((step, place))
-    return found
+            yield step, place
 
 
 def newest_good(run: Path | str, reader: RangeReader | None = None, attempts: int = 5) -> Reader:
@@ -46,7 +51,7 @@ def newest_good(run: Path | str, reader: RangeReader | None = None, attempts: in
     problems: list[str] = []
     for _ in range(attempts):  # a training run may prune the one that we are about to open
         problems = []
-        for _, place in steps_at(join(directory.place, CHECKPOINTS), reader):
+        for _, place in _newest_first(join(directory.place, CHECKPOINTS), reader):
             try:
                 return Reader(place, reader)
             except (OSError, CheckpointError) as error:
