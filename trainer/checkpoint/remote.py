@@ -70,7 +70,7 @@ class Copying:
 
     def __init__(self, *, threads: int, attempts: int = 5, stop: threading.Event | None = None) -> None:
         """Start nothing. Once `stop` is set no file is begun and no try waited for."""
-        self._threads, self._stop = threads, stop or threading.Event()
+        self.threads, self._stop = threads, stop or threading.Event()
         self.reader = RangeReader(ReadingConfig(attempts=attempts), sleep=self._wait)
 
     def _wait(self, seconds: float) -> None:
@@ -112,7 +112,7 @@ class Copying:
                 except Exception as error:
                     errors.append(error)
 
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self._threads, len(waiting)))]
+        workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.threads, len(waiting)))]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -291,6 +291,8 @@ class _Store:
             source = str(step.directory / name)
             self._change(f"{prefix}/{name}", lambda path: self._files.put_file(source, path))
 
+        # Of S3's and Azure's filesystems: parts of one file that are sent, and held in memory, at once.
+        self._files.max_concurrency = max(1, self._copying.threads // len(step.files()))
         self._copying.each(step.files(), put)
         step.compare(target, but=MANIFEST)
         step.check()
