@@ -1,4 +1,4 @@
-"""A copy of a run at an S3 server is evaluated, exported and continued as the run itself."""
+"""A copy of a run at an S3 server is evaluated and exported as the run itself."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ def worker(tmp_path) -> Worker:
 
 
 def test_what_is_done_with_a_copy_equals_what_is_done_with_the_run(trained, copied, worker, tmp_path):
-    there = worker("evaluate", f"{copied}/checkpoints/step_00000012", "--json")
-    assert there.returncode == 0, there.stderr
-    here = worker("evaluate", trained / "checkpoints" / "step_00000012", "--json")
-    assert json.loads(there.stdout) == json.loads(here.stdout)
+    done = worker("evaluate", f"{copied}/checkpoints/step_00000008", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    (own,) = [line for line in lines if line["kind"] == "eval" and line["step"] == 8]
+    result = json.loads(done.stdout)["topics"]
+    assert result == pytest.approx({name: own[name] for name in result}, rel=1e-5)
     for place, out in ((trained, tmp_path / "here"), (copied, tmp_path / "there")):
         done = worker("export", place, out, "--name", "one", "--no-verify")
         assert done.returncode == 0, done.stderr
@@ -58,8 +60,6 @@ def test_what_is_done_with_a_copy_equals_what_is_done_with_the_run(trained, copi
     assert names == {path.name for path in (tmp_path / "there").iterdir()} and "model.safetensors" in names
     for name in names - {"README.md"}:  # the records, from which the card tells, are not copied
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
-    done = worker("generate", copied, "--prompt", "The following", "--max-new-tokens", "6")
-    assert done.returncode == 0 and done.stdout.startswith("The following"), done.stderr
 
 
 @pytest.fixture
