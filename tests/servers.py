@@ -307,12 +307,19 @@ def s3_endpoint(url: str) -> Iterator[Any]:
 
 @contextmanager
 def serving_s3() -> Iterator[int]:
-    """Run an S3 server; gives its port."""
+    """Run an empty S3 server; gives its port."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
+    port = server.get_host_and_port()[1]
     try:
-        yield server.get_host_and_port()[1]
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request(
+            "POST", "/moto-api/reset"
+        )  # what another server of this process was given is there still
+        connection.getresponse().read()
+        connection.close()
+        yield port
     finally:
         server.stop()
