@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..data.reading.transport import shown
 from . import local
 
 if TYPE_CHECKING:
@@ -23,39 +24,46 @@ checkpoint_app = typer.Typer(
 EXIT_STORAGE = 74
 LONG_BYTES = 1 << 30  # from here on a check says how far it is
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+RunPlace = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run directory, or the URL of its copies.", show_default=False)
+]
 Checkpoint = Annotated[
-    Path,
-    typer.Argument(help="A step directory, or a run directory for its newest one.", show_default=False),
+    str,
+    typer.Argument(
+        help="A step directory, or a run directory for its newest one; a path or a URL.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print for machines.")]
 
 
 @checkpoint_app.command("ls", epilog="Example: basestone checkpoint ls runs/quickstart")
-def checkpoint_ls(run_dir: RunPath, as_json: AsJson = False) -> None:
+def checkpoint_ls(run: RunPlace, as_json: AsJson = False) -> None:
     """List the checkpoints of a run, newest first: size, date, held-out loss, and what keeps each.
 
     Only their structure is looked at: `checkpoint verify` reads every byte.
     """
     from ..trainer.checkpoint.inspection import list_steps
+    from ..trainer.checkpoint.places import local_path
     from ..trainer.errors import ConfigError
 
-    _check_run(run_dir)
-    try:
-        section = _section_of(run_dir)
-    except ConfigError as error:
-        section = None
-        _say(f"what keeps them is not known: {str(error).splitlines()[0]}")
-    rows = list_steps(run_dir, section)
+    run_dir, section = local_path(run), None
+    if run_dir is not None:
+        _check_run(run_dir)
+        try:
+            section = _section_of(run_dir)
+        except ConfigError as error:
+            _say(f"what keeps them is not known: {str(error).splitlines()[0]}")
+    rows = list_steps(run, section)
     if as_json:
-        print(json.dumps([{**vars(row), "path": str(row.path)} for row in rows], indent=1))
+        print(json.dumps([vars(row) for row in rows], indent=1))
         return
     for row in rows:
         if row.problem is not None:
-            print(f"{row.path}  damaged: {row.problem}")
+            print(f"{shown(row.place)}  damaged: {row.problem}")
             continue
         loss = "" if row.heldout_loss is None else f"  held-out loss {row.heldout_loss:.4f}"
         keys = f"  {', '.join(row.kept_by)}" if row.kept_by else ""
-        print(f"{row.path}  {_size(row.bytes or 0):>10}  {row.saved}{loss}{keys}")
+        print(f"{shown(row.place)}  {_size(row.bytes or 0):>10}  {row.saved or ''}{loss}{keys}")
 
 
 @checkpoint_app.command("show", epilog="Example: basestone checkpoint show runs/quickstart")
@@ -85,15 +93,15 @@ def checkpoint_verify(
     from ..trainer.checkpoint.inspection import problems_of
     from ..trainer.errors import CheckpointError
 
-    paths = _steps_of(checkpoint)
+    places = _steps_of(checkpoint)
     found = {}
-    for path in paths if every else paths[:1]:
-        found[path] = problems_of(path, _progress(path))
-        if not found[path] and not as_json:
-            print(f"{path}: every byte matches its checksum")
+    for place in places if every else places[:1]:
+        found[place] = problems_of(place, _progress(shown(place)))
+        if not found[place] and not as_json:
+            print(f"{shown(place)}: every byte matches its checksum")
     problems = [problem for listed in found.values() for problem in listed]
     if as_json:
-        rows = [{"path": str(path), "problems": listed} for path, listed in found.items()]
+        rows = [{"place": shown(place), "problems": listed} for place, listed in found.items()]
         print(json.dumps(rows, indent=1))
         raise typer.Exit(EXIT_STORAGE if problems else 0)
     if problems:
@@ -169,21 +177,21 @@ def checkpoint_import(
 
 
 def _say_pruning(pruning: Any, verb: str, as_json: bool, num_bytes: int | None = None) -> None:
-    gone = [*(row.path for row in pruning.removed), *pruning.leftovers]
+    gone = [*(row.place for row in pruning.removed), *map(str, pruning.leftovers)]
     num_bytes = pruning.num_bytes if num_bytes is None else num_bytes
     if as_json:
         values = {
-            "removed": [str(path) for path in gone],
+            "removed": gone,
             "bytes": num_bytes,
-            "kept": [str(row.path) for row in pruning.kept],
-            "damaged": [str(row.path) for row in pruning.damaged],
+            "kept": [row.place for row in pruning.kept],
+            "damaged": [row.place for row in pruning.damaged],
         }
         print(json.dumps(values, indent=1))
         return
     for row in pruning.kept:
-        print(f"{row.path}  stays: {', '.join(row.kept_by)}")
+        print(f"{row.place}  stays: {', '.join(row.kept_by)}")
     for row in pruning.damaged:
-        print(f"{row.path}  stays: it is damaged: {row.problem}")
+        print(f"{row.place}  stays: it is damaged: {row.problem}")
     for path in gone:
         print(f"{path}  {verb}")
     print(f"{len(gone)} {verb}, {_size(num_bytes)}")
@@ -211,20 +219,22 @@ def _section_of(run_dir: Path, given: dict[str, int] | None = None) -> Checkpoin
     return section.model_copy(update=given)
 
 
-def _steps_of(checkpoint: Path) -> list[Path]:
-    """Give a run directory's step directories, newest first, or the one that is named."""
-    from ..trainer.checkpoint.format import steps_in
+def _steps_of(checkpoint: str) -> list[str]:
+    """Give the step directories of a run at any place, newest first, or the one that is named."""
+    from ..data.reading.transport import join
+    from ..trainer.checkpoint.opening import CHECKPOINTS, steps_at
+    from ..trainer.checkpoint.places import directory_at
     from ..trainer.errors import CheckpointError
 
-    if not (checkpoint / "checkpoints").is_dir():
+    if CHECKPOINTS not in directory_at(checkpoint).sizes():
         return [checkpoint]
-    steps = steps_in(checkpoint / "checkpoints")
+    steps = steps_at(join(checkpoint, CHECKPOINTS))
     if not steps:
-        raise CheckpointError(f"{checkpoint}: holds no checkpoint")
-    return [path for _, path in steps]
+        raise CheckpointError(f"{shown(checkpoint)}: holds no checkpoint")
+    return [place for _, place in steps]
 
 
-def _progress(path: Path) -> Callable[[int, int], None]:
+def _progress(place: str) -> Callable[[int, int], None]:
     """Say on standard error how far the check of a large checkpoint is, at every tenth."""
     said = 0
 
@@ -233,7 +243,7 @@ def _progress(path: Path) -> Callable[[int, int], None]:
         tenth = 10 * done // total
         if total >= LONG_BYTES and tenth > said:
             said = tenth
-            _say(f"{path.name}: {10 * tenth} % of {_size(total)}")
+            _say(f"{place}: {10 * tenth} % of {_size(total)}")
 
     return show
 

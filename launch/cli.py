@@ -37,8 +37,11 @@ app.add_typer(checkpoint_app)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", show_default=False)]
 Checkpoint = Annotated[
-    Path,
-    typer.Argument(help="A step directory, or a run directory for its newest good one.", show_default=False),
+    str,
+    typer.Argument(
+        help="A step directory, or a run directory for its newest good one; a path or a URL.",
+        show_default=False,
+    ),
 ]
 Override = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key of the file; repeatable.")
@@ -83,10 +86,11 @@ def train(
     ] = None,
     overrides: Override = None,
     resume: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--resume",
-            help="Go on from this step directory and no other, or from the newest good one of this run directory.",
+            help="Go on from this step directory and no other, or from the newest good one of this run directory; "
+            "a path or a URL.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -102,7 +106,7 @@ def train(
     arguments = ["train", str(run), "--run-dir", str(directory)]
     for override in overrides or []:
         arguments += ["--set", override]
-    arguments += ["--resume", str(resume)] if resume else []
+    arguments += ["--resume", resume] if resume else []
     arguments += ["--debug"] if debug else []
     environ.adopt_srun()
     if environ.inside_launcher() and not dry_run:
@@ -169,7 +173,7 @@ def verify(
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        list[Path] | None, typer.Option("--data", help="Held-out shards; by default the run's own. Repeatable.")
+        list[str] | None, typer.Option("--data", help="Held-out shards; by default the run's own. Repeatable.")
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each set; by default the run's evaluate.max_tokens.", min=1)
@@ -179,10 +183,10 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte on held-out text."""
-    arguments = ["evaluate", str(checkpoint)]
+    arguments = ["evaluate", checkpoint]
     arguments += [] if max_tokens is None else ["--max-tokens", str(max_tokens)]
     for place in data or []:
-        arguments += ["--data", str(place)]
+        arguments += ["--data", place]
     arguments += ["--json"] if as_json else []
     _one_worker(arguments, tokenizer, debug)
 
@@ -201,7 +205,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a prompt with the trainer's own model."""
-    arguments = ["generate", str(checkpoint), f"--prompt={prompt}", "--max-new-tokens", str(max_new_tokens)]
+    arguments = ["generate", checkpoint, f"--prompt={prompt}", "--max-new-tokens", str(max_new_tokens)]
     arguments += ["--temperature", str(temperature), "--top-k", str(top_k), "--seed", str(seed)]
     _one_worker(arguments, tokenizer, debug)
 
@@ -222,7 +226,7 @@ def export(
     """Write a Hugging Face directory, and compare it with the trainer's logits before it is called done."""
     arguments = [
         "export",
-        str(checkpoint),
+        checkpoint,
         str(out),
         "--dtype",
         dtype,

@@ -79,7 +79,7 @@ class Run:
     def restore(self, explicit: int | Path | None = None) -> int | None:
         """Load as a run does, and give the step."""
         path = self.step(explicit) if isinstance(explicit, int) else explicit
-        state = self.restorer.restore(lambda _: [], path)
+        state = self.restorer.restore(lambda _: [], None if path is None else str(path))
         return state["step"] if state else None
 
     def step(self, step: int) -> Path:

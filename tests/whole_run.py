@@ -39,7 +39,11 @@ def train(
 ) -> None:
     """Train to the end; raises what the first failing rank raised, RankDied where one was killed."""
     arguments = Namespace(
-        run=corpus / "run.toml", run_dir=run_dir, overrides=[*CHANGES, *changes], resume=resume, debug=False
+        run=corpus / "run.toml",
+        run_dir=run_dir,
+        overrides=[*CHANGES, *changes],
+        resume=resume and str(resume),
+        debug=False,
     )
     run_ranks(_rank, size, arguments, fault, timeout_s=120)
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
+from .checkpoint.copier import Copier
 from .checkpoint.restorer import Restorer
 from .checkpoint.saver import Saver
 from .config import ResolvedRun
@@ -41,7 +42,7 @@ class Trainer:
         places: DataPlaces,
         run_dir: Path,
         *,
-        resume: Path | None = None,
+        resume: str | None = None,
         versions: dict[str, str],
     ) -> None:
         """Take the lock, build the model, go on from the newest good checkpoint, open the data."""
@@ -58,19 +59,28 @@ class Trainer:
 
     # ---- beginning ------------------------------------------------------------------------------------------
 
-    def _prepare(self, run_dir: Path, resume: Path | None) -> None:
+    def _prepare(self, run_dir: Path, resume: str | None) -> None:
         """Build the model, restore, open the data and the records."""
         resolved, runtime = self._resolved, self._runtime
         self._engine = Engine(resolved, runtime)
         table, section = decoder_layout(resolved.run.model), resolved.run.checkpoint
+        copier = None
+        if self._directory is not None and section.remote is not None:
+            copier = Copier(section.remote, threads=resolved.run.reading.threads)
         self._saver = Saver(
-            run_dir, table, runtime, self._engine.state, section, asynchronous=resolved.saves_asynchronously
+            run_dir,
+            table,
+            runtime,
+            self._engine.state,
+            section,
+            asynchronous=resolved.saves_asynchronously,
+            copier=copier,
         )
         self._feed = Feed(resolved, self._places, runtime)
-        restorer = Restorer(run_dir, table, runtime, self._engine.state)
+        restorer = Restorer(run_dir, table, runtime, self._engine.state, section.remote)
         state = restorer.restore(self._differences, resume)
         init_from = resolved.run.train.init_from if state is None else None
-        begun_with = restorer.begin_with(Path(init_from)) if init_from else None
+        begun_with = restorer.begin_with(init_from) if init_from else None
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
         self._heldout_losses: dict[str, float] = {}  # of this step, where it was evaluated
@@ -79,11 +89,11 @@ class Trainer:
         self._held_out = self._open_held_out()
         self._meters = Meters(resolved, runtime)
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
-        self._saving = Saving(self._saver, section, self._directory, self._console)
+        self._saving = Saving(self._saver, copier, section, self._directory, self._console)
         self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
-            self._begin_records(state, begun_with)
+            self._begin_records(state, begun_with, restorer.origin)
 
     def _open_directory(self, run_dir: Path) -> RunDirectory | None:
         """Open the run directory on rank 0; every rank learns of a failure."""
@@ -98,7 +108,7 @@ class Trainer:
             raise ConfigError(problem)
         return directory
 
-    def _begin_records(self, state: dict[str, Any] | None, begun_with: Path | None) -> None:
+    def _begin_records(self, state: dict[str, Any] | None, begun_with: str | None, origin: str) -> None:
         assert self._directory is not None
         directory = self._directory
         copy = directory.path / "tokenizer.model"
@@ -108,6 +118,8 @@ class Trainer:
         directory.mark(None)
         event = "resume" if state else "start"
         where = f"at step {self.step}" if state else f"{self._resolved.steps} steps"
+        if state and not origin.startswith(str(directory.path)):
+            where += f" of {origin}"
         directory.event(self.step, event, f"{where} on {self._resolved.world_size} process(es)")
         if begun_with is not None:
             directory.event(self.step, "init", f"weights of {begun_with}")
@@ -178,6 +190,7 @@ class Trainer:
                 if saving and not stop:
                     self._save("save", wait=done)
                 if stop:
+                    self._saving.close(self.step, stopped=True)
                     raise Stopped(f"stopped after step {self.step}, saved; the same command goes on")
             if evaluated != self.step:
                 self._evaluate()
@@ -262,6 +275,7 @@ class Trainer:
             self._console.say(
                 f"complete after {self.step} steps and {self._tokens:,} tokens: {self._directory.path}"
             )
+        self._saving.close(self.step, stopped=False)
 
     def fail(self, error: Exception) -> None:
         """Record a failure; no collective, as other ranks may be gone.

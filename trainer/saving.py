@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ..data.reading.transport import shown
+from .checkpoint.copier import Copier
+from .checkpoint.format import step_of
 from .checkpoint.saver import SaveOutcome, Saver
 from .console import RunConsole
 from .errors import CheckpointError
 from .rundir import RunDirectory
 from .sections import CheckpointSection
 
+COPY_AT_END_S, COPY_AT_STOP_S = 3600.0, 30.0  # that the end of a run waits for copies elsewhere
 LONGEST_WAIT_S = 60.0  # of training, for the save before the one that is due
 
 
@@ -18,10 +22,16 @@ class Saving:
     """Begins saves when they are due, one at a time, and books how they ended."""
 
     def __init__(
-        self, saver: Saver, section: CheckpointSection, directory: RunDirectory | None, console: RunConsole
+        self,
+        saver: Saver,
+        copier: Copier | None,
+        section: CheckpointSection,
+        directory: RunDirectory | None,
+        console: RunConsole,
     ) -> None:
-        """Begin to count the minutes; `directory` is rank 0's."""
-        self._saver, self._section, self._directory, self._console = saver, section, directory, console
+        """Begin to count the minutes; `copier` and `directory` are rank 0's."""
+        self._saver, self._copier, self._section = saver, copier, section
+        self._directory, self._console = directory, console
         self._begun_s, self.longest_wait_s = time.monotonic(), LONGEST_WAIT_S
         self._overdue_told = False
 
@@ -37,6 +47,7 @@ class Saving:
         Raises:
             CheckpointError: too many saves in a row have failed, on every rank.
         """
+        self._tell_copies()
         if not working:
             self._book(self._saver.advance())
             return
@@ -75,6 +86,24 @@ class Saving:
     def finish(self) -> None:
         """Wait for the save in flight; every rank calls this."""
         self._book(self._saver.finish())
+
+    def close(self, step: int, *, stopped: bool) -> None:
+        """Wait for copies elsewhere, on rank 0, after the last exchange of the ranks."""
+        if self._copier is not None:
+            if self._copier.busy:
+                self._console.say(
+                    f"copying {', '.join(sorted(self._copier.busy))} to {shown(self._section.remote or '')}"
+                )
+            self._copier.close(COPY_AT_STOP_S if stopped else COPY_AT_END_S)
+            self._tell_copies(step)
+
+    def _tell_copies(self, step: int | None = None) -> None:
+        for name, problem in self._copier.take_outcomes() if self._copier is not None else ():
+            assert self._directory is not None
+            at = step_of(name) if step is None else step
+            self._directory.event(at or 0, "remote", f"{name} {problem or 'is copied'}")
+            if problem:
+                self._console.say(f"{shown(self._section.remote or '')}: {name} {problem}")
 
     def _book(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:

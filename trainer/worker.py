@@ -55,7 +55,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("run", type=Path)
     one.add_argument("--run-dir", type=Path, required=True)
     one.add_argument("--set", action="append", default=[], dest="overrides")
-    one.add_argument("--resume", type=Path)
+    one.add_argument("--resume")
     one = commands.add_parser("verify", parents=[common])
     one.add_argument("run", type=Path)
     one.add_argument("--set", action="append", default=[], dest="overrides")

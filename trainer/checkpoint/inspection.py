@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ...data.reading.transport import join
 from ..errors import CheckpointError
 from ..sections import CheckpointSection
-from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, STATE, steps_in
-from .reader import Reader
+from .format import FORMAT, MANIFEST
+from .opening import CHECKPOINTS, steps_at
+from .places import local_path
+from .reader import Progress, Reader
 from .retention import StepFacts, heldout_loss, policies
 from .writer import remove
 
@@ -26,17 +28,17 @@ class Listed:
     """A step directory of a run; where `problem` says that its structure is bad, only the first two are known."""
 
     step: int
-    path: Path
+    place: str
     bytes: int | None = None
-    saved: str | None = None  # UTC, ISO 8601
+    saved: str | None = None  # UTC, ISO 8601; not known at a URL
     heldout_loss: float | None = None  # nats a token
     kept_by: tuple[str, ...] = ()
     problem: str | None = None
 
 
-def list_steps(run_dir: Path, section: CheckpointSection | None) -> list[Listed]:
-    """List a run's step directories, newest first, with the keys of `section` that keep each good one."""
-    listed = [_listed(step, path) for step, path in steps_in(run_dir / "checkpoints")]
+def list_steps(run: Path | str, section: CheckpointSection | None) -> list[Listed]:
+    """List a run's step directories at any place, newest first, with the keys of `section` that keep each good one."""
+    listed = [_listed(step, place) for step, place in steps_at(join(str(run), CHECKPOINTS))]
     good = [row for row in listed if row.problem is None]
     if section is None or not good:
         return listed
@@ -45,13 +47,12 @@ def list_steps(run_dir: Path, section: CheckpointSection | None) -> list[Listed]
     return [row if row.problem else replace(row, kept_by=tuple(keeps.get(row.step, ()))) for row in listed]
 
 
-def _listed(step: int, path: Path) -> Listed:
+def _listed(step: int, place: str) -> Listed:
     try:
-        reader = Reader(path)
-        loss = heldout_loss(reader.state())
-        return Listed(step, path, _num_bytes(path), _saved(path), loss)
+        reader = Reader(place)
+        return Listed(step, place, reader.num_bytes, _saved(place), heldout_loss(reader.state()))
     except (OSError, CheckpointError) as error:
-        return Listed(step, path, problem=str(error))
+        return Listed(step, place, problem=str(error))
 
 
 def describe(reader: Reader) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def describe(reader: Reader) -> dict[str, Any]:
     run = _table(state.get("run"))
     model, parallel = _table(run.get("model")), _table(run.get("parallel"))
     return {
-        "path": str(reader.path),
+        "place": reader.at(),
         "format": FORMAT,
         "step": state.get("step"),
         "tokens": state.get("tokens"),
@@ -78,8 +79,8 @@ def describe(reader: Reader) -> dict[str, Any]:
         },
         "tokenizer_sha256": state.get("tokenizer_sha256"),
         "versions": _table(state.get("versions")),
-        "saved": _saved(reader.path),
-        "bytes": _num_bytes(reader.path),
+        "saved": _saved(reader.place),
+        "bytes": reader.num_bytes,
         "files": [
             {"file": rank.file, "bytes": rank.bytes, "fragments": len(rank.fragments), "tp_rank": rank.tp_rank}
             for rank in ranks
@@ -87,40 +88,12 @@ def describe(reader: Reader) -> dict[str, Any]:
     }
 
 
-def problems_of(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """Read every byte of a step directory; list what does not match, and files that it should not hold.
-
-    Args:
-        progress: is told (bytes read, bytes in all) after every block.
-    """
+def problems_of(place: str, progress: Progress = lambda done, total: None) -> list[str]:
+    """Read every byte of a step directory; list what does not match, and files that it should not hold."""
     try:
-        reader = Reader(path)
-        problems = list(_bad_blocks(reader, progress))
+        return Reader(place).verify(progress)
     except CheckpointError as error:
         return [str(error)]
-    try:
-        reader.state()
-    except CheckpointError as error:
-        problems.append(str(error))
-    return problems + [f"{path / name}: is not in {MANIFEST}" for name in _extra_files(reader)]
-
-
-def _bad_blocks(reader: Reader, progress: Callable[[int, int], None]) -> Iterator[str]:
-    done, total = 0, sum(rank.bytes for rank in reader.index.ranks)
-    for rank in reader.index.ranks:
-        for start in range(0, rank.bytes, BLOCK_BYTES):
-            num_bytes = min(BLOCK_BYTES, rank.bytes - start)
-            try:
-                reader.read(rank.file, start, num_bytes)
-            except CheckpointError as error:
-                yield str(error)
-            done += num_bytes
-            progress(done, total)
-
-
-def _extra_files(reader: Reader) -> list[str]:
-    known = {MANIFEST, INDEX, STATE, *(rank.file for rank in reader.index.ranks)}
-    return sorted(entry.name for entry in reader.path.iterdir() if entry.name not in known)
 
 
 @dataclass(frozen=True)
@@ -135,7 +108,7 @@ class Pruning:
     @property
     def num_bytes(self) -> int:
         """What the removed ones and the leftovers take."""
-        return sum(map(_num_bytes, [*(row.path for row in self.removed), *self.leftovers]))
+        return sum(row.bytes or 0 for row in self.removed) + sum(map(_num_bytes, self.leftovers))
 
 
 def plan_pruning(run_dir: Path, section: CheckpointSection) -> Pruning:
@@ -152,7 +125,7 @@ def plan_pruning(run_dir: Path, section: CheckpointSection) -> Pruning:
 
 def prune(pruning: Pruning) -> None:
     """Remove what a plan says; only the holder of the run's lock may call this."""
-    remove(row.path for row in pruning.removed)
+    remove(Path(row.place) for row in pruning.removed)
     for path in pruning.leftovers:
         shutil.rmtree(path)
 
@@ -161,8 +134,11 @@ def _num_bytes(path: Path) -> int:
     return sum(entry.lstat().st_size for entry in path.rglob("*") if not entry.is_dir())
 
 
-def _saved(path: Path) -> str:
-    """Give when the manifest was written: the last file of a save."""
+def _saved(place: str) -> str | None:
+    """Give when the manifest was written, the last file of a save; None at a URL."""
+    path = local_path(place)
+    if path is None:
+        return None
     return datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, PICKLE_SUFFIXES, STATE
 from .places import directory_at
 
 CACHED_BLOCKS = 4
+Progress = Callable[[int, int], None]
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
@@ -162,8 +164,13 @@ class Reader:
             self._cache.popitem(last=False)
         return self._cache[key]
 
-    def verify(self) -> list[str]:
-        """Read every byte; list what does not match, and files that are not of this checkpoint."""
+    def verify(self, progress: Progress = lambda done, total: None) -> list[str]:
+        """Read every byte; list what does not match, and files that are not of this checkpoint.
+
+        Args:
+            progress: is told (bytes read, bytes in all) after every block.
+        """
+        done, total = 0, sum(rank.bytes for rank in self._ranks.values())
         extra = sorted(self._sizes.keys() - self._manifest.files.keys() - {MANIFEST})
         problems = [
             f"{self.at(name)}: is not of this checkpoint: {MANIFEST} does not name it" for name in extra
@@ -174,6 +181,8 @@ class Reader:
                     self._block(name, block, len(rank.blocks) - 1)
                 except CheckpointError as error:
                     problems.append(str(error))
+                done = min(done + BLOCK_BYTES, total)
+                progress(done, total)
         try:
             self.state()
         except CheckpointError as error:

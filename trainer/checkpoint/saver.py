@@ -27,6 +27,7 @@ from ..errors import CheckpointError, ConfigError, message_of
 from ..runtime import TIMEOUT, Runtime
 from ..sections import CheckpointSection
 from .background import Background
+from .copier import Copier
 from .format import step_name, steps_in
 from .reader import Reader
 from .retention import StepFacts, heldout_loss, kept
@@ -77,14 +78,19 @@ class Saver:
         section: CheckpointSection,
         *,
         asynchronous: bool,
+        copier: Copier | None = None,
     ) -> None:
         """Remove what killed attempts left, and reserve the copy that asynchronous saves write from.
+
+        Args:
+            copier: rank 0's, which is offered every checkpoint; the caller closes it.
 
         Raises:
             ConfigError: on every rank, where not even one checkpoint fits on the disk.
         """
         self.directory = run_dir / "checkpoints"
         self._run_dir, self._table, self._runtime, self._section = run_dir, table, runtime, section
+        self._copier = copier
         self._num_bytes = sum(row.numel for row in table.values()) * len(TENSORS) * FP32_BYTES
         self._share = Share(engine_state, runtime, table)
         self._staging = Staging(self._share, runtime.device) if asynchronous else None
@@ -246,12 +252,16 @@ class Saver:
             if failed := [report for report in reports if isinstance(report, str)]:
                 raise CheckpointError("; ".join(failed))
             if final.exists():  # left by an attempt that was rolled back behind it
+                if final.name in self._copied:
+                    raise CheckpointError(f"{final}: is of a line that was left, and still being copied")
                 remove([final])
             commit(flight.temporary, final, index_of(self._table, TENSORS, reports), flight.state)
         except Exception:
             shutil.rmtree(flight.temporary, ignore_errors=True)
             raise
         self._hint(final)
+        if self._copier is not None:
+            self._copier.offer(final)
         self._prune(flight.step, heldout_loss(flight.state))
 
     def _hint(self, final: Path) -> None:
@@ -271,9 +281,14 @@ class Saver:
             steps = dict(steps_in(self.directory))
             self._losses = {step: self._loss_of(step, path) for step, path in steps.items()} | {saved: loss}
             stay = kept([StepFacts(*row) for row in self._losses.items()], self._section, saved)
-            remove(path for step, path in steps.items() if step not in stay)
+            remove(path for step, path in steps.items() if step not in stay and path.name not in self._copied)
         except OSError as error:
             log.warning("old checkpoints were not removed: %s", message_of(error))
+
+    @property
+    def _copied(self) -> frozenset[str]:
+        """Names of the checkpoints that are being copied elsewhere."""
+        return self._copier.busy if self._copier is not None else frozenset()
 
     def _loss_of(self, step: int, path: Path) -> float | None:
         """Give the held-out loss of a checkpoint, read once from one that an earlier attempt wrote."""
