@@ -96,7 +96,7 @@ def checkpoint_verify(
     places = _steps_of(checkpoint)
     found = {}
     for place in places if every else places[:1]:
-        found[place] = problems_of(place, _progress(shown(place)))
+        found[place] = problems_of(place, _progress(place.rstrip("/").rpartition("/")[2]))
         if not found[place] and not as_json:
             print(f"{shown(place)}: every byte matches its checksum")
     problems = [problem for listed in found.values() for problem in listed]

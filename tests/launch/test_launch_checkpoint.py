@@ -13,11 +13,10 @@ import pytest
 from forked import in_child, kill
 from in_process import Command, refused
 from run_files import run_values
-from step_files import BLOCK_BYTES, save, use_small_blocks
+from step_files import save, use_small_blocks
 
 from basestone.launch import checkpoint_commands
 from basestone.trainer import worker
-from basestone.trainer.checkpoint import inspection
 from basestone.trainer.load import run_to_toml
 from basestone.trainer.run_lock import RunLock
 
@@ -27,7 +26,6 @@ LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_blocks(monkeypatch)
-    monkeypatch.setattr(inspection, "BLOCK_BYTES", BLOCK_BYTES)
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def test_ls_says_size_date_loss_and_what_keeps_each(basestone: Command, run_dir)
     by_step = {row["step"]: row for row in rows}
     assert by_step[4] == {
         "step": 4,
-        "path": str(step(run_dir, 4)),
+        "place": str(step(run_dir, 4)),
         "bytes": size_of(step(run_dir, 4)),
         "saved": "2027-01-15T08:00:00+00:00",
         "heldout_loss": 3.0,
@@ -153,7 +151,7 @@ def test_verify_reads_the_newest_or_all(basestone: Command, run_dir):
     ]
     refused(basestone("checkpoint", "verify", step(run_dir, 4)), 74, str(file))
     rows = json.loads(basestone("checkpoint", "verify", run_dir, "--all", "--json").out)
-    assert [(row["path"], len(row["problems"])) for row in rows] == [
+    assert [(row["place"], len(row["problems"])) for row in rows] == [
         *((str(step(run_dir, 8)), 0), (str(step(run_dir, 6)), 0)),
         *((str(step(run_dir, 4)), 2), (str(step(run_dir, 2)), 0)),
     ]
@@ -177,7 +175,7 @@ def test_a_flipped_bit_anywhere_is_found(basestone: Command, run_dir):
 def test_extra_file(basestone: Command, run_dir, name):
     path = step(run_dir, 8) / name
     path.mkdir() if name == "folder" else path.touch()
-    refused(basestone("checkpoint", "verify", run_dir), 74, f"{path}: is not in MANIFEST.json")
+    refused(basestone("checkpoint", "verify", run_dir), 74, f"{path}: is not of this checkpoint")
     assert basestone("checkpoint", "ls", run_dir).code == 0
 
 

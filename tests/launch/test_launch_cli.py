@@ -201,7 +201,10 @@ def test_evaluate_generate_and_export_reach_the_worker_as_typed(basestone, asked
     assert basestone("export", tmp_path, tmp_path / "out", *words).code == 7
     assert [call[1:] for call in asked] == [(1,)] * 3
     evaluate, generate, export = (worker._parse(call[0]) for call in asked)
-    assert (evaluate.command, evaluate.checkpoint, evaluate.tokenizer) == ("evaluate", tmp_path, Path("t"))
+    assert (evaluate.command, evaluate.checkpoint) == (
+        "evaluate",
+        str(tmp_path),
+    ) and evaluate.tokenizer == Path("t")
     assert (evaluate.data, evaluate.json, evaluate.max_tokens) == (["a b", "c"], True, 99)
     assert generate.prompt == PROMPT and generate.debug
     assert (generate.max_new_tokens, generate.temperature, generate.top_k, generate.seed) == (3, 0.0, 0, 9)
@@ -270,7 +273,7 @@ def test_train_starts_its_workers_with_what_was_typed(basestone, asked, run_file
     assert (num_workers, log_dir) == (2, tmp_path / "runs" / "run" / "logs") and log_dir.is_dir()
     parsed = worker._parse(arguments)
     assert (parsed.run, parsed.run_dir) == (run_file, tmp_path / "runs" / "run")
-    assert (parsed.overrides, parsed.resume) == (["run.processes=2", "train.steps=8"], Path("somewhere"))
+    assert (parsed.overrides, parsed.resume) == (["run.processes=2", "train.steps=8"], "somewhere")
     assert parsed.debug
 
 

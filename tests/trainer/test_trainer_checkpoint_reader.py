@@ -45,9 +45,7 @@ def test_what_was_written_is_read(step):
     reader = Reader(step)
     assert reader.verify() == []
     assert reader.state() == {"step": 1}
-    assert reader.num_bytes == sum(
-        path.stat().st_size for path in step.iterdir() if path.name != "MANIFEST.json"
-    )
+    assert reader.num_bytes == sum(path.stat().st_size for path in step.iterdir())
     rank = reader.index.ranks[1]
     assert rank.blocks == [
         hashlib.sha256(payload(1)[start : start + BLOCK_BYTES]).hexdigest()
@@ -80,6 +78,7 @@ def test_a_range_behind_the_end_is_refused(step, name, start, num_bytes):
 # ---- damage -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     "keep", [lambda n: 0, lambda n: 1, lambda n: n // 2, lambda n: n - 1], ids=["0", "1", "half", "-1"]
@@ -89,9 +88,10 @@ def test_truncated(step, name, keep):
     assert name in problem(step)
 
 
+@pytest.mark.faults
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_one_flipped_bit_anywhere(shared_step, data):
+def test_bit_flip_found(shared_step, data):
     path = shared_step / data.draw(st.sampled_from(FILES))
     good = path.read_bytes()
     bad = bytearray(good)
@@ -104,13 +104,15 @@ def test_one_flipped_bit_anywhere(shared_step, data):
     assert problem(shared_step) == ""
 
 
-def test_a_zeroed_page_is_named_by_its_bytes(step):
+@pytest.mark.faults
+def test_zero_page_found(step):
     data = bytearray(payload(1))
     data[64:128] = bytes(64)
     (step / "rank_00001.bin").write_bytes(data)
     assert problem(step) == f"{step / 'rank_00001.bin'}: bytes 64..128 do not match their sha256"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", [*FILES, "rank_00000.bin"])
 def test_missing_file(step, name):
     (step / name).unlink()
@@ -120,6 +122,7 @@ def test_missing_file(step, name):
         assert problem(step) == f"{step}: {name} is missing"
 
 
+@pytest.mark.faults
 def test_extra_file(step):
     (step / "notes.txt").write_text("mine")
     (step / "more").mkdir()
@@ -135,7 +138,8 @@ def test_missing_directory(tmp_path):
         Reader(tmp_path / "nowhere")
 
 
-def test_files_of_two_saves_mixed(tmp_path, step):
+@pytest.mark.faults
+def test_mixed_attempts(tmp_path, step):
     other = save(tmp_path / "other", step=2)
     shutil.copy(other / "state.json", step / "state.json")
     assert problem(step) == f"{step / 'state.json'}: its sha256 differs from the manifest's"
@@ -184,8 +188,9 @@ def test_the_canary_sings(tmp_path):
     assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
-def test_a_pickle_beside_the_files_is_refused_unopened(tmp_path, step, suffix):
+def test_planted_pickle(tmp_path, step, suffix):
     (step / f"x{suffix}").write_bytes(pickle.dumps(Canary(str(tmp_path / "canary"))))
     assert f"x{suffix} is not ours and may hold a pickle; refused unopened" in problem(step)
     assert not (tmp_path / "canary").exists()
@@ -271,8 +276,9 @@ HOSTILE_INDEX: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", HOSTILE_INDEX)
-def test_an_edited_index_is_refused(step, watch, kind):
+def test_hostile_index(step, watch, kind):
     (step.parent / "secret").write_bytes(payload(1))
     index = json.loads((step / "index.json").read_text())
     HOSTILE_INDEX[kind](index)
@@ -366,7 +372,8 @@ def test_manifest_and_index_that_both_point_elsewhere_are_refused(step, watch, n
     assert all(Path(name).parent == step or Path(name) == step for name in opened), opened
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
-def test_another_format_names_both_versions(step, version):
+def test_format_versions(step, version):
     reseal(step, lambda manifest: manifest | {"format": version})
     assert problem(step) == f"{step}: has format {version}, this release reads format 1"

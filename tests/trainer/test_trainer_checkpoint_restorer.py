@@ -173,8 +173,9 @@ def test_another_run_is_refused_and_older_steps_are_not_tried(run):
     assert asked == [4] and run.state.refreshed == 0
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("content", [None, "", "step_00000099\n", "\x00\xff", "../../etc"])
-def test_latest_is_a_hint_only(run, content):
+def test_latest_bad(run, content):
     run.save(2)
     (run.path / "latest").unlink()
     if content is not None:

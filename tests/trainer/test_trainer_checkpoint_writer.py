@@ -75,7 +75,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return made
 
 
-def test_everything_is_durable_before_it_has_its_name(tmp_path, calls):
+@pytest.mark.faults
+def test_fsync_order(tmp_path, calls):
     save(tmp_path / "checkpoints")
     made = [tuple("temporary" if part.startswith(".tmp-") else part for part in call) for call in calls]
     pid = os.getpid()

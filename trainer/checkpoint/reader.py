@@ -53,8 +53,8 @@ class Reader:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files but the manifest."""
-        return sum(self._manifest.files.values())
+        """Size of all files."""
+        return sum(self._manifest.files.values()) + (self._sizes[MANIFEST] or 0)
 
     def _listed(self) -> dict[str, int | None]:
         sizes = self._directory.sizes()
