@@ -18,7 +18,7 @@ from .run_records import RunRecords, number, read_records
 
 JOULES_PER_KWH = 3.6e6
 MAX_EVENT_ROWS = 500
-USUAL_EVENTS = ("save", "export")
+USUAL_EVENTS = ("save", "export", "remote")
 NO_VALUE = "n/a"
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1c2127; --soft: #5c6773; --rule: #e3e7eb;
