@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def micro_batches_of(
     return batches, float(weights.sum())
 
 
-def train(engine: Engine, run: RunConfig, steps: range) -> list[tuple[float, float]]:
+def train(
+    engine: Engine, run: RunConfig, steps: range, before_update: Callable[[], None] = lambda: None
+) -> list[tuple[float, float]]:
     """Give (loss, gradient norm) of each step, the same on every rank."""
     runtime, curve = engine.runtime, []
     for step in steps:
@@ -112,6 +115,7 @@ def train(engine: Engine, run: RunConfig, steps: range) -> list[tuple[float, flo
         processes.seed_step(run.run.seed, step, runtime)
         total = engine.forward_backward(batches, num_tokens)
         dist.all_reduce(total)
+        before_update()
         norm = engine.update(LR)
         curve.append((float(total) / num_tokens, norm))
     return curve
