@@ -13,7 +13,7 @@ from basestone.trainer.checkpoint.format import step_name, steps_in
 from basestone.trainer.checkpoint.restorer import Restorer
 from basestone.trainer.checkpoint.saver import SaveOutcome, Saver
 from basestone.trainer.checkpoint.share import TENSORS
-from basestone.trainer.engine_state import Fragment
+from basestone.trainer.engine_state import MASTER, Fragment
 from basestone.trainer.sections import CheckpointSection
 
 TABLE = {"w": Parameter("w", (4, 3), "weight", 0), "norm": Parameter("norm", (3,), "norm")}
@@ -40,10 +40,10 @@ class Tensors:
 
     is_replicated = False
 
-    def __init__(self) -> None:
+    def __init__(self, table: dict[str, Parameter] = TABLE) -> None:
         self.steps, self.refreshed = 0, 0
         self.loss_scale: dict[str, float] | None = None
-        self.values = {name: {key: torch.zeros(row.numel) for key in TENSORS} for name, row in TABLE.items()}
+        self.values = {name: {key: torch.zeros(row.numel) for key in TENSORS} for name, row in table.items()}
 
     def set(self, number: float) -> None:
         for tensors in self.values.values():
@@ -52,7 +52,7 @@ class Tensors:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, tensors in self.values.items():
-            yield Fragment(name, 0, TABLE[name].numel, True, tensors)
+            yield Fragment(name, 0, tensors[MASTER].numel(), True, tensors)
 
     def refresh(self) -> None:
         self.refreshed += 1
@@ -61,10 +61,12 @@ class Tensors:
 class Run:
     """A run directory, and what stands for its engine."""
 
-    def __init__(self, path: Path, *, asynchronous: bool = False, **keys: Any) -> None:
+    def __init__(
+        self, path: Path, table: dict[str, Parameter] = TABLE, *, asynchronous: bool = False, **keys: Any
+    ) -> None:
         """Take the keys of [checkpoint]."""
-        self.path, self.state, runtime = path, Tensors(), OneRank()
-        everything: Any = (path, TABLE, runtime, self.state)
+        self.path, self.state, runtime = path, Tensors(table), OneRank()
+        everything: Any = (path, table, runtime, self.state)
         self.saver = Saver(*everything, CheckpointSection(**keys), asynchronous=asynchronous)
         self.restorer = Restorer(*everything)
 

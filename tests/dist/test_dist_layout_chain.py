@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from legal_layouts import laid_out
 from small import (
     VOCAB,
     curve_of,
@@ -23,40 +22,17 @@ from small import (
 
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
 from basestone.trainer.config import RunConfig
-from basestone.trainer.ds_config import deepspeed_config
-from basestone.trainer.errors import ConfigError
 from basestone.trainer.forks import run_ranks
-from basestone.trainer.layouts import ZERO_STAGES, Layout
+from basestone.trainer.layouts import ZERO_STAGES
 
 pytestmark = pytest.mark.dist
 STEPS_EACH, TOLERANCE = 2, 1e-5
 Curve = list[tuple[float, float]]
 
 
-def layouts(run: RunConfig) -> Iterator[tuple[int, RunConfig]]:
-    """Give (processes, run) of every legal layout of 1, 2 and 4 processes, with offload to host memory and without."""
-    sizes, flags = (1, 2, 4), (False, True)
-    for tensor, sequence, pipeline, virtual in product(sizes, flags, sizes, (1, 2)):
-        for data, zero, offload in product(sizes, ZERO_STAGES, ("none", "cpu")):
-            layout = Layout(tensor, sequence, pipeline, virtual, data, zero)
-            laid = layout.of(run)
-            parallel = laid.parallel.model_copy(update={"offload": offload})
-            laid = laid.model_copy(update={"parallel": parallel})
-            if layout.processes <= max(sizes) and (virtual == 1 or pipeline > 1) and _is_legal(laid, layout):
-                yield layout.processes, laid
-
-
-def _is_legal(run: RunConfig, layout: Layout) -> bool:
-    try:
-        deepspeed_config(run.resolve(layout.processes, VOCAB))
-    except ConfigError:
-        return False
-    return True
-
-
 def drawn(run: RunConfig, number: int, seed: int) -> list[tuple[int, RunConfig]]:
     """Draw layouts, none twice as long as there are others."""
-    every = list(layouts(run))
+    every = list(laid_out(run, VOCAB))
     chance, found = random.Random(seed), []
     while len(found) < number:
         found += chance.sample(every, min(len(every), number - len(found)))
@@ -138,7 +114,7 @@ def test_a_moment_that_one_layout_does_not_load_is_seen(tmp_path):
 
 def test_every_kind_of_layout_is_drawn_from():
     """Nothing that the run file offers is left out by mistake."""
-    kinds = [run.parallel for _, run in layouts(run_config())]
+    kinds = [run.parallel for _, run in laid_out(run_config(), VOCAB)]
     for key, values in {
         "tensor": {1, 2, 4},
         "sequence": {False, True},

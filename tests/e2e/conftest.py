@@ -1,52 +1,14 @@
-"""A small corpus, tokenizer and run file, made by the commands that a user types."""
+"""What the whole runs share: the command line, a corpus, and a run that nothing happened to."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 from commands import command, environment
-
-RUN_TOML = """
-[run]
-processes = 2
-[model]
-family = "llama"
-num_layers = 2
-hidden_size = 64
-num_attention_heads = 4
-num_query_groups = 2
-max_sequence_length = 64
-[data]
-train = "shards/train"
-tokenizer = "tokenizer.model"
-sequence_length = 64
-[data.heldout]
-topics = "shards/heldout"
-[parallel]
-tensor = 2
-[train]
-steps = 16
-global_batch = 8
-micro_batch = 4
-dtype = "fp32"
-[optimizer]
-lr = 3e-3
-[schedule]
-kind = "constant"
-warmup_steps = 4
-[evaluate]
-every_steps = 8
-max_tokens = 2000
-[checkpoint]
-every_steps = 4
-[meter]
-watts = 100
-"""
+from small_corpus import make_corpus
 
 
 @pytest.fixture(scope="session")
@@ -62,27 +24,9 @@ def basestone() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory, basestone) -> Path:
+def corpus(tmp_path_factory) -> Path:
     """A folder with shards/, tokenizer.model and run.toml."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": text}) for _, text in sorted(topics.items())]
-    (folder / "topics.jsonl").write_text("\n".join(lines))
-    for arguments in (
-        ("prepare", folder / "topics.jsonl", "--out", folder / "shards", "--heldout-fraction", "0.1"),
-        (
-            "tokenizer",
-            "train",
-            folder / "shards/train",
-            "--out",
-            folder / "tokenizer.model",
-            "--vocab-size",
-            "512",
-        ),
-    ):
-        done = basestone(*arguments)
-        assert done.returncode == 0, done.stderr
-    (folder / "run.toml").write_text(RUN_TOML)
-    return folder
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
