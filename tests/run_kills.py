@@ -61,7 +61,7 @@ def one_run(folder: Path, chance: random.Random) -> Record:
 def _fault(chance: random.Random, size: int) -> whole_run.Fault:
     """Kill one rank or all of them: some time after the start, or after the beginning of a step."""
     ranks = chance.choice([(chance.randrange(size),), tuple(range(size))])
-    step = chance.randint(0, 5)
+    step = chance.randint(0, 3)
     delays_s = [chance.uniform(0.1, 1.0) if step == 0 else chance.uniform(0.0, 0.2)] * size
     delays_s = [seconds + chance.uniform(0.0, 0.01) for seconds in delays_s]
 
