@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import whole_run
-from commands import losses_of
+from commands import steps_of
 from legal_layouts import laid_out
 from small_corpus import make_corpus
 
@@ -52,7 +52,7 @@ def one_run(folder: Path, chance: random.Random) -> Record:
         through = _attempt(folder, run_dir, layout, (*kept, saves), fault, record)
         layout = chance.choice(layouts) if reshaped else layout
     if through:
-        record["problems"] = _differences(losses_of(run_dir), expected, 1e-5 if reshaped else 0.0)
+        record["problems"] = _differences(_curve(run_dir), expected, 1e-5 if reshaped else 0.0)
     if not record["problems"]:
         shutil.rmtree(run_dir)
     return record
@@ -117,14 +117,18 @@ def _attempt(
     return through
 
 
-def _differences(losses: list[float], expected: list[float], tolerance: float) -> list[str]:
-    if len(losses) != len(expected):
-        return [f"{len(losses)} steps, not {len(expected)}"]
-    pairs = enumerate(zip(losses, expected, strict=True), start=1)
+def _curve(run_dir: Path) -> list[list[float]]:
+    """Give loss and gradient norm of every step."""
+    return [[record["loss"], record["grad_norm"]] for _, record in sorted(steps_of(run_dir).items())]
+
+
+def _differences(curve: list[list[float]], expected: list[list[float]], tolerance: float) -> list[str]:
+    if len(curve) != len(expected):
+        return [f"{len(curve)} steps, not {len(expected)}"]
     return [
-        f"step {step}: loss {found}, and {loss} in a run that nothing happened to"
-        for step, (found, loss) in pairs
-        if not abs(found - loss) <= tolerance * abs(loss)
+        f"step {step}: loss and norm {found}, and {known} in a run that nothing happened to"
+        for step, (found, known) in enumerate(zip(curve, expected, strict=True), start=1)
+        if any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(found, known, strict=True))
     ]
 
 
@@ -154,15 +158,15 @@ def _toml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _reference(folder: Path, layout: Layout) -> list[float]:
-    """Give the losses of a run that nothing happens to; each layout's is made once."""
+def _reference(folder: Path, layout: Layout) -> list[list[float]]:
+    """Give the curve of a run that nothing happens to; each layout's is made once."""
     file, name = folder / "references.json", json.dumps(layout)
     known = json.loads(file.read_text()) if file.exists() else {}
     if name not in known:
         run_dir = folder / "reference"
         shutil.rmtree(run_dir, ignore_errors=True)
         _train(folder, run_dir, layout)
-        known[name] = losses_of(run_dir)
+        known[name] = _curve(run_dir)
         shutil.rmtree(run_dir)
         write_atomic(file, json.dumps(known).encode())
     return known[name]
