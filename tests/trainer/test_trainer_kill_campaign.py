@@ -37,6 +37,13 @@ def records(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_campaign_that_is_killed_itself_goes_on_and_finds_nothing_wrong(tmp_path):
     arguments = ("--storage", 15, "--runs", 0)
     first = start(tmp_path, *arguments)
