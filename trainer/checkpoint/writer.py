@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 from ...data.storage import sync_directory, write_atomic
 from ..errors import CheckpointError
 from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, STATE
+
+LARGE_BYTES = 1 << 20  # below, a thread costs more than it gains
 
 
 @dataclass
@@ -26,14 +29,30 @@ class RankWriter:
 
     def __enter__(self) -> RankWriter:
         self._file: BinaryIO = open(self.path, "xb")
+        self._hasher = ThreadPoolExecutor(1, "hash")  # its thread starts with the first large write
         self._hash = hashlib.sha256()
         self._in_block = 0
         return self
 
     def write(self, data: memoryview) -> None:
-        """Append bytes."""
+        """Append bytes; large ones are hashed while they are written."""
+        if len(data) < LARGE_BYTES:
+            self._add(data)
+            self._write(data)
+            return
+        hashed = self._hasher.submit(self._add, data)
+        try:
+            self._write(data)
+        finally:
+            hashed.result()  # whoever called may change the bytes then
+
+    def _write(self, data: memoryview) -> None:
         self._file.write(data)
+        # The disk begins now, not at the fsync, and pages that are written out make room for those of the data.
+        os.posix_fadvise(self._file.fileno(), self.written, len(data), os.POSIX_FADV_DONTNEED)
         self.written += len(data)
+
+    def _add(self, data: memoryview) -> None:
         while len(data):
             part = data[: BLOCK_BYTES - self._in_block]
             self._hash.update(part)
@@ -44,9 +63,6 @@ class RankWriter:
 
     def _close_block(self) -> None:
         self.blocks.append(self._hash.hexdigest())
-        # The disk begins now, not at the fsync, and pages that are written out make room for those of the data.
-        start = (len(self.blocks) - 1) * BLOCK_BYTES
-        os.posix_fadvise(self._file.fileno(), start, BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
         self._hash, self._in_block = hashlib.sha256(), 0
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -57,6 +73,7 @@ class RankWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
+            self._hasher.shutdown()
             self._file.close()
 
 
