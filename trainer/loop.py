@@ -6,10 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import DataError
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
@@ -19,7 +20,16 @@ from .checkpoint.saver import Saver
 from .config import ResolvedRun
 from .console import RunConsole
 from .engine import Engine
-from .errors import EXIT_STOPPED, EXIT_USER, ConfigError, NumericsError, Stopped, exit_code_of, message_of
+from .errors import (
+    EXIT_STOPPED,
+    EXIT_USER,
+    CheckpointError,
+    ConfigError,
+    NumericsError,
+    Stopped,
+    exit_code_of,
+    message_of,
+)
 from .evaluate import HeldOut
 from .feed import Feed
 from .load import fixed_differences
@@ -201,7 +211,7 @@ class Trainer:
         try:
             figures = self._training_step.run(self.step, (self._stop_signals > 0, *self._saving.flags()))
         except NumericsError as error:  # on every rank
-            self._saving.finish()
+            self._end_save()
             steps = sorted(self._saver.directory.glob("step_*"))
             newest = steps[-1].name if steps else "none yet"
             raise NumericsError(
@@ -215,11 +225,21 @@ class Trainer:
         self._meters.phase("optimizer", figures.optimizer_s)
         self._meters.step(figures.num_tokens)
         self._tokens += figures.num_tokens
-        for item in self._feed.add_counts(figures.data_counts):
+        try:
+            news = self._feed.add_counts(figures.data_counts)
+        except DataError:  # on every rank: too much in quarantine
+            self._end_save()
+            raise
+        for item in news:
             if self._directory is not None:
                 self._directory.quarantine({"step": self.step + 1, **item})
                 self._console.say(f"passed over {item['bytes']} bytes of {item['source']}: {item['problem']}")
         return figures
+
+    def _end_save(self) -> None:
+        """See a save in flight through before an error of all ranks; its own failure would hide that one."""
+        with suppress(CheckpointError):
+            self._saving.finish()
 
     # ---- between steps --------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from basestone.trainer import engine, evaluate, feed, saving
 from basestone.trainer.checkpoint import reader, saver, share, writer
 from basestone.trainer.checkpoint.format import steps_in
 from basestone.trainer.checkpoint.reader import Reader
-from basestone.trainer.errors import CheckpointError, ConfigError, Stopped
+from basestone.trainer.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from basestone.trainer.forks import RankDied
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -300,3 +300,25 @@ def test_resume_mismatch(tmp_path, corpus):
     ):
         assert sum(word in line for line in lines) == 1, word
     assert len(lines) == 7 and not other.exists()
+
+
+def test_numbers_that_are_not_finite_let_the_save_end(tmp_path, corpus):
+    """The loss of step 5 is not finite while the save of step 4 is being written: it is there afterwards."""
+    run_dir = tmp_path / "run"
+
+    def install(rank: int) -> None:
+        real, calls = engine.Engine.forward_backward, [0]
+
+        def forward_backward(self: Any, *more: Any) -> Any:
+            calls[0] += 1
+            return real(self, *more) * (float("nan") if calls[0] == 5 else 1.0)
+
+        engine.Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+        if rank == 1:
+            before(share.Share, "write", slow(1.5), 2)
+
+    with pytest.raises(
+        NumericsError, match=r"step 5: the loss is not finite .*newest checkpoint: step_00000004"
+    ):
+        train(corpus, run_dir, fault=install)
+    assert saved(run_dir) == [4, 2]
