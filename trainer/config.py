@@ -156,6 +156,15 @@ class RunConfig(Section):
                 f"parallel.sequence = true needs data.sequence_length = {self.data.sequence_length} to be a "
                 f"multiple of parallel.tensor = {parallel.tensor}"
             )
+        saves, evaluations = self.checkpoint, self.evaluate.every_steps
+        if saves.keep_best and not (
+            self.data.heldout and evaluations and saves.every_steps and saves.every_steps % evaluations == 0
+        ):
+            problems.append(
+                f"checkpoint.keep_best = {saves.keep_best} needs a held-out loss at every save: data.heldout, "
+                f"checkpoint.every_steps and evaluate.every_steps that divides it, got {saves.every_steps} and "
+                f"{evaluations}"
+            )
         if parallel.zero == 0 and self.train.dtype != "fp32":
             problems.append(
                 f"parallel.zero = 0 accumulates {self.train.dtype} gradients without fp32 masters; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,9 @@ from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
 from .saving import Saving
 from .step import StepFigures, TrainingStep
+
+# What a checkpoint's state must have before it is compared.
+STATE_FIELDS = ("step", "tokens", "optimizer_steps", "data", "run", "tokenizer_sha256", "ledger")
 
 
 class Trainer:
@@ -88,7 +92,12 @@ class Trainer:
         )
         self._feed = Feed(resolved, self._places, runtime)
         restorer = Restorer(run_dir, table, runtime, self._engine.state, section.remote)
+        self._own_id = runtime.broadcast(self._directory.run_id if self._directory is not None else None)
+        self._resumes_from_elsewhere = resume is not None
         state = restorer.restore(self._differences, resume)
+        known = state if state is not None and resume is None else {}
+        self._run_id = self._own_id or known.get("run_id") or uuid.uuid4().hex
+        self._gone_back_to = restorer.gone_back_to or (state or {}).get("gone_back_to")
         init_from = resolved.run.train.init_from if state is None else None
         begun_with = restorer.begin_with(init_from) if init_from else None
         self.step = int(state["step"]) if state else 0
@@ -124,6 +133,7 @@ class Trainer:
         copy = directory.path / "tokenizer.model"
         if not copy.exists():
             write_atomic(copy, Tokenizer(self._places.tokenizer).content)
+        directory.identify(self._run_id)
         self._recorder.write_config(self._resolved, self._versions)
         directory.mark(None)
         event = "resume" if state else "start"
@@ -144,7 +154,15 @@ class Trainer:
 
     def _differences(self, state: dict[str, Any]) -> list[str]:
         """List what makes a checkpoint that of another model, tokenizer or dataset."""
-        differences = fixed_differences(state["run"], self._resolved.run.model_dump(mode="json"))
+        if missing := [name for name in STATE_FIELDS if name not in state]:
+            return [f"state.json has no {', '.join(missing)}: no run wrote it"]
+        differences = []
+        known = not self._resumes_from_elsewhere and self._own_id and state.get("run_id")
+        if known and known != self._own_id:
+            differences.append(
+                "checkpoint.remote: holds the copies of another run; give every run a place of its own"
+            )
+        differences += fixed_differences(state["run"], self._resolved.run.model_dump(mode="json"))
         # Its path may move; the tokenizer is known by its content.
         differences = [line for line in differences if not line.startswith("data.tokenizer:")]
         if state["tokenizer_sha256"] != self._tokenizer_sha256:
@@ -194,8 +212,8 @@ class Trainer:
                     self._log(figures)
                 if stop:  # before an evaluation: whoever asked may not wait for it
                     self._save("stop", wait=True)
-                if _is_due(self.step, run.evaluate.every_steps):
-                    self._evaluate()
+                if _is_due(self.step, run.evaluate.every_steps) or (done and not stop):
+                    self._evaluate()  # before the save, which tells by it which checkpoint is best
                     evaluated = self.step
                 if saving and not stop:
                     self._save("save", wait=done)
@@ -277,6 +295,8 @@ class Trainer:
             "optimizer_steps": self._engine.state.steps,
             "loss_scale": self._engine.state.loss_scale,
             "heldout": self._heldout_losses,
+            "run_id": self._run_id,
+            "gone_back_to": self._gone_back_to,
             "data": self._feed.state(),
             "run": self._resolved.run.model_dump(mode="json"),
             "tokenizer_sha256": self._tokenizer_sha256,

@@ -1,6 +1,6 @@
 """The run directory: its lock, its records, and the ledger that outlives every checkpoint. Imports no torch.
 
-RUN/  run.toml  metrics.jsonl  events.jsonl  ledger.json  tokenizer.model  lock  latest
+RUN/  run.toml  run_id  metrics.jsonl  events.jsonl  ledger.json  tokenizer.model  lock  latest
       COMPLETE | RESUME | FAILED   checkpoints/   logs/   tensorboard/
 """
 
@@ -31,6 +31,7 @@ FILES = (
     "quarantine.jsonl",
     "ledger.json",
     "tokenizer.model",
+    "run_id",
     "latest",
     *MARKERS,
 )
@@ -138,6 +139,17 @@ class RunDirectory:
     def attempt(self) -> int:
         """Which start of this run this is, from 1."""
         return self.ledger.attempts
+
+    @property
+    def run_id(self) -> str | None:
+        """What tells this run from others, wherever its checkpoints are copied; None before its first start."""
+        path = self.path / "run_id"
+        return path.read_text().strip() or None if path.exists() else None
+
+    def identify(self, run_id: str) -> None:
+        """Write the run's identity, once."""
+        if self.run_id is None:
+            write_atomic(self.path / "run_id", f"{run_id}\n".encode())
 
     def metric(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -70,7 +70,7 @@ class Saving:
         Raises:
             CheckpointError: it failed, and was to be waited for or was one too many; on every rank.
         """
-        self._book(self._saver.finish(None if wait else self.longest_wait_s))
+        self._book(self._saver.finish(None if wait else self.longest_wait_s), last_word=not wait)
         self._begun_s = time.monotonic()
         if self._saver.in_flight is not None:
             self._tell(
@@ -79,7 +79,7 @@ class Saving:
             return
         self._overdue_told = False
         outcome = self._saver.begin(step, state, cause=cause, wait=wait)
-        self._book(outcome)
+        self._book(outcome, last_word=not wait)
         if wait and outcome is not None and outcome.problem:
             raise CheckpointError(f"the checkpoint of step {step} was not written: {outcome.problem}")
 
@@ -105,7 +105,8 @@ class Saving:
             if problem:
                 self._console.say(f"{shown(self._section.remote or '')}: {name} {problem}")
 
-    def _book(self, outcome: SaveOutcome | None) -> None:
+    def _book(self, outcome: SaveOutcome | None, *, last_word: bool = True) -> None:
+        """Record how a save ended; with `last_word` the run ends where it is one failure too many."""
         if outcome is None:
             return
         if outcome.path is not None:
@@ -115,7 +116,11 @@ class Saving:
                 self._directory.save_ledger(durable=True)
             return
         self._tell(outcome.step, "save_failed", f"was not written: {outcome.problem}")
-        if self._saver.failed_in_a_row >= self._section.max_failed_saves:
+        if (
+            outcome.hangs and not self._saver.asynchronous
+        ):  # its thread may wake, and read what an update writes
+            raise CheckpointError(f"the checkpoint of step {outcome.step} was not written: {outcome.problem}")
+        if last_word and self._saver.failed_in_a_row >= self._section.max_failed_saves:
             raise CheckpointError(
                 f"{self._saver.failed_in_a_row} saves in a row have failed (checkpoint.max_failed_saves), the last of "
                 f"step {outcome.step}: {outcome.problem}"

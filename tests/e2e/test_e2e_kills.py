@@ -138,6 +138,29 @@ def test_kill_in_rollback(tmp_path, corpus, reference, point):
     assert len([record for record in records if record["kind"] == "step" and record["step"] == 8]) == 2
 
 
+def test_a_command_with_resume_goes_on_when_it_is_given_again(tmp_path, corpus, reference):
+    """Back to step 2, stopped behind a save: the same command goes on, and not back again; another step is another."""
+    run_dir = tmp_path / "run"
+    train(corpus, run_dir, "checkpoint.keep_last=9")
+    back = run_dir / "checkpoints" / "step_00000002"
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            before(engine.Engine, "update", kill_self, 5)
+
+    assert killed(corpus, run_dir, "checkpoint.keep_last=9", resume=back, fault=prepare)
+    newest = steps_in(run_dir / "checkpoints")[0][0]
+    assert newest in (4, 6)
+    train(corpus, run_dir, "checkpoint.keep_last=9", resume=back)
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [2, newest]
+    assert losses_of(run_dir) == reference
+    train(corpus, run_dir, "checkpoint.keep_last=9", resume=run_dir / "checkpoints" / "step_00000004")
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [2, newest, 4]
+    assert losses_of(run_dir) == reference
+
+
 def kill_after(seconds: float) -> None:
     threading.Timer(seconds, kill_self).start()
 

@@ -16,11 +16,11 @@ from servers import S3Proxy, s3_endpoint, serving_s3
 from whole_run import before, kill_self, killed, train
 
 from basestone.trainer import engine
-from basestone.trainer.checkpoint import restorer
+from basestone.trainer.checkpoint import copier, restorer
 from basestone.trainer.checkpoint.format import steps_in
 from basestone.trainer.checkpoint.opening import steps_at
 from basestone.trainer.checkpoint.reader import Reader
-from basestone.trainer.errors import CheckpointError
+from basestone.trainer.errors import CheckpointError, ConfigError
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -99,6 +99,39 @@ def test_a_line_that_was_left_does_not_come_back_from_the_copies(tmp_path, corpu
     assert copies_at(place)[0] == 4
     train(corpus, run_dir, *words, "checkpoint.keep_last=9")
     assert losses_of(run_dir) == reference and copies_at(place)[0] == 8
+
+
+def test_later_copies_of_a_line_that_was_left_are_not_gone_on_from(tmp_path, corpus, reference, server):
+    """Killed before its first copy could set the later ones aside: the run's own checkpoints say where it is."""
+    run_dir, place = tmp_path / "run", "s3://runs/late"
+    words = [f"checkpoint.remote={place}", "checkpoint.keep_last=9"]
+    train(corpus, run_dir, *words)
+
+    def prepare(rank: int) -> None:
+        copier.copy_step = lambda *_: time.sleep(60)  # in reach, but slow
+        if rank == 0:
+            before(engine.Engine, "update", kill_self, 5)
+
+    assert killed(corpus, run_dir, *words, resume=run_dir / "checkpoints" / "step_00000002", fault=prepare)
+    (newest, _), *_ = steps_in(run_dir / "checkpoints")
+    assert newest in (4, 6) and copies_at(place)[0] == 8
+    train(corpus, run_dir, *words)
+    assert [event["step"] for event in events_of(run_dir, "resume")] == [2, newest]
+    assert losses_of(run_dir) == reference
+
+
+def test_copies_of_another_run_are_refused(tmp_path, corpus, server):
+    place = "checkpoint.remote=s3://runs/shared"
+    train(corpus, tmp_path / "one", place, "train.steps=4")
+    train(corpus, tmp_path / "two", "train.steps=6")
+    path = tmp_path / "two" / "checkpoints" / "step_00000004" / "rank_00000.bin"
+    for step in (2, 4, 6):
+        path = tmp_path / "two" / "checkpoints" / f"step_{step:08d}" / "rank_00000.bin"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(
+        ConfigError, match=r"holds the copies of another run; give every run a place of its own"
+    ):
+        train(corpus, tmp_path / "two", place)
 
 
 def wait_for_copy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,15 @@ from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from one_rank import TABLE, Run
 
-from basestone.trainer.checkpoint import share
+from basestone.trainer.checkpoint import saver, share
 from basestone.trainer.checkpoint.background import Background
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.saver import Saver
 from basestone.trainer.checkpoint.share import TENSORS
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
 from basestone.trainer.engine_state import EngineState
+from basestone.trainer.errors import CheckpointError
+from basestone.trainer.saving import Saving
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def test_both_ways_write_the_same_files(run, tmp_path):
 
 def test_the_copy_is_kept_and_is_the_ranks_share(run):
     elements = sum(row.numel for row in TABLE.values()) * len(TENSORS)
-    assert run.saver._staging.num_bytes == elements * 4
+    assert run.saver._staging._buffer.numel() == elements
     before = run.saver._staging._buffer.data_ptr()
     for step in (2, 4):
         begin(run, step)
@@ -134,10 +137,17 @@ def test_the_copy_is_kept_and_is_the_ranks_share(run):
 
 def test_a_background_that_never_ends_is_a_problem_in_time():
     stuck = threading.Event()
-    background = Background(stuck.wait)
-    assert background.wait(0.05) == (None, "has not ended after 0 s; is the storage well?")
+    background = Background(lambda moved: stuck.wait() and moved())
+    background.join(0.05)
+    assert background.running and background.end() == (
+        None,
+        "has not come further for 0 s; is the storage well?",
+    )
     stuck.set()
-    assert background.wait(30) == (True, None)
+    background.join(30)
+    assert background.end() == (None, "given up: the storage did not answer in time"), (
+        "it changes nothing any more"
+    )
 
 
 class Held:
@@ -194,3 +204,51 @@ def test_saves_keep_what_the_policy_says(tmp_path):
         for step in steps:
             run.save(step, heldout={"a": losses[step] - 0.5, "b": losses[step] + 0.5})
     assert run.steps == [35, 20, 15, 10]
+
+
+def test_a_commit_that_hung_and_wakes_changes_nothing(run, monkeypatch):
+    """It was given up, and a later save was committed: the late one neither takes its name nor prunes the later one."""
+    run.saver.limit_s = 0.2
+    go = hold(monkeypatch, saver, "index_of")
+    begin(run, 6)
+    assert run.saver.finish().hangs and run.saver.in_flight is None
+    monkeypatch.undo()
+    assert run.save(8).path == run.step(8)
+    go.set()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.daemon:
+            thread.join(5)
+    assert run.steps == [8] and (run.path / "latest").read_text() == "step_00000008\n"
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_00000008"]
+
+
+def test_a_save_that_comes_further_is_not_given_up(run, monkeypatch):
+    run.saver.limit_s = 0.3
+    real = share.RankWriter.write
+
+    def slowly(self: Any, data: memoryview) -> None:
+        time.sleep(0.1)
+        real(self, data)
+
+    monkeypatch.setattr(share.RankWriter, "write", slowly)
+    assert run.save(2).path == run.step(2)  # six pieces, 0.6 s
+
+
+def test_the_last_save_is_tried_whatever_came_before(tmp_path, monkeypatch):
+    run = Run(tmp_path, asynchronous=True, max_failed_saves=1)
+    console = SimpleNamespace(say=lambda _: None)
+    saving = Saving(run.saver, None, run.saver._section, None, console)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(share.Share, "write", lambda *_: 1 / 0)
+        saving.save(2, {"step": 2})
+        while run.saver.working:
+            pass
+    run.state.set(4)
+    saving.save(4, {"step": 4}, wait=True)
+    assert run.steps == [4]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match="rank 0: division"),
+    ):
+        patch.setattr(share.Share, "write", lambda *_: 1 / 0)
+        saving.save(6, {"step": 6}, wait=True)

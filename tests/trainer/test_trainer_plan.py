@@ -169,6 +169,8 @@ def test_the_plan_says_what_saves_need_and_keep():
         "checkpoint__every_minutes": 2.5,
         "checkpoint__keep_every_steps": 1000,
         "checkpoint__keep_best": 2,
+        "data__heldout": {"a": "/a"},
+        "evaluate__every_steps": 25,
         "checkpoint__rollback_steps": 100,
         "checkpoint__remote": "s3://user:secret@bucket/run?token=1",
     }

@@ -18,19 +18,26 @@ class Background(Generic[Result]):
     A rank that raised where others wait for it would leave them waiting.
     """
 
-    def __init__(self, work: Callable[[], Result]) -> None:
-        """Start."""
-        self._started_s = time.monotonic()
+    def __init__(self, work: Callable[[Callable[[], None]], Result]) -> None:
+        """Start; `work` calls the function that it is given whenever it has come further."""
+        self._moved_s = time.monotonic()
         self._result: Result | None = None
         self._problem: str | None = None
+        self._abandoned = False
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
 
-    def _run(self, work: Callable[[], Result]) -> None:
+    def _run(self, work: Callable[[Callable[[], None]], Result]) -> None:
         try:
-            self._result = work()
+            self._result = work(self._move)
         except Exception as error:
             self._problem = message_of(error) or type(error).__name__
+
+    def _move(self) -> None:
+        """Note progress, and end work that nobody waits for any more."""
+        if self._abandoned:
+            raise TimeoutError("given up: the storage did not answer in time")
+        self._moved_s = time.monotonic()
 
     @property
     def running(self) -> bool:
@@ -38,13 +45,17 @@ class Background(Generic[Result]):
         return self._thread.is_alive()
 
     @property
-    def running_s(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._started_s
+    def still_s(self) -> float:
+        """Seconds since it last came further."""
+        return time.monotonic() - self._moved_s
 
-    def wait(self, limit_s: float) -> tuple[Result | None, str | None]:
-        """Wait until `limit_s` after the start; give (result, problem), of which one is None."""
-        self._thread.join(max(0.0, limit_s - self.running_s))
+    def join(self, seconds: float) -> None:
+        """Wait for its end, but not longer."""
+        self._thread.join(seconds)
+
+    def end(self) -> tuple[Result | None, str | None]:
+        """Give (result, problem), of which one is None; work that has not ended is abandoned, and changes no more."""
         if self.running:
-            return None, f"has not ended after {self.running_s:.0f} s; is the storage well?"
+            self._abandoned = True
+            return None, f"has not come further for {self.still_s:.0f} s; is the storage well?"
         return self._result, self._problem

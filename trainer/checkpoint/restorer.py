@@ -16,11 +16,11 @@ from ...model.layout import Parameter
 from ..engine_state import MASTER, STATE_KEYS, EngineState
 from ..errors import BasestoneError, CheckpointError, ConfigError
 from ..runtime import Runtime
-from .format import steps_in
-from .opening import CHECKPOINTS, open_checkpoint, steps_at
-from .places import directory_at
+from .format import MANIFEST, steps_in
+from .opening import CHECKPOINTS, newest_good, steps_at
+from .places import directory_at, local_path
 from .reader import Reader
-from .tensors import CheckpointTensors
+from .tensors import CheckpointTensors, model_problem
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class Restorer:
         remote: str | None = None,
     ) -> None:
         """Take where checkpoints lie, and copies of them, and what to load them into."""
-        self.directory, self._remote = run_dir / CHECKPOINTS, remote
+        self._run_dir, self.directory, self._remote = run_dir, run_dir / CHECKPOINTS, remote
         self.origin = ""  # the step directory that was loaded, for messages
+        self.gone_back_to: str | None = None  # what --resume named, where the run went back to it
         self._table, self._runtime, self._engine_state = table, runtime, engine_state
 
     def restore(
@@ -54,9 +55,11 @@ class Restorer:
             ConfigError: `explicit` is neither, or the checkpoint belongs to another run: every difference at once.
             CheckpointError: there are checkpoints, but none is good. A run never starts over silently.
         """
-        candidates = self._runtime.broadcast(self._candidates(explicit) if self._runtime.rank == 0 else None)
-        if isinstance(candidates, BasestoneError):
-            raise candidates
+        found = self._runtime.broadcast(self._candidates(explicit) if self._runtime.rank == 0 else None)
+        if isinstance(found, BasestoneError):
+            raise found
+        candidates, self.gone_back_to = found
+        explicit = self.gone_back_to and explicit
         problems = []
         for place in candidates:
             outcome = self._try(place, differences)
@@ -68,22 +71,47 @@ class Restorer:
         if problems and explicit is not None:
             raise CheckpointError(f"--resume {shown(explicit)}: is not good:\n  " + "\n  ".join(problems))
         if problems:
+            copies = f" and {shown(self._remote)}" if self._remote is not None else ""
             raise CheckpointError(
                 "no checkpoint is good, and a run with checkpoints does not start over by itself:\n  "
                 + "\n  ".join(problems)
-                + f"\nmove {self.directory} away to start over"
+                + f"\nmove {self.directory}{copies} away to start over"
             )
         return None
 
-    def _candidates(self, explicit: str | None) -> list[str] | BasestoneError:
-        """List the step directories to try, in this order; or give what forbids it, on rank 0."""
+    def _candidates(self, explicit: str | None) -> tuple[list[str], str | None] | BasestoneError:
+        """List the step directories to try, in this order, and where the run goes back to; or give what forbids it."""
+        named = None if explicit is None else _absolute(explicit)
         try:
-            return self._here_and_there() if explicit is None else self._of(explicit)
+            if explicit is None or self._has_gone_back_to(named):
+                return self._here_and_there(), None
+            return self._of(explicit), named
         except BasestoneError as error:
             return error
 
+    def _has_gone_back_to(self, named: str | None) -> bool:
+        """Tell whether the run's newest checkpoint comes from a start that went back to this place.
+
+        A command that is given again, by a scheduler say, goes on then; it must not throw its own work away.
+        """
+        try:
+            state = newest_good(self._run_dir, attempts=1).state()
+        except (OSError, CheckpointError):
+            return False
+        if state.get("gone_back_to") != named:
+            return False
+        log.warning(
+            "--resume %s: the run went back there before, and goes on from step %s; to go back again remove the later "
+            "checkpoints",
+            *(shown(named or ""), state.get("step")),
+        )
+        return True
+
     def _here_and_there(self) -> list[str]:
-        """List the run's own checkpoints and their copies, newest first; of a step the own one comes first."""
+        """List the run's own checkpoints and their copies, newest first; of a step the own one comes first.
+
+        Copies of later steps than the own ones are of a line that was left, before its copies could be set aside.
+        """
         own = [(step, str(path)) for step, path in steps_in(self.directory)]
         try:
             copies = steps_at(join(self._remote, CHECKPOINTS)) if self._remote is not None else []
@@ -92,6 +120,8 @@ class Restorer:
                 raise
             log.warning("checkpoint.remote: %s; going by the run directory alone", error)
             copies = []
+        if own:
+            copies = [(step, place) for step, place in copies if step <= own[0][0]]
         return [place for _, place in sorted([*own, *copies], key=lambda row: -row[0])]
 
     def _of(self, explicit: str) -> list[str]:
@@ -101,25 +131,24 @@ class Restorer:
             raise ConfigError(
                 f"--resume {shown(explicit)}: there is no such directory; name a step directory or a run directory"
             )
-        if CHECKPOINTS not in sizes:
+        if MANIFEST in sizes:
             return [explicit]
-        if steps := steps_at(join(explicit, CHECKPOINTS)):
+        if steps := steps_at(join(explicit, CHECKPOINTS) if CHECKPOINTS in sizes else explicit):
             return [place for _, place in steps]
-        raise ConfigError(
-            f"--resume {shown(explicit)}: the run directory holds no checkpoint; leave --resume out to start it"
-        )
+        if CHECKPOINTS in sizes:
+            raise ConfigError(
+                f"--resume {shown(explicit)}: the run directory holds no checkpoint; leave --resume out to start it"
+            )
+        return [explicit]
 
     def _try(self, place: str, differences: Callable[[dict[str, Any]], list[str]]) -> dict[str, Any] | str:
         """Load one checkpoint on all ranks: its state, or what is wrong with it, the same on every rank."""
-        problem, state = None, {}
-        try:
-            reader = Reader(place)
-            state = reader.state()
-        except (OSError, CheckpointError) as error:
-            problem = str(error)
-        if found := next(filter(None, self._runtime.gather_all(problem)), None):
-            return found
-        if others := [*differences(state), *self._optimizer_differences(reader)]:
+        problem, reader = self._open(place)
+        if problem is not None:
+            return problem
+        state = reader.state()
+        others = self._optimizer_differences(reader)  # an imported checkpoint has no more to compare
+        if others := [*others, *([] if reader.index.tensors == [MASTER] else differences(state))]:
             raise ConfigError(
                 "the checkpoint belongs to another run:\n  "
                 + "\n  ".join(others)
@@ -152,20 +181,36 @@ class Restorer:
             The step directory, for messages.
 
         Raises:
-            ConfigError: it holds no good checkpoint of this model, on every rank.
+            ConfigError: it is not there, or holds no good checkpoint of this model, on every rank.
         """
+        candidates = self._runtime.broadcast(self._begun_from(place) if self._runtime.rank == 0 else None)
+        problems = [] if isinstance(candidates, list) else [str(candidates)]
+        for candidate in candidates if isinstance(candidates, list) else ():
+            problem, reader = self._open(candidate)
+            if problem is None and (other := model_problem(reader, self._table)):
+                raise ConfigError(f"train.init_from: {other}")
+            problem = problem or self._load(reader, MASTER)
+            if problem is None:
+                self._engine_state.refresh()
+                return reader.at()
+            problems.append(problem)
+        raise ConfigError(f"train.init_from = {shown(place)}: " + "\n  ".join(problems))
+
+    def _begun_from(self, place: str) -> list[str] | str:
+        try:
+            return self._of(place)
+        except BasestoneError as error:
+            return str(error).partition(": ")[2]
+
+    def _open(self, place: str) -> tuple[str | None, Reader]:
+        """Open a checkpoint on every rank; give what is wrong with it on any, the same on every rank."""
         problem, reader = None, None
         try:
-            reader = open_checkpoint(place)
+            reader = Reader(place)
+            reader.state()
         except (OSError, CheckpointError) as error:
             problem = str(error)
-        found = next(filter(None, self._runtime.gather_all(problem)), None)
-        if reader is not None and not found:
-            found = self._load(reader, MASTER)
-        if found or reader is None:
-            raise ConfigError(f"train.init_from: {found}")
-        self._engine_state.refresh()
-        return reader.at()
+        return next(filter(None, self._runtime.gather_all(problem)), None), reader  # type: ignore[return-value]
 
     def _load(self, reader: Reader, *keys: str) -> str | None:
         """Fill this rank's tensors; give what is wrong with the checkpoint on any rank, the same on every rank."""
@@ -185,3 +230,9 @@ class Restorer:
                 tensors.fill(key, fragment.name, host, runtime.tp_rank, runtime.tp_size, fragment.start)
                 if host is not target:
                     target.copy_(host)
+
+
+def _absolute(place: str) -> str:
+    """Give a place by which it is known again from another working directory."""
+    path = local_path(place)
+    return place if path is None else str(path.resolve())

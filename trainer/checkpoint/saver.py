@@ -24,7 +24,7 @@ from ...data.storage import write_atomic
 from ...model.layout import Parameter
 from ..engine_state import EngineState
 from ..errors import CheckpointError, ConfigError, message_of
-from ..runtime import TIMEOUT, Runtime
+from ..runtime import Runtime
 from ..sections import CheckpointSection
 from .background import Background
 from .copier import Copier
@@ -37,7 +37,8 @@ from .writer import commit, remove
 
 log = logging.getLogger(__name__)
 SPARE_BYTES = 64 << 20  # left on the disk for the run's other files
-LIMIT_S = TIMEOUT.total_seconds() - 300  # ends before the groups in which the other ranks wait
+LIMIT_S = 1500.0  # a thread that comes no further for so long hangs
+POLL_S = 30.0  # ranks that wait for each other meet so often: far within the timeout of their group
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SaveOutcome:
     cause: str
     path: Path | None
     problem: str | None
+    hangs: bool  # the problem is storage that does not answer
     blocked_s: float  # that training waited
     total_s: float
 
@@ -63,6 +65,7 @@ class _Flight:
     started_s: float
     work: Background[Any]
     committing: bool = False
+    hangs: bool = False
     blocked_s: float = 0.0
 
 
@@ -98,6 +101,7 @@ class Saver:
         if runtime.rank == 0:
             self._clean()
         self._losses: dict[int, float | None] = {}  # of the checkpoints that are there
+        self._newest = -1  # step that this attempt has committed
         self.failed_in_a_row = 0
         self.limit_s = LIMIT_S
         problem = self._space_problem() if runtime.rank == 0 else None
@@ -112,6 +116,11 @@ class Saver:
         if self._flight is None:
             return None
         return self._flight.step, time.perf_counter() - self._flight.started_s
+
+    @property
+    def asynchronous(self) -> bool:
+        """Tell whether saves are written from a copy."""
+        return self._staging is not None
 
     @property
     def working(self) -> bool:
@@ -142,9 +151,10 @@ class Saver:
         """
         assert self._flight is None, "one save at a time"
         started_s = time.perf_counter()
+        self._newest = min(self._newest, step)  # an earlier step than before: the run went back
         prepared = self._runtime.broadcast(self._prepare(step) if self._runtime.rank == 0 else None)
         if isinstance(prepared, str):
-            return self._ended(SaveOutcome(step, cause, None, prepared, 0.0, 0.0))
+            return self._ended(SaveOutcome(step, cause, None, prepared, False, 0.0, 0.0))
         path = prepared / f"rank_{self._runtime.rank:05d}.bin"
         wait = wait or self._staging is None
         work = self._writing(path, None if wait else self._staging)
@@ -154,14 +164,14 @@ class Saver:
         self._flight.blocked_s = time.perf_counter() - started_s
         return None
 
-    def _writing(self, path: Path, staging: Staging | None) -> Callable[[], dict[str, Any]]:
+    def _writing(self, path: Path, staging: Staging | None) -> Callable[[Callable[[], None]], dict[str, Any]]:
         runtime, share = self._runtime, self._share
         copy = staging.begin() if staging is not None else share.fragments
 
-        def write() -> dict[str, Any]:
+        def write(moved: Callable[[], None]) -> dict[str, Any]:
             if not runtime.on_cpu:
                 torch.cuda.set_device(runtime.device)  # a thread begins on the first one
-            return {**share.write(path, copy()), "tp_rank": runtime.tp_rank, "tp_size": runtime.tp_size}
+            return {**share.write(path, copy(), moved), "tp_rank": runtime.tp_rank, "tp_size": runtime.tp_size}
 
         return write
 
@@ -182,39 +192,51 @@ class Saver:
         """Wait until the save in flight has ended, if there is one; every rank calls this.
 
         Args:
-            wait_s: leave it in flight where a part of it takes longer; by default one that never ends has failed.
+            wait_s: leave it in flight where a part of it takes longer; by default only one that comes no further is
+                given up.
         """
         if (flight := self._flight) is None:
             return None
-        waited_s = time.perf_counter()
-        if not flight.committing and (wait_s is None or self._all_end(flight, wait_s)):
+        waited_s, outcome = time.perf_counter(), None
+        if not flight.committing and self._all_end(flight, wait_s):
             self._begin_commit(flight)
-        outcome = None
-        if flight.committing and (wait_s is None or self._all_end(flight, wait_s)):
+        if flight.committing and self._all_end(flight, wait_s):
             outcome = self._end_commit(flight)
         if outcome is not None:
             return replace(outcome, blocked_s=outcome.blocked_s + time.perf_counter() - waited_s)
         flight.blocked_s += time.perf_counter() - waited_s
         return None
 
-    def _all_end(self, flight: _Flight, wait_s: float) -> bool:
-        """Wait for the threads of all ranks, but not longer; tell whether they have ended."""
-        flight.work.wait(flight.work.running_s + wait_s)
-        return not any(self._runtime.gather_all(flight.work.running))
+    def _all_end(self, flight: _Flight, wait_s: float | None) -> bool:
+        """Wait until every rank's thread has ended or hangs, but not longer; tell whether it is so."""
+        started_s = time.monotonic()
+        while True:
+            left_s = POLL_S if wait_s is None else started_s + wait_s - time.monotonic()
+            flight.work.join(max(0.0, min(POLL_S, self.limit_s, left_s)))
+            over = wait_s is not None and time.monotonic() - started_s >= wait_s
+            hangs = flight.work.running and flight.work.still_s > self.limit_s
+            states = self._runtime.gather_all((flight.work.running and not hangs, hangs, over))
+            flight.hangs |= any(hangs for _, hangs, _ in states)
+            if not any(works for works, _, _ in states):
+                return True
+            if states[0][2]:  # rank 0's clock decides for all
+                return False
 
     def _begin_commit(self, flight: _Flight) -> None:
-        report, problem = flight.work.wait(self.limit_s)
+        report, problem = flight.work.end()
         reports = self._runtime.gather(f"rank {self._runtime.rank}: {problem}" if problem else report)
-        work = functools.partial(self._commit, flight, reports) if reports else lambda: None
+        work = functools.partial(self._commit, flight, reports) if reports else lambda _: None
         flight.work, flight.committing = Background(work), True
 
     def _end_commit(self, flight: _Flight) -> SaveOutcome:
-        _, problem = flight.work.wait(self.limit_s)
+        _, problem = flight.work.end()
         problem = self._runtime.broadcast(problem)
         self._flight = None
         path = None if problem else self.directory / step_name(flight.step)
         total_s = time.perf_counter() - flight.started_s
-        return self._ended(SaveOutcome(flight.step, flight.cause, path, problem, flight.blocked_s, total_s))
+        return self._ended(
+            SaveOutcome(flight.step, flight.cause, path, problem, flight.hangs, flight.blocked_s, total_s)
+        )
 
     def _ended(self, outcome: SaveOutcome) -> SaveOutcome:
         self.failed_in_a_row = self.failed_in_a_row + 1 if outcome.problem else 0
@@ -245,8 +267,11 @@ class Saver:
             "some, lower checkpoint.keep_last, or choose another run directory"
         )
 
-    def _commit(self, flight: _Flight, reports: list[Any]) -> None:
-        """Give the directory its name, then remove what is no longer kept."""
+    def _commit(self, flight: _Flight, reports: list[Any], moved: Callable[[], None]) -> None:
+        """Give the directory its name, then remove what is no longer kept.
+
+        Storage that hung and wakes finds itself given up by `moved`: later saves may have been committed meanwhile.
+        """
         final = self.directory / step_name(flight.step)
         try:
             if failed := [report for report in reports if isinstance(report, str)]:
@@ -255,14 +280,17 @@ class Saver:
                 if final.name in self._copied:
                     raise CheckpointError(f"{final}: is of a line that was left, and still being copied")
                 remove([final])
-            commit(flight.temporary, final, index_of(self._table, TENSORS, reports), flight.state)
+            commit(flight.temporary, final, index_of(self._table, TENSORS, reports), flight.state, moved)
         except Exception:
             shutil.rmtree(flight.temporary, ignore_errors=True)
             raise
+        moved()
+        self._newest = max(self._newest, flight.step)
         self._hint(final)
         if self._copier is not None:
             self._copier.offer(final)
-        self._prune(flight.step, heldout_loss(flight.state))
+        self._losses[flight.step] = heldout_loss(flight.state)
+        self._prune()
 
     def _hint(self, final: Path) -> None:
         """Write `latest`, by which nothing is decided: a failure costs the hint, not the checkpoint."""
@@ -271,7 +299,7 @@ class Saver:
         except OSError as error:
             log.warning("latest was not written: %s", message_of(error))
 
-    def _prune(self, saved: int, loss: float | None) -> None:
+    def _prune(self) -> None:
         """Remove what is not kept; a failure costs space, not the checkpoint.
 
         Later steps are damaged, or of a line that was left: a resume must not go on from them, and they must not push
@@ -279,8 +307,8 @@ class Saver:
         """
         try:
             steps = dict(steps_in(self.directory))
-            self._losses = {step: self._loss_of(step, path) for step, path in steps.items()} | {saved: loss}
-            stay = kept([StepFacts(*row) for row in self._losses.items()], self._section, saved)
+            self._losses = {step: self._loss_of(step, path) for step, path in steps.items()}
+            stay = kept([StepFacts(*row) for row in self._losses.items()], self._section, self._newest)
             remove(path for step, path in steps.items() if step not in stay and path.name not in self._copied)
         except OSError as error:
             log.warning("old checkpoints were not removed: %s", message_of(error))

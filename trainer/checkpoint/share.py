@@ -37,8 +37,11 @@ class Share:
         if not self._idle:
             yield from (fragment for fragment in self._state.fragments() if fragment.owned)
 
-    def write(self, path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
+    def write(self, path: Path, fragments: Iterable[Fragment], moved: Callable[[], None]) -> dict[str, Any]:
         """Write a rank file of fragments wherever they lie, through one block in host memory.
+
+        Args:
+            moved: is called before every block.
 
         Returns:
             What the index says of the file, without the rank's place in the layout.
@@ -49,6 +52,7 @@ class Share:
                 rows.append([self._numbers[fragment.name], fragment.start, fragment.numel, writer.written])
                 for key in TENSORS:
                     for piece in fragment.tensors[key].split(PIECE_ELEMENTS):
+                        moved()
                         writer.write(_bytes_of(piece.cpu()))
         return {"file": path.name, "bytes": writer.written, "fragments": rows, "blocks": writer.blocks}
 
@@ -67,11 +71,6 @@ class Staging:
         self._buffer = torch.zeros(elements, dtype=torch.float32, pin_memory=self._on_gpu)
         self._copied = threading.Event()
         self._copied.set()
-
-    @property
-    def num_bytes(self) -> int:
-        """Host memory that the copy takes."""
-        return self._buffer.numel() * self._buffer.element_size()
 
     def begin(self) -> Callable[[], list[Fragment]]:
         """Note what to copy, after an update; a thread calls what this gives, for the copy."""

@@ -42,16 +42,8 @@ class CheckpointTensors:
         """
         self._reader, self._table = reader, table
         self.keys: list[str] = reader.index.tensors
-        saved = {row.name: row.shape for row in reader.index.parameters}
-        problems = [f"{name} is missing" for name in table if name not in saved]
-        problems += [f"{name} is not in this model" for name in saved if name not in table]
-        problems += [
-            f"{name} has shape {saved[name]} there and {row.shape} here"
-            for name, row in table.items()
-            if name in saved and saved[name] != row.shape
-        ]
-        if problems:
-            raise CheckpointError(f"{reader.at()} holds another model: {'; '.join(problems[:8])}")
+        if problem := model_problem(reader, table):
+            raise CheckpointError(problem)
         self._saved = self._index()
 
     def _index(self) -> dict[str, list[_Saved]]:
@@ -170,6 +162,19 @@ def index_of(
     """Make the index of a step directory from what every rank reports of its file."""
     parameters = [{"name": row.name, "shape": list(row.shape)} for row in table.values()]
     return {"parameters": parameters, "tensors": list(tensors), "ranks": ranks}
+
+
+def model_problem(reader: Reader, table: dict[str, Parameter]) -> str | None:
+    """Say which parameters of a checkpoint are not the table's, if any."""
+    saved = {row.name: row.shape for row in reader.index.parameters}
+    problems = [f"{name} is missing" for name in table if name not in saved]
+    problems += [f"{name} is not in this model" for name in saved if name not in table]
+    problems += [
+        f"{name} has shape {saved[name]} there and {row.shape} here"
+        for name, row in table.items()
+        if name in saved and saved[name] != row.shape
+    ]
+    return f"{reader.at()} holds another model: {'; '.join(problems[:8])}" if problems else None
 
 
 def _pieces(shared: tuple[int, int, int, int], width: int) -> Iterator[tuple[int, int, int, int]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +77,17 @@ class RankWriter:
             self._file.close()
 
 
-def commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str, Any]) -> None:
+def commit(
+    temporary: Path,
+    final: Path,
+    index: dict[str, Any],
+    state: dict[str, Any],
+    moved: Callable[[], None] = lambda: None,
+) -> None:
     """Write index, state and manifest beside the rank files, then give the directory its final name.
+
+    Args:
+        moved: is called before the directory gets its name, and may raise.
 
     Raises:
         CheckpointError: the directory does not hold exactly the announced rank files, or the name is taken.
@@ -99,6 +108,7 @@ def commit(temporary: Path, final: Path, index: dict[str, Any], state: dict[str,
     write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
     if final.exists():
         raise CheckpointError(f"{final}: exists already; a step directory is never written twice")
+    moved()
     os.rename(temporary, final)
     sync_directory(final.parent)
 
