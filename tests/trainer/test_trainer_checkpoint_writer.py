@@ -18,7 +18,7 @@ from basestone.data import storage as files
 from basestone.data.storage import write_atomic
 from basestone.trainer.checkpoint import writer
 from basestone.trainer.checkpoint.format import steps_in
-from basestone.trainer.checkpoint.writer import commit, remove
+from basestone.trainer.checkpoint.writer import commit, discard, remove
 from basestone.trainer.errors import CheckpointError
 
 
@@ -248,3 +248,17 @@ def test_steps_are_listed_newest_first_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000014").touch()
     assert [step for step, _ in steps_in(tmp_path)] == [100_000_000, 10, 9]
+
+
+@pytest.mark.faults
+def test_a_link_is_discarded_and_not_what_it_points_to(tmp_path):
+    target = save(tmp_path / "elsewhere")
+    link, gone = tmp_path / "step_00000001", tmp_path / "step_00000002"
+    link.symlink_to(target)
+    gone.symlink_to(tmp_path / "nothing")
+    remove([link])
+    discard(gone)
+    discard(tmp_path / "step_00000003")  # nothing there
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"] and problem(target) == ""
+    discard(target)
+    assert not target.exists()

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,11 +114,33 @@ def commit(
     sync_directory(final.parent)
 
 
+def discard(path: Path) -> None:
+    """Delete a directory, or a link and not what it points to; nothing where the name is free.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def trash_of(path: Path) -> Path:
+    """Give the name that a step directory has while it is removed."""
+    return path.with_name(f".trash-{path.name}")
+
+
 def remove(paths: Iterable[Path]) -> None:
-    """Delete step directories so that a kill in the middle never leaves half of one under its name."""
+    """Delete step directories so that a kill in the middle never leaves half of one under its name.
+
+    Where a disk deletes only a part, the rest stays under a name that counts as no checkpoint.
+    """
     for path in paths:
-        trash = path.with_name(f".trash-{path.name}")
-        shutil.rmtree(trash, ignore_errors=True)
+        trash = trash_of(path)
+        with suppress(OSError):
+            discard(trash)
         os.rename(path, trash)
         sync_directory(path.parent)  # or a power cut keeps the old name and loses some of the files
-        shutil.rmtree(trash, ignore_errors=True)
+        with suppress(OSError):
+            discard(trash)
