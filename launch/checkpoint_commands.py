@@ -96,7 +96,7 @@ def checkpoint_verify(
     places = _steps_of(checkpoint)
     found = {}
     for place in places if every else places[:1]:
-        found[place] = problems_of(place, _progress(place.rstrip("/").rpartition("/")[2]))
+        found[place] = problems_of(place, _progress(place))
         if not found[place] and not as_json:
             print(f"{shown(place)}: every byte matches its checksum")
     problems = [problem for listed in found.values() for problem in listed]
@@ -128,7 +128,8 @@ def checkpoint_prune(
 ) -> None:
     """Remove checkpoints that the run's own `[checkpoint]` keys do not keep, and what killed saves left.
 
-    A key that is given here counts in place of the run's. A run that is going is refused; damaged ones stay.
+    A key that is given here counts in place of the run's. A run that is going is refused; damaged ones stay. Nothing
+    goes before every byte of one that stays was read.
     """
     from ..trainer.checkpoint.inspection import plan_pruning, prune
     from ..trainer.run_lock import RunLock
@@ -142,10 +143,10 @@ def checkpoint_prune(
     }
     section = _section_of(run_dir, {name: value for name, value in given.items() if value is not None})
     if dry_run:
-        _say_pruning(plan_pruning(run_dir, section), "would be removed", as_json)
+        _say_pruning(plan_pruning(run_dir, section, _progress), "would be removed", as_json)
         return
     with closing(RunLock(run_dir)):
-        pruning = plan_pruning(run_dir, section)
+        pruning = plan_pruning(run_dir, section, _progress)
         num_bytes = pruning.num_bytes
         prune(pruning)
     _say_pruning(pruning, "removed", as_json, num_bytes)
@@ -193,7 +194,8 @@ def _say_pruning(pruning: Any, verb: str, as_json: bool, num_bytes: int | None =
     for row in pruning.damaged:
         print(f"{row.place}  stays: it is damaged: {row.problem}")
     for path in gone:
-        print(f"{path}  {verb}")
+        link = f": a link; the data stays at {pruning.links[path]}" if path in pruning.links else ""
+        print(f"{path}  {verb}{link}")
     print(f"{len(gone)} {verb}, {_size(num_bytes)}")
 
 
@@ -236,14 +238,14 @@ def _steps_of(checkpoint: str) -> list[str]:
 
 def _progress(place: str) -> Callable[[int, int], None]:
     """Say on standard error how far the check of a large checkpoint is, at every tenth."""
-    said = 0
+    said, name = 0, place.rstrip("/").rpartition("/")[2]
 
     def show(done: int, total: int) -> None:
         nonlocal said
         tenth = 10 * done // total
         if total >= LONG_BYTES and tenth > said:
             said = tenth
-            _say(f"{place}: {10 * tenth} % of {_size(total)}")
+            _say(f"{name}: {10 * tenth} % of {_size(total)}")
 
     return show
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from .opening import CHECKPOINTS, steps_at
 from .places import local_path
 from .reader import Progress, Reader
 from .retention import StepFacts, heldout_loss, policies
-from .writer import remove
+from .writer import discard, remove, trash_of
 
 LEFTOVERS = ".t*-step_*"  # .tmp-step_... of a killed save, .trash-step_... of a killed removal
 MODEL_FIELDS = ("family", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -39,11 +40,12 @@ class Listed:
 def list_steps(run: Path | str, section: CheckpointSection | None) -> list[Listed]:
     """List a run's step directories at any place, newest first, with the keys of `section` that keep each good one."""
     listed = [_listed(step, place) for step, place in steps_at(join(str(run), CHECKPOINTS))]
-    good = [row for row in listed if row.problem is None]
-    if section is None or not good:
-        return listed
-    facts = [StepFacts(row.step, row.heldout_loss) for row in good]
-    keeps = policies(facts, section, good[0].step)
+    return listed if section is None else _with_keys(listed, section)
+
+
+def _with_keys(listed: list[Listed], section: CheckpointSection) -> list[Listed]:
+    good = [StepFacts(row.step, row.heldout_loss) for row in listed if row.problem is None]
+    keeps = policies(good, section, good[0].step) if good else {}
     return [row if row.problem else replace(row, kept_by=tuple(keeps.get(row.step, ()))) for row in listed]
 
 
@@ -104,30 +106,72 @@ class Pruning:
     leftovers: tuple[Path, ...]
     kept: tuple[Listed, ...]
     damaged: tuple[Listed, ...]  # stay: nobody has looked at them yet
+    links: dict[str, str]  # of what goes: a link and its target, which stays
 
     @property
     def num_bytes(self) -> int:
         """What the removed ones and the leftovers take."""
-        return sum(row.bytes or 0 for row in self.removed) + sum(map(_num_bytes, self.leftovers))
+        rows = sum(row.bytes or 0 for row in self.removed if row.place not in self.links)
+        return rows + sum(_num_bytes(path) for path in self.leftovers if str(path) not in self.links)
 
 
-def plan_pruning(run_dir: Path, section: CheckpointSection) -> Pruning:
-    """Say what goes and what stays by the keys of `section`; damaged checkpoints neither count nor go."""
+def plan_pruning(
+    run_dir: Path,
+    section: CheckpointSection,
+    progress_of: Callable[[str], Progress] = lambda place: lambda done, total: None,
+) -> Pruning:
+    """Say what goes and what stays by the keys of `section`; damaged checkpoints neither count nor go.
+
+    Nothing goes before every byte of one that stays was read and found good: of the newest, or where that is damaged
+    of the next.
+
+    Args:
+        progress_of: gives what is told how far the reading of a step directory is.
+    """
     listed = list_steps(run_dir, section)
-    good = [row for row in listed if row.problem is None]
+    to_check = any(row.problem is None and not row.kept_by for row in listed)
+    while to_check and (newest := next((row for row in listed if row.kept_by), None)):
+        problems = problems_of(newest.place, progress_of(newest.place))
+        if not problems:
+            break
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        bad = replace(newest, kept_by=(), problem=f"{problems[0]}{more}")
+        listed = _with_keys([bad if row is newest else row for row in listed], section)
+    removed = tuple(row for row in listed if row.problem is None and not row.kept_by)
+    leftovers = tuple(sorted((run_dir / CHECKPOINTS).glob(LEFTOVERS)))
+    going = [*(Path(row.place) for row in removed), *leftovers]
     return Pruning(
-        removed=tuple(row for row in good if not row.kept_by),
-        leftovers=tuple(sorted((run_dir / "checkpoints").glob(LEFTOVERS))),
-        kept=tuple(row for row in good if row.kept_by),
+        removed=removed,
+        leftovers=leftovers,
+        kept=tuple(row for row in listed if row.kept_by),
         damaged=tuple(row for row in listed if row.problem is not None),
+        links={str(path): str(path.resolve()) for path in going if path.is_symlink()},
     )
 
 
 def prune(pruning: Pruning) -> None:
-    """Remove what a plan says; only the holder of the run's lock may call this."""
-    remove(Path(row.place) for row in pruning.removed)
+    """Remove what a plan says; only the holder of the run's lock may call this.
+
+    Raises:
+        CheckpointError: naming what cannot be removed.
+    """
+    for row in pruning.removed:
+        with _removal_errors(row.place):
+            remove([Path(row.place)])
+            discard(trash_of(Path(row.place)))  # says why, where a part was left
     for path in pruning.leftovers:
-        shutil.rmtree(path)
+        with _removal_errors(str(path)):
+            discard(path)
+
+
+@contextmanager
+def _removal_errors(place: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{place}: cannot be removed: {error.strerror or error}; check its permissions and the storage"
+        ) from error
 
 
 def _num_bytes(path: Path) -> int:
