@@ -47,11 +47,11 @@ class RunLock:
                 somebody else's is watched.
 
         Raises:
-            ConfigError: another run holds it; the message names its process.
+            ConfigError: another run holds it; the message names its process. Or its lock is a link.
         """
         self._run_dir = run_dir
         self._beat: _Beat | None = None
-        self._descriptor: int | None = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor: int | None = open_lock(run_dir)
         try:
             locked = self._flock(self._descriptor)
             _outwait(run_dir, beat_s, watch_s)
@@ -98,6 +98,22 @@ class RunLock:
         if self._beat is not None:
             self._beat.stop()
         self.let_go()
+
+
+def open_lock(run_dir: Path) -> int:
+    """Open RUN/lock, made where needed, and give its descriptor.
+
+    Raises:
+        ConfigError: it is a link: whatever that points to would be written over.
+        OSError: it cannot be written.
+    """
+    path = run_dir / LOCK
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        raise ConfigError(f"{path}: is a link, and a lock must be a file; remove the link") from error
 
 
 def _let_go(reference: weakref.ref[RunLock]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..data.storage import naming, write_atomic
 from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
-from .run_lock import LOCK, RunLock
+from .run_lock import RunLock, open_lock
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
@@ -76,12 +76,12 @@ def make_run_directory(path: Path) -> None:
     """Make the folders of a run and check that they can be written.
 
     Raises:
-        ConfigError: they cannot, or a folder lies where a file of the run belongs.
+        ConfigError: they cannot, a folder lies where a file of the run belongs, or the lock is a link.
     """
     try:
         for folder in (path, path / "checkpoints", path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+        os.close(open_lock(path))
     except OSError as error:
         raise ConfigError(f"run directory {path}: cannot be written ({error}); choose another") from error
     if folders := [name for name in FILES if (path / name).is_dir()]:

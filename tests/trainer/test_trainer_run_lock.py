@@ -21,7 +21,7 @@ from forked import in_child, kill
 from basestone.trainer import run_lock
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.run_lock import BEAT, LOCK, RunLock
-from basestone.trainer.rundir import RunDirectory
+from basestone.trainer.rundir import RunDirectory, make_run_directory
 
 HOST = socket.gethostname()
 BEAT_S = 0.05
@@ -337,3 +337,35 @@ def test_clock_jump(tmp_path, monkeypatch, jump_s, flock):
     for path in tmp_path.iterdir():
         os.utime(path, (real() + jump_s, real() + jump_s))
     lock_here(tmp_path).close()  # and a dead one not for a live one
+
+
+# ---- links --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("take", [RunLock, make_run_directory, RunDirectory])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_its_target_untouched(tmp_path, take, there):
+    run_dir, target = tmp_path / "run", tmp_path / "mine.txt"
+    run_dir.mkdir()
+    if there:
+        target.write_text("mine")
+    (run_dir / LOCK).symlink_to(target)
+    with pytest.raises(ConfigError) as caught:
+        take(run_dir)
+    assert str(caught.value) == f"{run_dir / LOCK}: is a link, and a lock must be a file; remove the link"
+    assert target.read_text() == "mine" if there else not target.exists()
+    (run_dir / LOCK).unlink()
+    lock_here(run_dir).close()
+
+
+@pytest.mark.faults
+def test_a_counter_that_is_a_link_is_replaced_and_its_target_untouched(tmp_path, no_flock):
+    run_dir, target = tmp_path / "run", tmp_path / "mine.txt"
+    run_dir.mkdir()
+    target.write_text("mine")
+    (run_dir / BEAT).symlink_to(target)
+    lock = lock_here(run_dir)
+    assert not (run_dir / BEAT).is_symlink()
+    lock.close()
+    assert target.read_text() == "mine" and not (run_dir / BEAT).exists()
