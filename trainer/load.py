@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from ..data.config import BUILTIN_PREFIX
-from ..data.reading.transport import is_local
+from ..data.reading.transport import is_local, shown
 from .config import RunConfig
 from .errors import ConfigError
 
@@ -156,8 +156,15 @@ def _describe(error: ValidationError) -> Iterator[str]:
         else:
             message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
             got = item.get("input")
-            shown = "" if isinstance(got, (dict, BaseModel)) else f" (got {got!r})"
-            yield f"{dotted}: {message}{shown}" if dotted else message
+            value = "" if isinstance(got, (dict, BaseModel)) else f" (got {_showable(got)!r})"
+            yield f"{dotted}: {message}{value}" if dotted else message
+
+
+def _showable(value: Any) -> Any:
+    """Take out of URLs what may be secret."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_showable(item) for item in value)
+    return shown(value) if isinstance(value, str) else value
 
 
 def _fields_at(location: Sequence[str]) -> Iterator[str]:

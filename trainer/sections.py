@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..data.reading.transport import shown
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
 OFFLOAD_STAGES = {"none": 0, "cpu": 2, "nvme": 3}  # the lowest ZeRO stage that each goes with
+
+
+def _without_secrets(place: str) -> str:
+    """Refuse a URL with more than may be read by everybody who reads the run's files."""
+    if "://" in place and shown(place) != place:
+        raise ValueError(
+            "holds a user, a password or a query, which would be written down in run.toml and every checkpoint; give "
+            "credentials by the environment"
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(_without_secrets)]  # a path or a URL
 
 
 class Section(BaseModel):
@@ -98,7 +113,7 @@ class TrainSection(Section):
         "bf16", description="working precision; masters are fp32", json_schema_extra=FIXED
     )
     clip: float = Field(1.0, ge=0, description="global gradient norm limit; 0 is off", json_schema_extra=FIXED)
-    init_from: str | None = Field(
+    init_from: Place | None = Field(
         None,
         description="checkpoint or run directory whose weights a new run begins with (no optimizer state, step 0)",
         json_schema_extra=FREE,
@@ -195,7 +210,7 @@ class CheckpointSection(Section):
         description="also keep the newest that is at least so many steps behind, to go back to; 0: none",
         json_schema_extra=FREE,
     )
-    remote: str | None = Field(
+    remote: Place | None = Field(
         None, description="place (s3://..., a path) that every checkpoint is copied to", json_schema_extra=FREE
     )
     max_failed_saves: int = Field(
