@@ -108,6 +108,18 @@ def test_copies_of_a_line_that_was_left_no_longer_count(run, place, copier):
     assert newest_good(place).verify() == [] and newest_good(place).place == at(place, 8)
 
 
+def test_left_copies_on_a_disk_all_stay(run, tmp_path):
+    place = str(tmp_path / "copies")
+    kept = []
+    for _ in range(3):
+        kept.append((save(run / "checkpoints", 8, attempt=len(kept)) / "MANIFEST.json").read_bytes())
+        copy_step(step_of(run, 8), place, QUICK)
+        remove([step_of(run, 8)])
+        assert set_aside_later(4, place, QUICK) == ["step_00000008"]
+    left = list((tmp_path / "copies" / "checkpoints").glob(".left-step_00000008-*"))
+    assert sorted((path / "MANIFEST.json").read_bytes() for path in left) == sorted(kept)
+
+
 @pytest.mark.faults
 def test_a_server_that_fails_now_and_then_gets_every_byte(run, bucket, moto, copier):
     proxy, number = S3Proxy(moto), iter(range(1_000_000))

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,15 +25,17 @@ from pydantic import ValidationError
 from ...data.config import ReadingConfig
 from ...data.errors import DataError
 from ...data.reading.reader import RangeReader
-from ...data.reading.transport import join, open_filesystem, store_error
+from ...data.reading.transport import PIPE_PREFIX, join, open_filesystem, shown, store_error
 from ...data.storage import naming, sync_directory, write_atomic
-from ..errors import CheckpointError, message_of
+from ..errors import CheckpointError, ConfigError, message_of
+from ..run_lock import LOCK
 from .format import MANIFEST, Manifest, step_of
 from .opening import CHECKPOINTS
 from .places import Directory, LocalDirectory, RemoteDirectory, local_path
 from .writer import remove
 
 TOKENIZER, RUN_FILE = "tokenizer.model", "run.toml"
+RUN_RECORDS = (LOCK, "ledger.json")  # are never copied
 LEFT_MANIFEST = f"left-{MANIFEST}"  # of a step that is later than the one that was saved
 PIECE_BYTES = 1 << 20
 HINT = "check the place, the credentials and the storage"
@@ -158,6 +162,37 @@ def set_aside_later(step: int, place: str, copying: Copying) -> list[str]:
         return [name for name in later if target.set_aside(name)]
 
 
+def check_place(place: str, run_dir: Path) -> None:
+    """See at the start of a run that its copies can go to a place, as far as that shows without a network request.
+
+    Raises:
+        ConfigError: it is a run's own directory, cannot be written, or is a URL that nothing installed writes to.
+    """
+    path, name = local_path(place), f"checkpoint.remote = {shown(place)}"
+    if path is None:
+        if place.startswith(("http://", "https://", PIPE_PREFIX)):
+            raise ConfigError(f"{name}: cannot be written to; give a path or a bucket")
+        try:
+            open_filesystem(place)
+        except DataError as error:
+            raise ConfigError(f"checkpoint.remote = {error}") from error
+        return
+    if path.resolve() == run_dir.resolve():
+        raise ConfigError(f"{name}: is the run directory itself; choose another place for its copies")
+    if found := [file for file in RUN_RECORDS if os.path.lexists(path / file)]:
+        raise ConfigError(
+            f"{name}: holds {' and '.join(found)}, so it is another run's own directory; choose another place"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error
+
+
 @contextmanager
 def _failures() -> Iterator[None]:
     try:
@@ -247,9 +282,7 @@ class _Disk:
 
     def set_aside(self, name: str) -> bool:
         path = self._path / CHECKPOINTS / name
-        aside = path.with_name(f".left-{name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
+        os.rename(path, path.with_name(f".left-{name}-{uuid.uuid4().hex[:8]}"))
         return True
 
 
