@@ -50,10 +50,12 @@ def checkpoint_ls(run: RunPlace, as_json: AsJson = False) -> None:
     if run_dir is not None:
         _check_run(run_dir)
         try:
-            section = _section_of(run_dir)
+            section = _section_of(run_dir, hint="")
         except ConfigError as error:
             _say(f"what keeps them is not known: {str(error).splitlines()[0]}")
     rows = list_steps(run, section)
+    if not rows:
+        _say(f"{shown(run)}: holds no checkpoint")
     if as_json:
         print(json.dumps([vars(row) for row in rows], indent=1))
         return
@@ -72,6 +74,7 @@ def checkpoint_show(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     from ..trainer.checkpoint.inspection import describe
     from ..trainer.checkpoint.opening import open_checkpoint
 
+    _steps_of(checkpoint)
     facts = describe(open_checkpoint(checkpoint))
     if as_json:
         print(json.dumps(facts, indent=1))
@@ -91,9 +94,11 @@ def checkpoint_verify(
 ) -> None:
     """Read every byte of a checkpoint against its checksums; what is wrong is named by file and bytes."""
     from ..trainer.checkpoint.inspection import problems_of
-    from ..trainer.errors import CheckpointError
+    from ..trainer.errors import CheckpointError, ConfigError
 
     places = _steps_of(checkpoint)
+    if every and places == [checkpoint]:
+        raise ConfigError(f"{shown(checkpoint)}: is one checkpoint; --all takes a run directory")
     found = {}
     for place in places if every else places[:1]:
         found[place] = problems_of(place, _progress(place))
@@ -206,7 +211,9 @@ def _check_run(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir}: is no run directory (no checkpoints/)")
 
 
-def _section_of(run_dir: Path, given: dict[str, int] | None = None) -> CheckpointSection:
+def _section_of(
+    run_dir: Path, given: dict[str, int] | None = None, hint: str = "; give --keep-last"
+) -> CheckpointSection:
     """Give the `[checkpoint]` section of a run directory's own run.toml, with what is given laid over it."""
     from ..trainer.errors import ConfigError
     from ..trainer.load import load_run
@@ -217,23 +224,38 @@ def _section_of(run_dir: Path, given: dict[str, int] | None = None) -> Checkpoin
     elif given:
         section = CheckpointSection()
     else:
-        raise ConfigError(f"{run_dir}: has no run.toml that says what to keep; give --keep-last")
+        raise ConfigError(f"{run_dir}: has no run.toml that says what to keep{hint}")
     return section.model_copy(update=given)
 
 
 def _steps_of(checkpoint: str) -> list[str]:
-    """Give the step directories of a run at any place, newest first, or the one that is named."""
-    from ..data.reading.transport import join
-    from ..trainer.checkpoint.opening import CHECKPOINTS, steps_at
-    from ..trainer.checkpoint.places import directory_at
-    from ..trainer.errors import CheckpointError
+    """Give the step directories of a run at any place, newest first, or the one that is named.
 
-    if CHECKPOINTS not in directory_at(checkpoint).sizes():
+    Raises:
+        ConfigError: it is neither.
+    """
+    from ..data.reading.transport import join
+    from ..trainer.checkpoint.format import INDEX, MANIFEST, STATE, step_of
+    from ..trainer.checkpoint.opening import CHECKPOINTS, steps_at
+    from ..trainer.checkpoint.places import directory_at, local_path
+    from ..trainer.errors import ConfigError
+
+    path, names = local_path(checkpoint), directory_at(checkpoint).sizes().keys()
+    if CHECKPOINTS in names:
+        if steps := steps_at(join(checkpoint, CHECKPOINTS)):
+            return [place for _, place in steps]
+        what = "holds no checkpoint yet"
+    elif names & {MANIFEST, INDEX, STATE} or any(name.startswith("rank_") for name in names):
         return [checkpoint]
-    steps = steps_at(join(checkpoint, CHECKPOINTS))
-    if not steps:
-        raise CheckpointError(f"{shown(checkpoint)}: holds no checkpoint")
-    return [place for _, place in steps]
+    elif path is not None and path.is_file():
+        what = "is a file"
+    elif any(step_of(name) is not None for name in names):
+        what = "is the folder of a run's checkpoints"
+    elif names:
+        what = "is neither a checkpoint nor a run directory"
+    else:
+        what = "is empty" if path is not None and path.exists() else "there is no such checkpoint directory"
+    raise ConfigError(f"{shown(checkpoint)}: {what}; name a step directory, or the run directory")
 
 
 def _progress(place: str) -> Callable[[int, int], None]:

@@ -59,7 +59,6 @@ def import_weights(
         "step": 0,
         "tokens": 0,
         "optimizer_steps": 0,
-        "weights_only": True,
         "imported_from": file.name,
         "run": resolved.run.model_dump(mode="json"),
         "tokenizer_sha256": tokenizer_sha256,
@@ -105,6 +104,8 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _check_archive(file: Path) -> None:
     """Refuse what is no archive of torch.save, or one that grows as it is read."""
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a directory; name the file in it that torch.save wrote")
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file")
     with open(file, "rb") as stream:

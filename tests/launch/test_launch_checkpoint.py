@@ -90,6 +90,15 @@ def test_ls_without_a_run_file_says_so(basestone: Command, run_dir):
     done = basestone("checkpoint", "ls", run_dir, "--json")
     assert done.code == 0 and all(row["kept_by"] == [] for row in json.loads(done.out))
     assert "what keeps them is not known: " in done.err and "has no run.toml" in done.err
+    assert "--keep-last" not in done.err, "ls has no such flag"
+
+
+def test_ls_of_a_run_without_checkpoints_says_so(basestone: Command, run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+    done = basestone("checkpoint", "ls", run_dir)
+    assert (done.code, done.out, done.err) == (0, "", f"{run_dir}: holds no checkpoint\n")
+    assert json.loads(basestone("checkpoint", "ls", run_dir, "--json").out) == []
 
 
 # ---- show ---------------------------------------------------------------------------------------------------------
@@ -132,6 +141,26 @@ def test_show_of_a_state_that_says_nothing(basestone: Command, tmp_path):
     assert "versions  unknown\n" in basestone("checkpoint", "show", path).out
 
 
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_what_is_no_checkpoint_at_all_is_the_users(basestone: Command, run_dir, tmp_path, command):
+    for name in ("empty", "other/folder", "new/checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+    for place, what in (
+        (tmp_path / "empty", "is empty"),
+        (tmp_path / "other", "is neither a checkpoint nor a run directory"),
+        (tmp_path / "new", "holds no checkpoint yet"),
+        (tmp_path / "nothing", "there is no such checkpoint directory"),
+        (run_dir / "run.toml", "is a file"),
+        (run_dir / "checkpoints", "is the folder of a run's checkpoints"),
+        ("memory://nothing", "there is no such checkpoint directory"),
+    ):
+        done = basestone("checkpoint", command, place)
+        refused(done, 64)
+        assert done.err == f"error: {place}: {what}; name a step directory, or the run directory\n"
+    (step(run_dir, 8) / "MANIFEST.json").unlink()
+    refused(basestone("checkpoint", command, step(run_dir, 8)), 74, "no MANIFEST.json; the save never finished")
+
+
 # ---- verify -------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +186,14 @@ def test_verify_reads_the_newest_or_all(basestone: Command, run_dir):
         *((str(step(run_dir, 4)), 2), (str(step(run_dir, 2)), 0)),
     ]
     assert basestone("checkpoint", "verify", run_dir, "--all", "--json").code == 74
+
+
+def test_verify_of_all_takes_a_run_directory(basestone: Command, run_dir):
+    one = step(run_dir, 8)
+    refused(
+        basestone("checkpoint", "verify", one, "--all"),
+        *(64, f"{one}: is one checkpoint; --all takes a run directory"),
+    )
 
 
 @pytest.mark.faults

@@ -131,9 +131,9 @@ def test_errors_end_with_their_own_code(basestone, tmp_path):
     refused(basestone("train", tmp_path / "no.toml"), 64, "there is no such run file")
     refused(basestone("report", tmp_path), 64, f"{tmp_path}: is no run directory (no metrics.jsonl)")
     refused(basestone("checkpoint", "ls", tmp_path), 64, f"{tmp_path}: is no run directory (no checkpoints/)")
-    refused(basestone("checkpoint", "verify", tmp_path / "no"), 74, "there is no such checkpoint directory")
+    refused(basestone("checkpoint", "verify", tmp_path / "no"), 64, "there is no such checkpoint directory")
     make_run_directory(tmp_path)
-    refused(basestone("checkpoint", "verify", tmp_path), 74, f"{tmp_path}: holds no checkpoint")
+    refused(basestone("checkpoint", "verify", tmp_path), 64, f"{tmp_path}: holds no checkpoint")
 
 
 def test_ctrl_c_is_130(basestone, monkeypatch, tmp_path):
