@@ -16,6 +16,7 @@ from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
 from .checkpoint.copier import Copier
+from .checkpoint.remote import check_place
 from .checkpoint.restorer import Restorer
 from .checkpoint.saver import Saver
 from .config import ResolvedRun
@@ -119,8 +120,10 @@ class Trainer:
         directory, problem = None, None
         if self._runtime.rank == 0:
             try:
+                if (remote := self._resolved.run.checkpoint.remote) is not None:
+                    check_place(remote, run_dir)
                 directory = RunDirectory(run_dir)
-            except (ConfigError, OSError) as error:  # as a value: the other ranks wait here
+            except (ConfigError, DataError, OSError) as error:  # as a value: the other ranks wait here
                 problem = message_of(error)
         problem = self._runtime.broadcast(problem)
         if problem:

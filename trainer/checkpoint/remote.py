@@ -1,6 +1,6 @@
 """Copy committed step directories to another place: the files first, the manifest last. Imports no torch.
 
-    PLACE/tokenizer.model  PLACE/run.toml  PLACE/checkpoints/step_00000400/
+    PLACE/run_id  PLACE/tokenizer.model  PLACE/run.toml  PLACE/checkpoints/step_00000400/
 
 An object store cannot rename. There a directory counts once it has a manifest; so one that is to change loses its
 manifest first. On a disk a copy appears by one rename. What decides whether a copy is this step's is the content of
@@ -34,7 +34,7 @@ from .opening import CHECKPOINTS
 from .places import Directory, LocalDirectory, RemoteDirectory, local_path
 from .writer import remove
 
-TOKENIZER, RUN_FILE = "tokenizer.model", "run.toml"
+RUN_ID, TOKENIZER, RUN_FILE = "run_id", "tokenizer.model", "run.toml"
 RUN_RECORDS = (LOCK, "ledger.json")  # are never copied
 LEFT_MANIFEST = f"left-{MANIFEST}"  # of a step that is later than the one that was saved
 PIECE_BYTES = 1 << 20
@@ -126,7 +126,7 @@ class Copying:
 
 
 def copy_step(directory: Path, place: str, copying: Copying) -> None:
-    """Copy a committed step directory to PLACE/checkpoints, and its run's tokenizer and run file to PLACE.
+    """Copy a committed step directory to PLACE/checkpoints, and its run's identity, tokenizer and run file to PLACE.
 
     A copy that is there and whole is left alone; any other is replaced. Killed at any moment, it leaves no directory
     that is seen as whole and is not.
@@ -139,7 +139,7 @@ def copy_step(directory: Path, place: str, copying: Copying) -> None:
         path, run_dir = local_path(place), directory.resolve().parent.parent
         if path is not None and path.resolve() == run_dir:
             raise CheckpointError(f"{place}: is the run directory itself; choose another place for its copies")
-        for name in (TOKENIZER, RUN_FILE):
+        for name in (RUN_ID, TOKENIZER, RUN_FILE):
             if (source := run_dir / name).is_file():
                 _copy_run_file(source, target)
         there = target.step(directory.name)
@@ -223,9 +223,9 @@ def _copy_run_file(source: Path, target: _Disk | _Store) -> None:
     content, there = source.read_bytes(), target.read(source.name)
     if there == content:
         return
-    if there is not None and source.name == TOKENIZER:
+    if there is not None and source.name != RUN_FILE:
         raise CheckpointError(
-            f"{target}: holds the copies of a run with another tokenizer; give every run a place of its own"
+            f"{target}: holds the copies of another run ({source.name} differs); give every run a place of its own"
         )
     target.write(source.name, content)
 

@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .reader import Reader
 from .retention import StepFacts, heldout_loss, kept
 from .share import TENSORS, Share, Staging
 from .tensors import FP32_BYTES, index_of
-from .writer import commit, remove
+from .writer import commit, discard, remove
 
 log = logging.getLogger(__name__)
 SPARE_BYTES = 64 << 20  # left on the disk for the run's other files
@@ -331,4 +332,5 @@ class Saver:
         """Remove what killed attempts left, before anything new is written: the run holds its directory's lock."""
         if self.directory.is_dir():
             for path in self.directory.glob(".t*-step_*"):
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    discard(path)
