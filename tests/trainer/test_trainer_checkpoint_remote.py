@@ -88,7 +88,8 @@ def test_the_place_of_a_run_with_another_tokenizer_is_refused(run, place):
     before = Files(place)()
     assert before["run.toml"] == b"[run]\nseed = 1\n"
     with pytest.raises(
-        CheckpointError, match=f"{place}: holds .* another run .tokenizer.model differs.; give every run a place of its"
+        CheckpointError,
+        match=f"{place}: holds .* another run .tokenizer.model differs.; give every run a place of its",
     ):
         copy_step(step_of(run), place, QUICK)
     assert Files(place)() == before
