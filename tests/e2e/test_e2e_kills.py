@@ -88,7 +88,7 @@ def test_kill_in_prune(tmp_path, corpus, reference):
 
     def prepare(rank: int) -> None:
         if rank == 0:
-            before(shutil, "rmtree", kill_self, 2, named(".trash-step_00000002"))
+            before(shutil, "rmtree", kill_self, 1, named(".trash-step_00000002"))
 
     assert killed(corpus, run_dir, *changes, fault=prepare)
     assert [step for step, _ in steps_in(run_dir / "checkpoints")] == [4]

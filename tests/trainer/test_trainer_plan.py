@@ -172,7 +172,7 @@ def test_the_plan_says_what_saves_need_and_keep():
         "data__heldout": {"a": "/a"},
         "evaluate__every_steps": 25,
         "checkpoint__rollback_steps": 100,
-        "checkpoint__remote": "s3://user:secret@bucket/run?token=1",
+        "checkpoint__remote": "s3://bucket/run",
     }
     text = lines(resolved(2, **keys))["checkpoints"]
     assert text.startswith(
