@@ -75,9 +75,12 @@ def test_a_resume_does_not_begin_again(tmp_path, corpus, first):
     ("words", "text"),
     [
         (["train.init_from=/nowhere"], r"train\.init_from = /nowhere: there is no such directory"),
+        (["train.init_from={empty}"], r"train\.init_from = .*holds no checkpoint; leave train\.init_from out"),
         (["train.init_from={first}", "model.ffn_hidden_size=128"], r"train\.init_from: .*another model.*mlp"),
     ],
 )
 def test_weights_that_cannot_be_taken_are_the_users(tmp_path, corpus, first, words, text):
     with pytest.raises(ConfigError, match=text):
-        train(corpus, tmp_path / "run", *(word.format(first=first) for word in words))
+        empty = tmp_path / "empty"
+        (empty / "checkpoints").mkdir(parents=True)
+        train(corpus, tmp_path / "run", *(word.format(first=first, empty=empty) for word in words))

@@ -124,21 +124,17 @@ class Restorer:
             copies = [(step, place) for step, place in copies if step <= own[0][0]]
         return [place for _, place in sorted([*own, *copies], key=lambda row: -row[0])]
 
-    def _of(self, explicit: str) -> list[str]:
-        """List the step directories that --resume stands for."""
-        sizes = directory_at(explicit).sizes()
+    def _of(self, explicit: str, key: str = "--resume", equals: str = " ") -> list[str]:
+        """List the step directories that a flag or a key of the run file stands for."""
+        given, sizes = f"{key}{equals}{shown(explicit)}", directory_at(explicit).sizes()
         if not sizes:
-            raise ConfigError(
-                f"--resume {shown(explicit)}: there is no such directory; name a step directory or a run directory"
-            )
+            raise ConfigError(f"{given}: there is no such directory; name a step directory or a run directory")
         if MANIFEST in sizes:
             return [explicit]
         if steps := steps_at(join(explicit, CHECKPOINTS) if CHECKPOINTS in sizes else explicit):
             return [place for _, place in steps]
         if CHECKPOINTS in sizes:
-            raise ConfigError(
-                f"--resume {shown(explicit)}: the run directory holds no checkpoint; leave --resume out to start it"
-            )
+            raise ConfigError(f"{given}: the run directory holds no checkpoint; leave {key} out to start it")
         return [explicit]
 
     def _try(self, place: str, differences: Callable[[dict[str, Any]], list[str]]) -> dict[str, Any] | str:
@@ -184,8 +180,10 @@ class Restorer:
             ConfigError: it is not there, or holds no good checkpoint of this model, on every rank.
         """
         candidates = self._runtime.broadcast(self._begun_from(place) if self._runtime.rank == 0 else None)
-        problems = [] if isinstance(candidates, list) else [str(candidates)]
-        for candidate in candidates if isinstance(candidates, list) else ():
+        if isinstance(candidates, str):
+            raise ConfigError(candidates)
+        problems = []
+        for candidate in candidates:
             problem, reader = self._open(candidate)
             if problem is None and (other := model_problem(reader, self._table)):
                 raise ConfigError(f"train.init_from: {other}")
@@ -198,9 +196,11 @@ class Restorer:
 
     def _begun_from(self, place: str) -> list[str] | str:
         try:
-            return self._of(place)
-        except BasestoneError as error:
-            return str(error).partition(": ")[2]
+            return self._of(place, "train.init_from", " = ")
+        except ConfigError as error:
+            return str(error)
+        except CheckpointError as error:  # of the storage, which names the place
+            return f"train.init_from: {error}"
 
     def _open(self, place: str) -> tuple[str | None, Reader]:
         """Open a checkpoint on every rank; give what is wrong with it on any, the same on every rank."""
