@@ -16,6 +16,7 @@ from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
 from .checkpoint.copier import Copier
+from .checkpoint.format import steps_in
 from .checkpoint.remote import check_place
 from .checkpoint.restorer import Restorer
 from .checkpoint.saver import Saver
@@ -233,8 +234,8 @@ class Trainer:
             figures = self._training_step.run(self.step, (self._stop_signals > 0, *self._saving.flags()))
         except NumericsError as error:  # on every rank
             self._end_save()
-            steps = sorted(self._saver.directory.glob("step_*"))
-            newest = steps[-1].name if steps else "none yet"
+            steps = steps_in(self._saver.directory)
+            newest = steps[0][1].name if steps else "none yet"
             raise NumericsError(
                 f"{error}; newest checkpoint: {newest}; "
                 "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step; "

@@ -116,9 +116,8 @@ class Saving:
                 self._directory.save_ledger(durable=True)
             return
         self._tell(outcome.step, "save_failed", f"was not written: {outcome.problem}")
-        if (
-            outcome.hangs and not self._saver.asynchronous
-        ):  # its thread may wake, and read what an update writes
+        if outcome.hangs and not self._saver.asynchronous:
+            # Its thread may wake, and read what an update writes.
             raise CheckpointError(f"the checkpoint of step {outcome.step} was not written: {outcome.problem}")
         if last_word and self._saver.failed_in_a_row >= self._section.max_failed_saves:
             raise CheckpointError(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import command, environment
+from commands import command, environment, losses_of
 from small_corpus import make_corpus
+from whole_run import train
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +37,11 @@ def trained(tmp_path_factory, basestone, corpus) -> Path:
     done = basestone("train", corpus / "run.toml", "--run-dir", run_dir)
     assert done.returncode == 0, done.stderr
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, corpus) -> list[float]:
+    """Losses of a run of tests/whole_run.py that nothing happens to."""
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    train(corpus, run_dir)
+    return losses_of(run_dir)

@@ -23,14 +23,6 @@ from basestone.trainer.checkpoint.reader import Reader
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-@pytest.fixture(scope="module")
-def reference(corpus, tmp_path_factory) -> list[float]:
-    """Losses of a run that nothing happens to."""
-    run_dir = tmp_path_factory.mktemp("reference") / "run"
-    train(corpus, run_dir)
-    return losses_of(run_dir)
-
-
 def named(text: str) -> Callable[..., bool]:
     """Like calls whose first argument is a path with this in its name."""
     return lambda path, *_: text in Path(path).name

@@ -32,13 +32,6 @@ def server() -> Iterator[int]:
         yield port
 
 
-@pytest.fixture(scope="module")
-def reference(corpus, tmp_path_factory) -> list[float]:
-    run_dir = tmp_path_factory.mktemp("reference") / "run"
-    train(corpus, run_dir)
-    return losses_of(run_dir)
-
-
 def copies_at(place: str) -> list[int]:
     found = steps_at(f"{place}/checkpoints")
     assert all(Reader(copy).verify() == [] for _, copy in found)

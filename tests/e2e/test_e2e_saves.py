@@ -28,14 +28,6 @@ from basestone.trainer.forks import RankDied
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-@pytest.fixture(scope="module")
-def reference(corpus, tmp_path_factory) -> list[float]:
-    """Losses of a run that nothing happens to."""
-    run_dir = tmp_path_factory.mktemp("reference") / "run"
-    train(corpus, run_dir)
-    return losses_of(run_dir)
-
-
 def on_rank(rank: int, install: Callable[[], None]) -> Fault:
     """Install a fault on one rank."""
     return lambda own: install() if own == rank else None

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT = 1
 BLOCK_BYTES = 8 << 20
+LEFTOVERS = ".t*-step_*"  # .tmp-step_... of a killed save, .trash-step_... of a killed removal
 MANIFEST, INDEX, STATE = "MANIFEST.json", "index.json", "state.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".metadata", ".distcp")
 Count = Annotated[int, Field(ge=0)]

@@ -13,14 +13,13 @@ from typing import Any
 from ...data.reading.transport import join
 from ..errors import CheckpointError
 from ..sections import CheckpointSection
-from .format import FORMAT, MANIFEST
+from .format import FORMAT, LEFTOVERS, MANIFEST
 from .opening import CHECKPOINTS, steps_at
 from .places import local_path
 from .reader import Progress, Reader
 from .retention import StepFacts, heldout_loss, policies
 from .writer import discard, remove, trash_of
 
-LEFTOVERS = ".t*-step_*"  # .tmp-step_... of a killed save, .trash-step_... of a killed removal
 MODEL_FIELDS = ("family", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 
 

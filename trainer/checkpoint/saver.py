@@ -29,7 +29,8 @@ from ..runtime import Runtime
 from ..sections import CheckpointSection
 from .background import Background
 from .copier import Copier
-from .format import step_name, steps_in
+from .format import LEFTOVERS, step_name, steps_in
+from .opening import CHECKPOINTS
 from .reader import Reader
 from .retention import StepFacts, heldout_loss, kept
 from .share import TENSORS, Share, Staging
@@ -92,7 +93,7 @@ class Saver:
         Raises:
             ConfigError: on every rank, where not even one checkpoint fits on the disk.
         """
-        self.directory = run_dir / "checkpoints"
+        self.directory = run_dir / CHECKPOINTS
         self._run_dir, self._table, self._runtime, self._section = run_dir, table, runtime, section
         self._copier = copier
         self._num_bytes = sum(row.numel for row in table.values()) * len(TENSORS) * FP32_BYTES
@@ -331,6 +332,6 @@ class Saver:
     def _clean(self) -> None:
         """Remove what killed attempts left, before anything new is written: the run holds its directory's lock."""
         if self.directory.is_dir():
-            for path in self.directory.glob(".t*-step_*"):
+            for path in self.directory.glob(LEFTOVERS):
                 with suppress(OSError):
                     discard(path)
