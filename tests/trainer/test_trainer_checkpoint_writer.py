@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
+import hashlib
 import io
 import os
+import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,11 @@ from basestone.data import storage as files
 from basestone.data.storage import write_atomic
 from basestone.trainer.checkpoint import writer
 from basestone.trainer.checkpoint.format import steps_in
-from basestone.trainer.checkpoint.writer import commit, discard, remove
+from basestone.trainer.checkpoint.writer import RankWriter, commit, discard, remove
 from basestone.trainer.errors import CheckpointError
+
+REAL_PWRITE = os.pwrite
+PAGE_BYTES = 4096
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,16 +104,70 @@ def test_a_removal_is_durable_before_the_first_file_goes(tmp_path, calls):
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def short(fd: int, data: memoryview, position: int) -> int:
+    """Write as a disk that fills up does: half of a block."""
+    return REAL_PWRITE(fd, data[: PAGE_BYTES * 2] if is_direct(fd) else data, position)
+
+
+def other_blocks(fd: int, data: memoryview, position: int) -> int:
+    """Write as a disk does that takes other blocks than ours."""
+    if is_direct(fd):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return REAL_PWRITE(fd, data, position)
+
+
+@pytest.mark.parametrize("disk", [REAL_PWRITE, short, other_blocks])
+def test_blocks_go_past_the_page_cache_where_the_disk_takes_them(tmp_path, monkeypatch, disk):
+    block, sizes, direct = 4 * PAGE_BYTES, (1, 3 * PAGE_BYTES, 70_000, 0, 200_001), []
+
+    def pwrite(fd: int, data: memoryview, position: int) -> int:
+        direct.append(is_direct(fd))
+        return disk(fd, data, position)
+
+    monkeypatch.setattr(writer, "BLOCK_BYTES", block)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with RankWriter(tmp_path / "rank") as out:
+        for number, size in enumerate(sizes):
+            data = bytearray(random.Random(number).randbytes(size))
+            out.write(memoryview(data))
+            data[:] = bytes(size)  # it belongs to the caller again
+    expected = b"".join(random.Random(number).randbytes(size) for number, size in enumerate(sizes))
+    assert (tmp_path / "rank").read_bytes() == expected and out.written == len(expected)
+    assert out.blocks == [
+        hashlib.sha256(expected[start : start + block]).hexdigest() for start in range(0, len(expected), block)
+    ]
+    assert direct[-1] is False  # the last block is no whole one
+    if disk is REAL_PWRITE and direct[0]:  # else the file system has a page cache alone
+        assert direct == [True] * (len(expected) // block) + [False]
+
+
 class Disk:
     """A disk with room for some bytes; when it is full a write takes what fits, then fails."""
 
     def __init__(self, free_bytes: int) -> None:
         self.free_bytes = free_bytes
+        self._lock = threading.Lock()
+
+    def take(self, data: Any) -> memoryview:
+        """Give what fits."""
+        with self._lock:
+            fitting = memoryview(data)[: self.free_bytes]
+            if not fitting and len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.free_bytes -= len(fitting)
+            return fitting
+
+    def pwrite(self, fd: int, data: Any, position: int) -> int:
+        return REAL_PWRITE(fd, self.take(data), position)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let everything that a checkpoint writes go to this disk."""
-        for module in (writer, files):
-            monkeypatch.setattr(module, "open", self.open, raising=False)
+        monkeypatch.setattr(files, "open", self.open, raising=False)
+        monkeypatch.setattr(os, "pwrite", self.pwrite)
 
     def open(self, path: Path, mode: str) -> Any:
         if mode == "rb":
@@ -120,11 +181,7 @@ class _FileOn(io.FileIO):
         self._disk = disk
 
     def write(self, data: Any) -> int:
-        fitting = memoryview(data)[: self._disk.free_bytes]
-        if not fitting and len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._disk.free_bytes -= len(fitting)
-        return super().write(fitting) or 0
+        return super().write(self._disk.take(data)) or 0
 
 
 @pytest.mark.faults

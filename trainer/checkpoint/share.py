@@ -38,7 +38,7 @@ class Share:
             yield from (fragment for fragment in self._state.fragments() if fragment.owned)
 
     def write(self, path: Path, fragments: Iterable[Fragment], moved: Callable[[], None]) -> dict[str, Any]:
-        """Write a rank file of fragments wherever they lie, through one block in host memory.
+        """Write a rank file of fragments wherever they lie, through a few blocks in host memory.
 
         Args:
             moved: is called before every block.
