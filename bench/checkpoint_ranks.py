@@ -19,7 +19,7 @@ import torch.distributed as dist
 from basestone.model.layout import decoder_layout
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import cut
-from basestone.trainer.checkpoint.format import BLOCK_BYTES
+from basestone.trainer.checkpoint.format import BLOCK_BYTES, steps_in
 from basestone.trainer.checkpoint.restorer import Restorer
 from basestone.trainer.checkpoint.saver import Saver
 from basestone.trainer.config import ResolvedRun
@@ -118,7 +118,10 @@ class Bench:
         return Saver(run_dir, self.table, self.runtime, self.engine.state, section, asynchronous=asynchronous)
 
     def save(self, saver: Saver) -> float:
-        """Save, and wait; give the seconds."""
+        """Save, and wait; give the seconds. The save before it is removed beforehand, like DeepSpeed's."""
+        if self.runtime.rank == 0:
+            for _, path in steps_in(saver.directory):
+                shutil.rmtree(path)
         started_s, state = self.all_begin(), self._state()
         outcome = saver.begin(self.saves, state, wait=True)
         assert outcome is not None and outcome.problem is None, outcome

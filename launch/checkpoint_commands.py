@@ -22,7 +22,6 @@ checkpoint_app = typer.Typer(
 )
 
 EXIT_STORAGE = 74
-LONG_BYTES = 1 << 30  # from here on a check says how far it is
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 RunPlace = Annotated[
     str, typer.Argument(metavar="RUN", help="A run directory, or the URL of its copies.", show_default=False)
@@ -259,17 +258,9 @@ def _steps_of(checkpoint: str) -> list[str]:
 
 
 def _progress(place: str) -> Callable[[int, int], None]:
-    """Say on standard error how far the check of a large checkpoint is, at every tenth."""
-    said, name = 0, place.rstrip("/").rpartition("/")[2]
+    from ..trainer.console import tenths
 
-    def show(done: int, total: int) -> None:
-        nonlocal said
-        tenth = 10 * done // total
-        if total >= LONG_BYTES and tenth > said:
-            said = tenth
-            _say(f"{name}: {10 * tenth} % of {_size(total)}")
-
-    return show
+    return tenths(place.rstrip("/").rpartition("/")[2])
 
 
 def _plain(name: str, value: Any) -> str:

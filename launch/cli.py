@@ -218,6 +218,12 @@ def export(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare logits; the model card says so.")
     ] = False,
+    max_shard_gb: Annotated[
+        float, typer.Option(help="Largest file of weights, in GB of 10^9 bytes.", min=0.001)
+    ] = 5.0,
+    num_processes: Annotated[
+        int, typer.Option("--processes", help="That share the files of weights.", min=1)
+    ] = 1,
     licence: Annotated[str, typer.Option(help="For the model card, e.g. apache-2.0.")] = "",
     name: Annotated[str, typer.Option(help="For the model card; by default the directory's.")] = "",
     tokenizer: TokenizerPath = None,
@@ -230,6 +236,8 @@ def export(
         str(out),
         "--dtype",
         dtype,
+        f"--max-shard-gb={max_shard_gb}",
+        f"--processes={num_processes}",
         f"--licence={licence}",
         f"--name={name}",
     ]

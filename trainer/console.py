@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LONG_BYTES = 1 << 30  # from here on work on files says how far it is
 
 
 class RunConsole:
@@ -46,6 +49,20 @@ class RunConsole:
         """Leave the terminal as it was."""
         if self._progress is not None:
             self._progress.stop()
+
+
+def tenths(doing: str) -> Callable[[int, int], None]:
+    """Give a function that takes (bytes done, bytes in all) and says at every tenth how far long work is."""
+    said = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        tenth = 10 * done // total
+        if total >= LONG_BYTES and tenth > said:
+            said = tenth
+            print(f"{doing}: {10 * tenth} % of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def step_line(record: dict[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,17 @@ from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
 from ..model.layout import decoder_layout
 from . import runtime as processes
-from .card import CardFacts
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.places import local_path
 from .checkpoint.tensors import CheckpointTensors
 from .config import RunConfig
+from .console import tenths
 from .errors import ConfigError
-from .export import DTYPES, export_checkpoint
+from .hub.card import CardFacts
+from .hub.export import DTYPES, export_checkpoint
 from .load import validate_run
 from .places import locate_heldout
-from .reference import generate, load_decoder, logits_of
+from .reference import generate, load_decoder, logits_of, trace_of
 from .run_records import RunRecords, number, read_records
 
 VERIFY_SEQUENCES = 2
@@ -79,6 +82,10 @@ class OpenCheckpoint:
     def _logits(self, dtype: torch.dtype) -> Any:
         runtime = processes.start()
         return logits_of(load_decoder(self.model, self.tensors, runtime, rounded_to=dtype), runtime)
+
+    def _trace(self, dtype: torch.dtype, ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        runtime = processes.start()
+        yield from trace_of(self.model, self.tensors, runtime, rounded_to=dtype)(ids)
 
     def _working_dtype(self) -> torch.dtype:
         return DTYPES[self.run.train.dtype]
@@ -146,7 +153,17 @@ class OpenCheckpoint:
         )
         return tokenizer.decode(out[0].tolist())
 
-    def export(self, out: Path, *, dtype: str, verify: bool, licence: str, name: str) -> str:
+    def export(
+        self,
+        out: Path,
+        *,
+        dtype: str,
+        verify: bool,
+        licence: str,
+        name: str,
+        max_shard_bytes: int,
+        num_processes: int,
+    ) -> str:
         """Write a Hugging Face directory; give a line that says what was checked."""
         if dtype not in DTYPES:
             raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
@@ -158,8 +175,11 @@ class OpenCheckpoint:
             dtype=dtype,  # type: ignore[arg-type]
             facts=self._facts(name or out.name, licence),
             sequence_length=self.model.max_sequence_length,
-            reference=self._logits(DTYPES[dtype]) if verify else None,
+            trace=functools.partial(self._trace, DTYPES[dtype]) if verify else None,
             samples=self._samples() if verify else None,
+            max_shard_bytes=max_shard_bytes,
+            num_processes=num_processes,
+            tell=tenths(f"writing {out.name}"),
         )
         checked = "not verified"
         if report.verification is not None:

@@ -1,15 +1,16 @@
-"""The trainer's own model in one process, from a checkpoint: logits to compare an export with, and generation."""
+"""The trainer's own model in one process, from a checkpoint: what an export is compared with, and generation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder, megatron_config
+from ..model.pipeline import Chunk
 from .runtime import Runtime
 
 
@@ -20,18 +21,62 @@ class Weights(Protocol):
         """Give the global names."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """Give one whole tensor, fp32."""
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give one whole tensor, rounded to `dtype`."""
         ...
 
 
-def load_decoder(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_to: torch.dtype) -> Decoder:
-    """Build a whole fp32 decoder whose weights were rounded to `rounded_to` on the way."""
+def load_decoder(
+    model: ModelConfig,
+    weights: Weights,
+    runtime: Runtime,
+    *,
+    rounded_to: torch.dtype,
+    chunk: Chunk | None = None,
+) -> Decoder:
+    """Build an fp32 decoder, or a chunk of it, whose weights were rounded to `rounded_to` on the way."""
     config = megatron_config(model, dtype=torch.float32, sequence_parallel=False, on_cpu=runtime.on_cpu)
-    decoder = Decoder(model, config)
+    decoder = Decoder(model, config, chunk)
     for name, parameter in decoder.named_parameters():
-        parameter.data.copy_(weights.read(name).to(rounded_to))
+        parameter.data.copy_(weights.read(name, rounded_to))
     return decoder.eval()
+
+
+Trace = Callable[[Tensor], Iterator[tuple[str, Tensor]]]
+
+
+def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_to: torch.dtype) -> Trace:
+    """Give a function from ids to what the model makes of them, part by part.
+
+    It takes int64 [batch, sequence] and gives (name, fp32 tensor) of the embedding and of every layer's output,
+    [batch, sequence, hidden], then of the logits, [batch, sequence, true vocabulary]. Only one layer is held.
+    """
+
+    @torch.no_grad()
+    def trace(ids: Tensor) -> Iterator[tuple[str, Tensor]]:
+        ids, last = ids.to(runtime.device), model.num_layers - 1
+        seen: list[tuple[str, Tensor]] = []
+
+        def see(name: str, x_sbh: Tensor) -> None:
+            seen.append((name, x_sbh.transpose(0, 1).float().cpu()))
+
+        received: Tensor | None = None
+        for number in range(model.num_layers):
+            chunk = Chunk(range(number, number + 1), first=number == 0, last=number == last)
+            decoder = load_decoder(model, weights, runtime, rounded_to=rounded_to, chunk=chunk)
+            layer: Any = decoder.layers[str(number)]
+            if chunk.first:
+                decoder.embed.register_forward_hook(lambda _, __, x: see("the embedding", x))
+            layer.register_forward_hook(lambda _, __, out, number=number: see(f"layer {number}", out[0]))
+            decoder.set_input_tensor(received)
+            received = decoder(ids)
+            yield from seen
+            seen.clear()
+            del decoder, layer
+        assert received is not None
+        yield "the logits", received[..., : model.vocab_size].float().cpu()
+
+    return trace
 
 
 def logits_of(decoder: Decoder, runtime: Runtime) -> Callable[..., Tensor]:

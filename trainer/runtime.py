@@ -309,6 +309,11 @@ def visible_gpus() -> list[str]:
     return [f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
 
 
+def rank() -> int:
+    """Give which of the launcher's workers this is; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def world_size() -> int:
     """Give how many workers the launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -83,6 +83,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("out", type=Path)
     one.add_argument("--dtype", default="bf16")
     one.add_argument("--no-verify", action="store_true")
+    one.add_argument("--max-shard-gb", type=float, default=5.0)
+    one.add_argument("--processes", type=int, default=1)
     one.add_argument("--licence", default="")
     one.add_argument("--name", default="")
     one.add_argument("--tokenizer", type=Path)
@@ -212,6 +214,8 @@ def export(arguments: argparse.Namespace) -> None:
             verify=not arguments.no_verify,
             licence=arguments.licence,
             name=arguments.name,
+            max_shard_bytes=round(arguments.max_shard_gb * 1e9),
+            num_processes=arguments.processes,
         )
     )
 

@@ -11,11 +11,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -30,98 +30,124 @@ class SafetensorsError(ValueError):
     exit_code = 76
 
 
+Planned = tuple[str, tuple[int, ...], torch.dtype]  # name, shape and dtype of a tensor
+
+
+class File(Protocol):
+    """What a file's bytes go to."""
+
+    def write(self, data: memoryview, /) -> object:
+        """Append bytes, which may change afterwards."""
+
+
+Opener = Callable[[Path], AbstractContextManager[File]]  # of a new file, which is on the disk when it is left
+
+
 @dataclass(frozen=True)
-class WrittenFiles:
-    """What `write_safetensors` wrote: file names in order, and the bytes of all tensors."""
+class Shard:
+    """One file of a directory and its tensors, in order."""
 
-    names: tuple[str, ...]
-    total_bytes: int
-
-
-@dataclass(frozen=True)
-class _Planned:
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    file_name: str
+    tensors: tuple[Planned, ...]
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of its tensors."""
+        return sum(map(_num_bytes, self.tensors))
+
+
+def plan_shards(tensors: Iterable[Planned], max_shard_bytes: int) -> list[Shard]:
+    """Spread tensors over files, in order; one that is larger than `max_shard_bytes` gets a file of its own.
+
+    One file is `model.safetensors`, several are `model-0000i-of-0000N.safetensors`.
+    """
+    groups: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + _num_bytes(tensor) > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += _num_bytes(tensor)
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        names = ["model.safetensors"]
+    return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that is on the disk when it is left."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_safetensors(
     out_dir: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+    shards: Sequence[Shard],
     produce: Callable[[str], torch.Tensor],
-    max_shard_bytes: int,
-) -> WrittenFiles:
-    """Write (name, shape, dtype) tensors into `out_dir`, asking `produce` for each one in order, once.
+    *,
+    open_file: Opener = synced,
+    part: int = 0,
+    num_parts: int = 1,
+) -> None:
+    """Write files, asking `produce` for each tensor in order, once. A file takes its name only when whole.
 
-    One file is `model.safetensors`; several are `model-0000i-of-0000N.safetensors` with an index. A tensor
-    larger than `max_shard_bytes` gets a file of its own. Each file is synced and takes its name only when
-    whole. Raises SafetensorsError where a produced tensor has another shape or dtype than announced.
+    Args:
+        part: where `num_parts` processes share the work, each takes every `num_parts`-th file from `part` on, and the
+            first one writes the index.
+
+    Raises:
+        SafetensorsError: a tensor has another shape or dtype than announced.
     """
-    shards = _cut_into_shards([_Planned(*tensor) for tensor in tensors], max_shard_bytes)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    total_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard)
-    for name, shard in zip(names, shards, strict=True):
-        _write_atomically(out_dir / name, partial(_write_shard, shard=shard, produce=produce))
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        _write_atomically(out_dir / INDEX_NAME, lambda file: file.write(text.encode()))
-        names.append(INDEX_NAME)
-    return WrittenFiles(tuple(names), total_bytes)
+    for shard in shards[part::num_parts]:
+        with _named_when_whole(out_dir / shard.file_name) as temporary, open_file(temporary) as file:
+            _write_tensors(file, shard, produce)
+    if part == 0 and len(shards) > 1:
+        _write_index(out_dir, shards)
 
 
-def _cut_into_shards(tensors: list[_Planned], max_shard_bytes: int) -> list[list[_Planned]]:
-    shards: list[list[_Planned]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
-    return shards
+def _write_index(out_dir: Path, shards: Sequence[Shard]) -> None:
+    weight_map = {tensor[0]: shard.file_name for shard in shards for tensor in shard.tensors}
+    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
+    with _named_when_whole(out_dir / INDEX_NAME) as temporary, synced(temporary) as file:
+        file.write((json.dumps(index, indent=2) + "\n").encode())
 
 
-def _write_shard(file: BinaryIO, shard: list[_Planned], produce: Callable[[str], torch.Tensor]) -> None:
+def _num_bytes(tensor: Planned) -> int:
+    _, shape, dtype = tensor
+    return math.prod(shape) * dtype.itemsize
+
+
+def _write_tensors(file: File, shard: Shard, produce: Callable[[str], torch.Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers refuse a file without it
     offset = 0
-    for tensor in shard:
-        end = offset + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+    for name, shape, dtype in shard.tensors:
+        end = offset + _num_bytes((name, shape, dtype))
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT_BYTES)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
-    for tensor in shard:
-        produced = produce(tensor.name)
-        if tuple(produced.shape) != tensor.shape or produced.dtype != tensor.dtype:
+    file.write(memoryview(struct.pack("<Q", len(text)) + text))
+    for name, shape, dtype in shard.tensors:
+        produced = produce(name)
+        if tuple(produced.shape) != shape or produced.dtype != dtype:
             raise SafetensorsError(
-                f"{tensor.name} was announced as {tensor.dtype} {tensor.shape} "
-                f"and came as {produced.dtype} {tuple(produced.shape)}"
+                f"{name} was announced as {dtype} {shape} and came as {produced.dtype} {tuple(produced.shape)}"
             )
         flat = produced.detach().cpu().contiguous().reshape(-1)
         file.write(flat.view(torch.uint8).numpy().data)
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+@contextmanager
+def _named_when_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary name; the file takes its own at the end, and leaves nothing where something fails."""
     temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)  # of a killed attempt
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.chmod(0o644)  # readable on shared disks, whatever the umask
         temporary.replace(path)
     finally:

@@ -16,8 +16,7 @@ from in_process import Command, refused
 from run_files import run_values
 from step_files import save, use_small_blocks
 
-from basestone.launch import checkpoint_commands
-from basestone.trainer import worker
+from basestone.trainer import console, worker
 from basestone.trainer.load import run_to_toml
 from basestone.trainer.run_lock import RunLock
 
@@ -223,7 +222,7 @@ def test_extra_file_that_may_be_a_pickle_is_refused(basestone: Command, run_dir)
 
 
 def test_verify_of_a_large_one_says_how_far_it_is(basestone: Command, run_dir, monkeypatch):
-    monkeypatch.setattr(checkpoint_commands, "LONG_BYTES", 100)
+    monkeypatch.setattr(console, "LONG_BYTES", 100)
     done = basestone("checkpoint", "verify", run_dir)
     lines = done.err.splitlines()
     assert lines[0].startswith("step_00000008: 20 % of ") and lines[-1].startswith("step_00000008: 100 % of ")
@@ -315,7 +314,7 @@ def test_prune_removes_nothing_where_none_is_good(basestone: Command, run_dir):
 
 
 def test_prune_says_how_far_the_check_of_a_large_one_is(basestone: Command, run_dir, monkeypatch):
-    monkeypatch.setattr(checkpoint_commands, "LONG_BYTES", 100)
+    monkeypatch.setattr(console, "LONG_BYTES", 100)
     lines = basestone("checkpoint", "prune", run_dir, "--dry-run").err.splitlines()
     assert lines[0].startswith("step_00000008: 20 % of ") and lines[-1].startswith("step_00000008: 100 % of ")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from basestone.model.config import ModelConfig
 from basestone.model.hf.adapter import LastRead, adapter_for, adapter_for_hf
 from basestone.model.hf.rules import AdapterError, Halves
-from basestone.model.hf.safetensors_file import SafetensorsReader, write_safetensors
+from basestone.model.hf.safetensors_file import SafetensorsReader, plan_shards, write_safetensors
 from basestone.model.layout import decoder_layout
 
 LLAMA = {
@@ -119,7 +119,7 @@ def write_directory(config, weights, path, max_shard_bytes=10**9):
     tensors = {tensor.name: tensor for tensor in adapter.tensors(config)}
     plan = [(name, tensor.shape, torch.float32) for name, tensor in tensors.items()]
     read = LastRead(weights.__getitem__)
-    write_safetensors(path, plan, lambda name: adapter.read(tensors[name], read), max_shard_bytes)
+    write_safetensors(path, plan_shards(plan, max_shard_bytes), lambda name: adapter.read(tensors[name], read))
     hf = adapter.hf_config(config, dtype=torch.float32, bos=1, eos=2, pad=3)
     (path / "config.json").write_text(json.dumps(hf))
 
@@ -233,7 +233,9 @@ def test_names_without_the_leading_part_are_found(tmp_path):
     adapter = adapter_for(config)
     tensors = {tensor.name.removeprefix("transformer."): tensor for tensor in adapter.tensors(config)}
     plan = [(name, tensor.shape, torch.float32) for name, tensor in tensors.items()]
-    write_safetensors(tmp_path, plan, lambda name: adapter.read(tensors[name], weights.__getitem__), 10**9)
+    write_safetensors(
+        tmp_path, plan_shards(plan, 10**9), lambda name: adapter.read(tensors[name], weights.__getitem__)
+    )
     back = dict(adapter.to_global(config, SafetensorsReader(tmp_path).read))
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 

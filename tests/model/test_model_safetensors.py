@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from basestone.model.hf.safetensors_file import SafetensorsError, SafetensorsReader, write_safetensors
+from basestone.model.hf.safetensors_file import (
+    SafetensorsError,
+    SafetensorsReader,
+    plan_shards,
+    write_safetensors,
+)
 
 
 def plan_of(tensors):
@@ -27,9 +32,8 @@ def some_tensors(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_file_reads_back(tmp_path, dtype):
     tensors = some_tensors(dtype)
-    written = write_safetensors(tmp_path, plan_of(tensors), tensors.__getitem__, 10**9)
-    assert written.names == ("model.safetensors",)
-    assert written.total_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    write_safetensors(tmp_path, plan_shards(plan_of(tensors), 10**9), tensors.__getitem__)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     back = load_file(tmp_path / "model.safetensors")
     assert set(back) == set(tensors)
     assert all(
@@ -53,7 +57,7 @@ def test_shards_hold_everything_once(tmp_path_factory, sizes, max_shard_bytes):
         produced.append(name)
         return tensors[name]
 
-    write_safetensors(path, plan_of(tensors), produce, max_shard_bytes)
+    write_safetensors(path, plan_shards(plan_of(tensors), max_shard_bytes), produce)
     assert produced == list(tensors)  # each one once, in order
     shards = sorted(path.glob("*.safetensors"))
     for shard in shards:
@@ -73,7 +77,7 @@ def test_shards_hold_everything_once(tmp_path_factory, sizes, max_shard_bytes):
 def test_views_and_transposes_are_written_in_order(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {"t": base.t(), "part": base[1:3], "column": base[:, 2]}
-    write_safetensors(tmp_path, plan_of(tensors), tensors.__getitem__, 10**9)
+    write_safetensors(tmp_path, plan_shards(plan_of(tensors), 10**9), tensors.__getitem__)
     back = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
@@ -82,7 +86,7 @@ def test_files_are_readable_by_others_and_data_is_aligned(tmp_path):
     old = os.umask(0o077)
     try:
         tensors = some_tensors()
-        write_safetensors(tmp_path, plan_of(tensors), tensors.__getitem__, 10**9)
+        write_safetensors(tmp_path, plan_shards(plan_of(tensors), 10**9), tensors.__getitem__)
     finally:
         os.umask(old)
     path = tmp_path / "model.safetensors"
@@ -94,7 +98,7 @@ def test_files_are_readable_by_others_and_data_is_aligned(tmp_path):
 def test_a_tensor_unlike_its_announcement_is_refused(tmp_path, wrong):
     tensors = some_tensors()
     with pytest.raises(SafetensorsError, match=r"t.0 was announced as torch.float32 \(7, 5\)") as caught:
-        write_safetensors(tmp_path, plan_of(tensors), lambda name: wrong, 10**9)
+        write_safetensors(tmp_path, plan_shards(plan_of(tensors), 10**9), lambda name: wrong)
     assert caught.value.exit_code == 76
     assert list(tmp_path.iterdir()) == []  # nothing half-written is left
 
@@ -108,7 +112,7 @@ def test_a_producer_that_fails_leaves_no_file(tmp_path):
         return tensors[name]
 
     with pytest.raises(RuntimeError):
-        write_safetensors(tmp_path, plan_of(tensors), produce, 10**9)
+        write_safetensors(tmp_path, plan_shards(plan_of(tensors), 10**9), produce)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -116,7 +120,7 @@ def test_reader_says_what_is_missing(tmp_path):
     with pytest.raises(SafetensorsError, match=r"holds neither model\.safetensors nor"):
         SafetensorsReader(tmp_path)
     tensors = some_tensors()
-    write_safetensors(tmp_path, plan_of(tensors), tensors.__getitem__, 100)
+    write_safetensors(tmp_path, plan_shards(plan_of(tensors), 100), tensors.__getitem__)
     with pytest.raises(SafetensorsError, match="holds no tensor nothing"):
         SafetensorsReader(tmp_path).read("nothing")
     next(iter(sorted(tmp_path.glob("*.safetensors")))).unlink()
@@ -130,7 +134,7 @@ def test_reader_does_not_leave_its_directory(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     tensors = some_tensors()
-    write_safetensors(outside, plan_of(tensors), tensors.__getitem__, 10**9)
+    write_safetensors(outside, plan_shards(plan_of(tensors), 10**9), tensors.__getitem__)
     inside = tmp_path / "inside"
     inside.mkdir()
     index = {"weight_map": {"t.0": "../outside/model.safetensors"}}

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +372,18 @@ def test_manifest_and_index_that_both_point_elsewhere_are_refused(step, watch, n
     text, opened = watch.problem(step)
     assert text == f"{step}: {name} is missing"
     assert all(Path(name).parent == step or Path(name) == step for name in opened), opened
+
+
+def test_threads_may_share_a_reader(step):
+    """More blocks than the reader keeps, asked for in as many orders as there are threads."""
+    reader, places = Reader(step), [(rank, at) for rank in (1, 2) for at in range(0, 128, 8)]
+
+    def read_all(seed: int) -> None:
+        for rank, at in random.Random(seed).sample(places * 20, k=20 * len(places)):
+            assert reader.read(f"rank_{rank:05d}.bin", at, 8) == payload(rank)[at : at + 8]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read_all, range(8)))
 
 
 @pytest.mark.faults

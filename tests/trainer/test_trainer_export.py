@@ -1,6 +1,7 @@
 """Export: whole or not at all, and never wrong."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -8,16 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from basestone.data.errors import DataStorageError
 from basestone.data.tokenizer import train_tokenizer
 from basestone.model.config import ModelConfig
 from basestone.model.hf.adapter import adapter_for
 from basestone.model.layout import decoder_layout
-from basestone.trainer import export as export_module
-from basestone.trainer.card import CardFacts
+from basestone.trainer import runtime as processes
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.export import ExportError, export_checkpoint
+from basestone.trainer.hub import compare
+from basestone.trainer.hub import export as export_module
+from basestone.trainer.hub.card import CardFacts
+from basestone.trainer.hub.export import export_checkpoint
+from basestone.trainer.hub.weights import ExportError, write_weights
+from basestone.trainer.reference import trace_of
 
 TEXT = "".join(f"def function_{i}(value):\n\treturn value + {i}\n" for i in range(300))
 FACTS = CardFacts(
@@ -49,8 +55,8 @@ class Weights:
     def names(self):
         return self.tensors.keys()
 
-    def read(self, name):
-        return self.tensors[name]
+    def read(self, name, dtype=torch.float32):
+        return self.tensors[name].to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +84,11 @@ def weights(config) -> Weights:
     return Weights(config)
 
 
-def hf_reference(config, weights, dtype=torch.bfloat16):
-    """Build the class in memory from the rounded weights: a forward that never touches the directory."""
+def hf_trace(config, weights, dtype=torch.bfloat16, parts=None):
+    """Build the class in memory from the rounded weights: a forward that never touches the directory.
+
+    `parts` may change what is traced.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     adapter = adapter_for(config)
@@ -88,12 +97,22 @@ def hf_reference(config, weights, dtype=torch.bfloat16):
     state = {t.name: adapter.read(t, weights.read).to(dtype).float() for t in adapter.tensors(config)}
     model.load_state_dict(state)
 
-    def reference(ids):
+    def trace(ids):
         assert ids.dtype == torch.int64
+        seen = []
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: seen.append(out)) for layer in model.model.layers
+        ]
         with torch.no_grad():
-            return model(ids).logits
+            logits = model(ids).logits
+        for hook in hooks:
+            hook.remove()
+        rows = [("the embedding", model.model.embed_tokens(ids))]
+        rows += [(f"layer {number}", out) for number, out in enumerate(seen)]
+        rows = [*rows, ("the logits", logits)]
+        yield from rows if parts is None else parts(rows)
 
-    return reference
+    return trace
 
 
 @pytest.fixture
@@ -108,7 +127,7 @@ def export(config, tokenizer, weights, tmp_path):
             "out": tmp_path / "out",
             "facts": FACTS,
             "sequence_length": 48,
-            "reference": None,
+            "trace": None,
             "samples": None,
             **changes,
         }
@@ -127,8 +146,8 @@ def assert_nothing_left(tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_verified_export_loads_and_says_so(export, config, weights, tmp_path, dtype):
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    reference = hf_reference(config, weights, torch_dtype)
-    report = export(dtype=dtype, reference=reference, samples=SAMPLES, tolerance=1e-5)
+    trace = hf_trace(config, weights, torch_dtype)
+    report = export(dtype=dtype, trace=trace, samples=SAMPLES, tolerance=1e-5)
     assert report.verification.relative_error < 1e-5
     assert report.verification.num_positions == 2 * 48 + 48
     assert set(report.files) == {
@@ -150,13 +169,13 @@ def test_a_verified_export_loads_and_says_so(export, config, weights, tmp_path, 
 
 
 def test_shards_are_verified_too(export, config, weights):
-    report = export(reference=hf_reference(config, weights), samples=SAMPLES, max_shard_bytes=20_000)
+    report = export(trace=hf_trace(config, weights), samples=SAMPLES, max_shard_bytes=20_000)
     assert sum(name.endswith(".safetensors") for name in report.files) > 1
     assert "model.safetensors.index.json" in report.files
 
 
 def test_the_card_states_the_facts(export, config, weights):
-    report = export(reference=hf_reference(config, weights), samples=SAMPLES)
+    report = export(trace=hf_trace(config, weights), samples=SAMPLES)
     card = (report.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert 'license: "apache-2.0"' in card
@@ -196,82 +215,143 @@ def test_front_matter_is_what_the_hub_reads(export):
     assert parsed["co2_eq_emissions"]["source"].startswith("estimated")
 
 
-@pytest.mark.parametrize("fault", ["epsilon", "gate_up", "unrounded", "nan", "shape"])
-def test_a_difference_to_the_reference_leaves_nothing(export, config, weights, tmp_path, fault):
-    other, dtype = config, torch.bfloat16
-    spoilt = Weights(config)
+def logits_spoilt(fault):
+    """Give a change of the traced logits."""
+
+    def parts(rows):
+        name, logits = rows[-1]
+        if fault == "shape":
+            logits = logits[..., :-1]
+        else:
+            row, value = fault
+            logits[row, -1, -1] += value
+        return [*rows[:-1], (name, logits)]
+
+    return parts
+
+
+# A fault of the trainer's side, and the part of the model that the message names. The attention of layer 0 reads norms.
+FAULTS = {
+    "epsilon": "depart at layer 0 ",
+    "rope_base": "depart at layer 0 ",
+    "query_key": "depart at layer 1 ",
+    "gate_up": "depart at layer 1 ",
+    "norm": "depart at the logits after the final norm",
+    "embedding": "depart at the embedding already",
+    "unrounded": "depart at the embedding already",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_leaves_nothing_and_names_its_place(export, config, weights, tmp_path, fault):
+    other, dtype, spoilt = config, torch.bfloat16, Weights(config)
+    tensors = spoilt.tensors
     if fault == "epsilon":
         other = config.model_copy(update={"norm_epsilon": 1e-3})
+    elif fault == "rope_base":
+        other = config.model_copy(update={"rope_base": 500_000.0})
+    elif fault == "query_key":
+        rows = tensors["layers.1.self_attention.linear_qkv.weight"]
+        rows[:] = torch.cat((rows[8:16], rows[:8], rows[16:]))  # two heads change places
     elif fault == "gate_up":
-        for name, tensor in spoilt.tensors.items():
-            if name.endswith("linear_fc1.weight"):
-                spoilt.tensors[name] = torch.cat(tensor.chunk(2)[::-1])
-    elif fault == "unrounded":
+        name = "layers.1.mlp.linear_fc1.weight"
+        tensors[name] = torch.cat(tensors[name].chunk(2)[::-1])
+    elif fault == "norm":
+        tensors["norm.weight"][3] += 1
+    elif fault == "embedding":
+        tensors["embed.word.weight"][SAMPLES[0, 0]] += 1
+    else:
         dtype = torch.float32
-    right = hf_reference(other, spoilt, dtype)
-
-    def reference(ids):
-        logits = right(ids)
-        if fault == "nan":
-            logits[0, 3, 7] = float("nan")
-        return logits[..., :-1] if fault == "shape" else logits
-
-    with pytest.raises(ExportError) as caught:
-        export(reference=reference, samples=SAMPLES)
+    with pytest.raises(ExportError, match="more than 1.0e-04; they " + FAULTS[fault]) as caught:
+        export(trace=hf_trace(other, spoilt, dtype), samples=SAMPLES)
     assert caught.value.exit_code == 76
-    expected = "logits of shape" if fault == "shape" else "more than 1.0e-04"
-    assert expected in str(caught.value)
+    assert_nothing_left(tmp_path)
+
+
+def test_other_shapes_are_refused(export, config, weights, tmp_path):
+    with pytest.raises(ExportError, match=r"the logits of the exported model has shape \(3, 48, 400\)"):
+        export(trace=hf_trace(config, weights, parts=logits_spoilt("shape")), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0.1, float("nan"), float("inf")])
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_fault_in_one_batch_alone_is_found(export, config, weights, tmp_path, batch_size, value):
-    """The random sequence is a batch of 1, the samples are one of 2."""
-    right = hf_reference(config, weights)
-
-    def reference(ids):
-        logits = right(ids)
-        if ids.shape[0] == batch_size:
-            logits[-1, -1, -1] += value
-        return logits
-
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_fault_in_one_sequence_alone_is_found(export, config, weights, tmp_path, row, value):
+    """The random sequence is the first of the batch, then come the samples."""
     with pytest.raises(ExportError, match="differ from the trainer's by"):
-        export(reference=reference, samples=SAMPLES)
+        export(trace=hf_trace(config, weights, parts=logits_spoilt((row, value))), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 
 
-def test_tensors_that_transformers_does_not_know_are_refused(export, config, weights, tmp_path, monkeypatch):
-    write = export_module.write_safetensors
+@pytest.mark.parametrize("family", ["llama", "tied llama", "gpt2"])
+def test_a_model_larger_than_memory_is_compared_a_module_at_a_time(
+    export, config, weights, tmp_path, monkeypatch, family
+):
+    """Its parameters are on no device but while their module runs, and the verdict is the same."""
+    monkeypatch.setattr(compare, "_available_bytes", lambda: 1000)
+    if family != "llama":
+        name, tied = ("gpt2", True) if family == "gpt2" else ("llama", True)
+        fields = config.model_dump(include={"num_layers", "hidden_size", "num_attention_heads", "vocab_size"})
+        config = ModelConfig(family=name, tied=tied, max_sequence_length=64, **fields)
+        weights = Weights(config)
+    trace, held = trace_of(config, weights, processes.start(), rounded_to=torch.bfloat16), []
+    real = compare.Comparison.take
 
-    def with_one_more(out_dir, plan, produce, max_shard_bytes):
-        more = [*plan, ("model.extra.weight", (1,), torch.bfloat16)]
-        extra = torch.zeros(1, dtype=torch.bfloat16)
-        return write(out_dir, more, lambda n: extra if "extra" in n else produce(n), max_shard_bytes)
+    def take(self, got):
+        held.append(sum(p.numel() for p in model[0].parameters() if p.device.type != "meta"))
+        return real(self, got)
 
-    monkeypatch.setattr(export_module, "write_safetensors", with_one_more)
-    with pytest.raises(
-        ExportError, match=r"does not take the exported weights as they are: .*model.extra.weight"
-    ):
-        export(reference=hf_reference(config, weights))
+    model, lazily = [], compare.load_lazily
+    monkeypatch.setattr(compare, "load_lazily", lambda path: model.append(lazily(path)) or model[0])
+    monkeypatch.setattr(compare.Comparison, "take", take)
+    report = export(config=config, source=weights, trace=trace, samples=SAMPLES, tolerance=1e-5)
+    assert report.verification.loaded_whole is False and len(held) == config.num_layers + 2
+    assert max(held) < max(row.numel for row in decoder_layout(config).values())
+    assert "a module at a time" in (report.path / "README.md").read_text()
+    spoilt = Weights(config)
+    spoilt.tensors["layers.1.mlp.linear_fc2.weight"][0] += 1
+    trace, model[:] = trace_of(config, spoilt, processes.start(), rounded_to=torch.bfloat16), []
+    with pytest.raises(ExportError, match="depart at layer 1 "):
+        export(config=config, source=weights, trace=trace, samples=SAMPLES, out=tmp_path / "second")
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_other_tensors_than_transformers_wants_are_refused(
+    export, config, weights, tmp_path, monkeypatch, change, lazily
+):
+    def written(source, adapter, config, out, **more):
+        write_weights(source, adapter, config, out, **more)
+        tensors = load_file(out / "model.safetensors")
+        if change == "more":
+            tensors["model.extra.weight"] = torch.zeros(1)
+        else:
+            del tensors["model.norm.weight"]
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(export_module, "write_weights", written)
+    if lazily:
+        monkeypatch.setattr(compare, "_available_bytes", lambda: 1000)
+    name = "model.extra.weight" if change == "more" else "model.norm.weight"
+    with pytest.raises(ExportError, match=f"does not take the exported weights as they are: .*{name}"):
+        export(trace=hf_trace(config, weights))
     assert_nothing_left(tmp_path)
 
 
 def test_a_damaged_file_is_caught_from_disk(export, config, weights, tmp_path, monkeypatch):
     """Verification reads what was written: flip a byte on its way to the disk."""
-    write = export_module.write_safetensors
 
-    def damaging(out_dir, *arguments):
-        written = write(out_dir, *arguments)
-        path = out_dir / "model.safetensors"
+    def damaging(source, adapter, config, out, **more):
+        written = write_weights(source, adapter, config, out, **more)
+        path = out / "model.safetensors"
         content = bytearray(path.read_bytes())
         content[-1] ^= 0x40
         path.write_bytes(content)
         return written
 
-    monkeypatch.setattr(export_module, "write_safetensors", damaging)
+    monkeypatch.setattr(export_module, "write_weights", damaging)
     with pytest.raises(ExportError):
-        export(reference=hf_reference(config, weights), samples=SAMPLES)
+        export(trace=hf_trace(config, weights), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 
 
@@ -291,14 +371,14 @@ def test_an_existing_target_is_refused(export, tmp_path, kind):
 
 
 def test_a_target_made_meanwhile_is_not_touched(export, config, weights, tmp_path):
-    right = hf_reference(config, weights)
+    right = hf_trace(config, weights)
 
-    def reference(ids):
+    def trace(ids):
         (tmp_path / "out").mkdir(exist_ok=True)
-        return right(ids)
+        yield from right(ids)
 
     with pytest.raises(ConfigError, match="exists already"):
-        export(reference=reference)
+        export(trace=trace)
     assert list((tmp_path / "out").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -329,10 +409,10 @@ def test_another_tokenizer_is_refused(export, config, tmp_path):
 
 def test_a_storage_failure_is_named_and_leaves_nothing(export, config, weights, tmp_path):
     class FullDisk(Weights):
-        def read(self, name):
+        def read(self, name, dtype):
             if name == "norm.weight":
                 raise OSError(28, "No space left on device")
-            return super().read(name)
+            return super().read(name, dtype)
 
     with pytest.raises(DataStorageError, match="No space left on device") as caught:
         export(source=FullDisk(config))
@@ -348,15 +428,15 @@ from pathlib import Path
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
 from basestone.model.config import ModelConfig
-from basestone.trainer.export import export_checkpoint
+from basestone.trainer.hub.export import export_checkpoint
 try:
     export_checkpoint(None, ModelConfig.model_validate_json(sys.argv[1]), Path({str(tokenizer)!r}),
-        Path({str(tmp_path / "out")!r}), facts=None, sequence_length=8, reference=lambda ids: ids, samples=None)
+        Path({str(tmp_path / "out")!r}), facts=None, sequence_length=8, trace=lambda ids: ids, samples=None)
 except ValueError as error:
     print(error)
     sys.exit(error.exit_code)
 """
-    root = Path(export_module.__file__).resolve().parents[1]
+    root = Path(export_module.__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script, config.model_dump_json()], cwd=root, capture_output=True, text=True
     )
@@ -374,17 +454,17 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_trainer_export import FACTS, Weights
 from basestone.model.config import ModelConfig
-from basestone.trainer.export import export_checkpoint
+from basestone.trainer.hub.export import export_checkpoint
 config = ModelConfig.model_validate_json(sys.argv[1])
 class Killed(Weights):
-    def read(self, name):
+    def read(self, name, dtype):
         if name == "layers.1.mlp.linear_fc1.weight":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(name)
+        return super().read(name, dtype)
 export_checkpoint(Killed(config), config, Path({str(tokenizer)!r}), Path({str(tmp_path / "out")!r}), facts=FACTS,
-    sequence_length=8, reference=None, samples=None)
+    sequence_length=8, trace=None, samples=None)
 """
-    root = Path(export_module.__file__).resolve().parents[1]
+    root = Path(export_module.__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script, config.model_dump_json()], cwd=root, capture_output=True
     )
@@ -396,13 +476,40 @@ export_checkpoint(Killed(config), config, Path({str(tokenizer)!r}), Path({str(tm
 
 def test_without_samples_a_random_sequence_is_compared(export, config, weights):
     seen = []
-    right = hf_reference(config, weights)
+    right = hf_trace(config, weights)
 
-    def reference(ids):
+    def trace(ids):
         seen.append(ids)
         return right(ids)
 
-    export(reference=reference, samples=None)
+    export(trace=trace, samples=None)
     assert [tuple(ids.shape) for ids in seen] == [(1, 48)]
     assert int(seen[0].min()) >= 0
     assert int(seen[0].max()) < 400
+
+
+def test_too_little_space_is_said_before_anything_is_written(export, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50 << 20))
+    with pytest.raises(ConfigError, match=r"out needs 0.07 GB and 0.05 GB are free there; free some"):
+        export()
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.dist
+def test_processes_share_the_files(export, config, weights, tmp_path):
+    one = export(out=tmp_path / "one", max_shard_bytes=20_000)
+    shared = export(out=tmp_path / "shared", max_shard_bytes=20_000, num_processes=3)
+    assert shared.files == one.files and len(one.files) > 8
+    for name in one.files:
+        if name != "README.md":
+            assert (shared.path / name).read_bytes() == (one.path / name).read_bytes()
+
+
+@pytest.mark.dist
+def test_what_fails_in_one_process_fails_the_export(export, config, tmp_path):
+    spoilt = Weights(config)
+    spoilt.tensors["layers.1.mlp.linear_fc2.weight"][0, 0] = float("nan")
+    with pytest.raises(ExportError, match=r"model.layers.1.mlp.down_proj.weight is not finite"):
+        export(source=spoilt, max_shard_bytes=20_000, num_processes=3)
+    assert_nothing_left(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ Checked = TypeVar("Checked", bound=BaseModel)
 class Reader:
     """Opens a step directory, checks its structure, and reads byte ranges that match their hashes.
 
-    Whoever wrote the directory, nothing outside it is opened, and what is wrong with it is a CheckpointError.
+    Whoever wrote the directory, nothing outside it is opened, and what is wrong with it is a CheckpointError. Threads
+    may share one.
     """
 
     def __init__(self, place: Path | str, reader: RangeReader | None = None) -> None:
@@ -46,6 +48,7 @@ class Reader:
         self.index = self._checked(Index, INDEX, self._hashed(INDEX))
         self._ranks = self._rank_files()
         self._cache: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     def at(self, name: str = "") -> str:
         """Give the place of the directory, or of a file in it, as messages may show it."""
@@ -146,23 +149,27 @@ class Reader:
     def _block(self, name: str, block: int, last: int) -> bytes:
         """Give a block that matches its hash; from afar, those behind it up to `last` come along."""
         key = (name, block)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
         rank, first = self._ranks[name], block * BLOCK_BYTES
         count = min(last - block + 1, self._directory.blocks_at_once)
         data = self._directory.read(name, first, min(count * BLOCK_BYTES, rank.bytes - first))
+        good: dict[tuple[str, int], bytes] = {}
         for number in range(count):
             part = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
             if hashlib.sha256(part).hexdigest() == rank.blocks[block + number]:
-                self._cache[name, block + number] = part
+                good[name, block + number] = part
             elif number == 0:
                 raise CheckpointError(
                     f"{self.at(name)}: bytes {first}..{first + len(part)} do not match their sha256"
                 )
-        while len(self._cache) > CACHED_BLOCKS:
-            self._cache.popitem(last=False)
-        return self._cache[key]
+        with self._lock:
+            self._cache.update(good)
+            while len(self._cache) > CACHED_BLOCKS:
+                self._cache.popitem(last=False)
+        return good[key]
 
     def verify(self, progress: Progress = lambda done, total: None) -> list[str]:
         """Read every byte; list what does not match, and files that are not of this checkpoint.

@@ -107,7 +107,7 @@ class CheckpointTensors:
         return CheckpointError(f"{self._reader.at(INDEX)}: is damaged: {text}")
 
     def fill(self, key: str, name: str, target: Tensor, tp_rank: int, tp_size: int, start: int) -> None:
-        """Fill a 1-D fp32 tensor with a flat range of one rank's piece.
+        """Fill a 1-D tensor with a flat range of one rank's piece, rounded to its dtype.
 
         Args:
             key: "master" or an optimizer state.
@@ -148,10 +148,10 @@ class CheckpointTensors:
         """Give the global names in the order of the forward pass."""
         return self._table.keys()
 
-    def read(self, name: str) -> Tensor:
-        """Give a parameter's whole fp32 master, in its global shape."""
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give a parameter's whole fp32 master, rounded to `dtype`, in its global shape; threads may share this."""
         row = self._table[name]
-        out = torch.empty(row.numel)
+        out = torch.empty(row.numel, dtype=dtype)
         self.fill("master", name, out, 0, 1, 0)
         return out.view(row.shape)
 

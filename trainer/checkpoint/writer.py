@@ -2,131 +2,32 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import mmap
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...data.storage import sync_directory, write_atomic
+from ..block_file import BlockFile
 from ..errors import CheckpointError
 from .format import BLOCK_BYTES, FORMAT, INDEX, MANIFEST, STATE
 
-Buffer = NDArray[np.uint8]
-BUFFERS = 6  # blocks of a rank that are filled, hashed and written at one time
-THREADS = 4  # two cores hash while two writes keep a disk busy
 
+class RankWriter(BlockFile[str]):
+    """Writes one rank's file, and hashes each block meanwhile."""
 
-@dataclass
-class RankWriter:
-    """Writes one rank's file block by block, and hashes each meanwhile.
+    def __init__(self, path: Path) -> None:
+        """Prepare the file `path`, which must not exist."""
+        super().__init__(path, BLOCK_BYTES, lambda block: hashlib.sha256(block).hexdigest())
 
-    Blocks go past the kernel's page cache where the file system allows it: to copy them there costs more time of the
-    cores than their hashes, and takes memory from what trains beside it (docs/decisions/0006).
-    """
-
-    path: Path
-    blocks: list[str] = field(default_factory=list)
-    written: int = 0
-
-    def __enter__(self) -> RankWriter:
-        self._fd = _open_new(self.path)
-        self._pool = ThreadPoolExecutor(THREADS, "write")
-        self._under_way: deque[tuple[Buffer, Future[None], Future[str]]] = deque()
-        self._buffer, self._filled = _new_buffer(), 0
-        return self
-
-    def write(self, data: memoryview) -> None:
-        """Append bytes; the caller may change them afterwards.
-
-        Raises:
-            OSError: these or earlier bytes cannot be written.
-        """
-        while len(data):
-            part = data[: BLOCK_BYTES - self._filled]
-            self._buffer[self._filled : self._filled + len(part)] = np.frombuffer(part, np.uint8)
-            self._filled += len(part)
-            self.written += len(part)
-            data = data[len(part) :]
-            if self._filled == BLOCK_BYTES:
-                self._begin_block()
-                self._buffer = _new_buffer() if len(self._under_way) < BUFFERS - 1 else self._end_block()
-
-    def _begin_block(self) -> None:
-        block = self._buffer[: self._filled].data
-        written = self._pool.submit(_put, self._fd, block, self.written - len(block))
-        self._under_way.append((self._buffer, written, self._pool.submit(_digest, block)))
-        self._filled = 0
-
-    def _end_block(self) -> Buffer:
-        """Wait for the oldest block, and give its buffer back."""
-        buffer, written, digest = self._under_way.popleft()
-        written.result()
-        self.blocks.append(digest.result())
-        return buffer
-
-    def _end_blocks(self) -> None:
-        while self._under_way:
-            self._end_block()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._end_blocks()
-                if self._filled:
-                    _leave_direct(self._fd)  # which takes whole blocks alone
-                    self._begin_block()
-                    self._end_blocks()
-                os.fsync(self._fd)
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-            os.close(self._fd)
-
-
-def _open_new(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    fd = os.open(path, flags, 0o666)
-    if BLOCK_BYTES % mmap.PAGESIZE == 0:
-        with suppress(OSError):  # a file system that has a page cache alone
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
-    return fd
-
-
-def _leave_direct(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-
-
-def _new_buffer() -> Buffer:
-    return np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8)  # aligned to a page, as direct writes ask
-
-
-def _put(fd: int, block: memoryview, position: int) -> None:
-    try:
-        written = os.pwrite(fd, block, position)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        written = 0
-    if written < len(block):
-        _leave_direct(fd)  # a disk that is nearly full, or whose own blocks are larger
-    while written < len(block):
-        written += os.pwrite(fd, block[written:], position + written)
-
-
-def _digest(block: memoryview) -> str:
-    return hashlib.sha256(block).hexdigest()
+    @property
+    def blocks(self) -> list[str]:
+        """Give the sha256 of every block, once the file is whole."""
+        return self.seen
 
 
 def commit(

@@ -6,8 +6,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from ..model.config import ModelConfig
-from ..model.flops import num_parameters
+from ...model.config import ModelConfig
+from ...model.flops import num_parameters
 
 JOULES_PER_KWH = 3.6e6
 NUM_CURVE_ROWS = 20
@@ -49,13 +49,15 @@ class CardFacts:
 class Verification:
     """How far the exported directory's fp32 logits lie from the trainer's, over `num_positions` positions.
 
-    `relative_error` is `max_abs_difference` over the largest absolute logit of the trainer.
+    `relative_error` is `max_abs_difference` over the largest absolute logit of the trainer. `loaded_whole` is false
+    where the model did not fit into memory and was loaded a module at a time.
     """
 
     relative_error: float
     max_abs_difference: float
     num_positions: int
     tolerance: float
+    loaded_whole: bool = True
 
 
 def model_card(config: ModelConfig, facts: CardFacts, *, dtype: str, verification: Verification | None) -> str:
@@ -148,8 +150,9 @@ def _energy(facts: CardFacts) -> str:
 def _verification(verification: Verification | None) -> str:
     if verification is None:
         return "This export was not verified."
+    how = "" if verification.loaded_whole else ", a module at a time,"
     return (
-        "This directory was loaded from disk with transformers in fp32 and its logits compared with the "
+        f"This directory was loaded from disk with transformers in fp32{how} and its logits compared with the "
         f"trainer's over {verification.num_positions:,} positions: relative error "
         f"{verification.relative_error:.2e} (largest difference {verification.max_abs_difference:.2e}, "
         f"tolerance {verification.tolerance:.0e})."

@@ -1,0 +1,181 @@
+"""Compare an exported directory with the trainer, part by part: the embedding, every layer, the logits.
+
+Both sides compute in fp32 on the weights as they were exported. Relative error decides: a wrong epsilon of the norms
+leaves the cosine of the logits at 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...model.config import ModelConfig
+from ...model.hf.safetensors_file import SafetensorsReader
+from ...model.layout import decoder_layout
+from ..reference import Trace
+from .card import Verification
+from .weights import ExportError
+
+FP32_BYTES = 4
+HEADROOM = 1.5  # of memory over the weights, for what is loaded beside them
+
+
+def verify(directory: Path, config: ModelConfig, trace: Trace, ids: Tensor, tolerance: float) -> Verification:
+    """Load a directory as any client would, and compare what it computes with the trainer's.
+
+    A model that does not fit into this host's memory is loaded a module at a time.
+
+    Args:
+        trace: gives what the trainer makes of ids.
+        ids: int64 [batch, sequence].
+
+    Raises:
+        ExportError: the logits differ by more than `tolerance` of their largest value, naming the first part that
+            departs; or transformers would complete or ignore some of the weights.
+    """
+    num_bytes = sum(row.numel for row in decoder_layout(config).values()) * FP32_BYTES
+    whole = num_bytes * HEADROOM < _available_bytes()
+    model = load_whole(directory) if whole else load_lazily(directory)
+    parts = Comparison(trace(ids))
+    with torch.no_grad():
+        parts.watch(model, config.num_layers)
+        parts.take(model(input_ids=ids, use_cache=False).logits)
+    _, error, difference = parts.rows[-1]
+    if not error <= tolerance:
+        raise ExportError(
+            f"export: the exported model's logits differ from the trainer's by {error:.3e} relative "
+            f"({difference:.3e} at most), more than {tolerance:.1e}; {parts.first_beyond(tolerance)}; "
+            "nothing was exported"
+        )
+    return Verification(error, difference, ids.numel(), tolerance, loaded_whole=whole)
+
+
+class Comparison:
+    """Takes what the exported model computes, and asks the trainer for the same as it comes."""
+
+    def __init__(self, expected: Iterator[tuple[str, Tensor]]) -> None:
+        """Begin with the first part of the trainer's trace."""
+        self._expected = expected
+        self.rows: list[tuple[str, float, float]] = []  # name, relative error, largest absolute difference
+
+    def watch(self, model: Any, num_layers: int) -> None:
+        """Be called with the input of the model's first layer and the output of each."""
+        layers = next(
+            module
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        )
+        layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: self.take(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for layer in layers:
+            layer.register_forward_hook(lambda _, __, out: self.take(out[0] if isinstance(out, tuple) else out))
+
+    def take(self, got: Tensor) -> None:
+        """Compare the next part.
+
+        Raises:
+            ExportError: its shape is another one.
+        """
+        name, expected = next(self._expected)
+        if got.shape != expected.shape:
+            raise ExportError(
+                f"export: {name} of the exported model has shape {tuple(got.shape)} and the trainer's "
+                f"{tuple(expected.shape)}; nothing was exported"
+            )
+        difference = (got.float() - expected).abs().max().item()
+        largest = expected.abs().max().item()
+        self.rows.append((name, difference / largest if largest > 0 else math.inf, difference))
+
+    def first_beyond(self, tolerance: float) -> str:
+        """Say where the two part."""
+        number = next(number for number, (_, error, _) in enumerate(self.rows) if not error <= tolerance)
+        name, error, _ = self.rows[number]
+        if number == 0:
+            return f"they depart at {name} already ({error:.1e})"
+        before, its_error, _ = self.rows[number - 1]
+        after = " after the final norm and the head" if number == len(self.rows) - 1 else ""
+        return f"they depart at {name}{after} ({error:.1e}), behind {before} ({its_error:.1e})"
+
+
+def load_whole(directory: Path) -> Any:
+    """Load a directory with transformers, fp32; refuse one that it would complete with random weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    show_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    finally:
+        if show_bars:
+            logging.enable_progress_bar()
+    model, info = loaded
+    _refuse({kind: sorted(map(str, names)) for kind, names in info.items() if names})
+    return model.eval()
+
+
+def load_lazily(directory: Path) -> Any:
+    """Build the same model without weights; every module reads its own from the directory as it is called."""
+    from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    reader = SafetensorsReader(directory)
+    names, there = set(model.state_dict()), set(reader.names())
+    tied = {}
+    if config.tie_word_embeddings:
+        model.tie_weights()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        embedding = model.get_input_embeddings().weight
+        embedded = next(name for name in there if parameters.get(name) is embedding)
+        tied = {name: embedded for name, value in parameters.items() if value is embedding and name != embedded}
+    missing, unexpected = sorted(names - there - tied.keys()), sorted(there - names)
+    _refuse({"missing_keys": missing, "unexpected_keys": unexpected} if missing or unexpected else {})
+    attach_align_device_hook(
+        model.eval(), execution_device=torch.device("cpu"), offload=True, weights_map=_OnDisk(reader, tied)
+    )
+    return model
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    """A directory's tensors in fp32, read whenever they are asked for."""
+
+    def __init__(self, reader: SafetensorsReader, tied: dict[str, str]) -> None:
+        self._reader, self._tied = reader, tied
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(self._tied.get(name, name)).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._reader.names(), *self._tied))
+
+    def __len__(self) -> int:
+        return len(self._reader.names()) + len(self._tied)
+
+
+def _refuse(wrong: dict[str, list[str]]) -> None:
+    if wrong:
+        raise ExportError(f"export: transformers does not take the exported weights as they are: {wrong}")
+
+
+def _available_bytes() -> int:
+    """Give the memory that this host has left."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("the kernel says nothing of memory")

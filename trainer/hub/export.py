@@ -1,0 +1,177 @@
+"""Export a checkpoint as a Hugging Face directory that is compared with the trainer before it gets its name."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...data.hf_tokenizer import write_hf_tokenizer
+from ...data.storage import rename_directory, storage_errors, write_atomic
+from ...data.tokenizer import Tokenizer
+from ...model.config import ModelConfig
+from ...model.hf.adapter import Adapter, adapter_for
+from ...model.layout import decoder_layout
+from ..errors import ConfigError
+from ..reference import Trace
+from .card import CardFacts, Verification, model_card
+from .compare import verify
+from .weights import ExportError, WeightSource, write_weights
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANDOM_POSITIONS = 128  # of the random sequence that every verification adds to the samples
+SPARE_BYTES = 64 << 20  # of the disk, for what comes with the weights
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote. `verification` is None where no reference was given."""
+
+    path: Path
+    files: tuple[str, ...]
+    num_tensors: int
+    total_bytes: int
+    dtype: str
+    verification: Verification | None
+
+
+def export_checkpoint(
+    source: WeightSource,
+    config: ModelConfig,
+    tokenizer: Path,
+    out: Path,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    max_shard_bytes: int = 5_000_000_000,
+    num_processes: int = 1,
+    facts: CardFacts,
+    sequence_length: int,
+    trace: Trace | None,
+    samples: torch.Tensor | None,
+    tolerance: float = 1e-4,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> ExportReport:
+    """Write weights, configuration, tokenizer and card into `out`, which must not exist yet.
+
+    Everything is written beside `out` under a temporary name, verified, and renamed. Memory holds a few parameters,
+    plus the whole model in fp32 while it is verified, where the host has room for it.
+
+    Args:
+        num_processes: that write weights; each takes whole files.
+        sequence_length: the longest that the model was trained on.
+        trace: gives what the trainer makes of ids, with weights rounded to `dtype`; None leaves the export unverified.
+            It is not called before the weights are written.
+        samples: held-out ids [batch, sequence]; one random sequence is always added.
+        tell: is told (bytes written, bytes in all) after every tensor.
+
+    Raises:
+        ConfigError: an `out` that exists, a missing package, too little space, a tokenizer that does not belong to the
+            model.
+        AdapterError: a model that the Hugging Face class cannot hold.
+        ExportError: weights that are missing or not finite, logits that differ by more than `tolerance`.
+        DataStorageError: a full disk.
+    """
+    adapter = adapter_for(config)
+    tokens = Tokenizer(tokenizer)
+    _check_before(source, config, tokens, out, verify=trace is not None)
+    tensors = list(adapter.tensors(config))
+    num_bytes = sum(torch.Size(tensor.shape).numel() for tensor in tensors) * DTYPES[dtype].itemsize
+    with storage_errors(f"writing the export {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out, num_bytes)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        with storage_errors(f"writing the export {out}"):
+            write_weights(
+                source,
+                adapter,
+                config,
+                partial,
+                dtype=DTYPES[dtype],
+                max_shard_bytes=max_shard_bytes,
+                num_processes=num_processes,
+                tell=tell,
+            )
+            _write_configs(adapter, config, tokens, partial, DTYPES[dtype])
+            write_hf_tokenizer(tokenizer, partial, model_max_length=sequence_length)
+        verification = None
+        if trace is not None:
+            verification = verify(partial, config, trace, _ids(config, samples, sequence_length), tolerance)
+        with storage_errors(f"writing the export {out}"):
+            card = model_card(config, facts, dtype=dtype, verification=verification)
+            write_atomic(partial / "README.md", card.encode())
+            files = _publish(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already where the export got its name
+    return ExportReport(out, files, len(tensors), num_bytes, dtype, verification)
+
+
+def _check_before(
+    source: WeightSource, config: ModelConfig, tokens: Tokenizer, out: Path, *, verify: bool
+) -> None:
+    """Refuse what can be refused before anything is read or written."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"export: {out} exists already; remove it or name another directory")
+    if config.vocab_size is None or tokens.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"export: the tokenizer {tokens.path} has {tokens.vocab_size} pieces and the model a vocabulary of "
+            f"{config.vocab_size}; give the tokenizer that the model was trained with"
+        )
+    if verify and importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "export: verification needs transformers; `pip install 'basestone[hf]'`, or export with --no-verify"
+        )
+    missing = sorted(set(decoder_layout(config)) - set(source.names()))
+    if missing:
+        raise ExportError(
+            f"export: the checkpoint lacks {len(missing)} of the model's parameters, the first {missing[0]}; "
+            "the checkpoint and its configuration do not belong together"
+        )
+
+
+def _check_space(out: Path, num_bytes: int) -> None:
+    free, needed = shutil.disk_usage(out.parent).free, num_bytes + SPARE_BYTES
+    if free < needed:
+        raise ConfigError(
+            f"export: {out} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; free some, or name "
+            "another directory"
+        )
+
+
+def _write_configs(
+    adapter: Adapter, config: ModelConfig, tokens: Tokenizer, out: Path, dtype: torch.dtype
+) -> None:
+    specials = {"bos": tokens.bos, "eos": tokens.eos, "pad": tokens.pad}
+    generation = {"_from_model_config": True, **{f"{name}_token_id": value for name, value in specials.items()}}
+    for name, values in (
+        ("config.json", adapter.hf_config(config, dtype=dtype, **specials)),
+        ("generation_config.json", generation),
+    ):
+        write_atomic(out / name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _ids(config: ModelConfig, samples: torch.Tensor | None, sequence_length: int) -> torch.Tensor:
+    """Give the samples and a random sequence of their length as one batch."""
+    assert config.vocab_size is not None
+    length = samples.shape[1] if samples is not None else min(sequence_length, RANDOM_POSITIONS)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(config.vocab_size, (1, length), generator=generator)
+    return random if samples is None else torch.cat((random, samples))
+
+
+def _publish(partial: Path, out: Path) -> tuple[str, ...]:
+    """Give the finished directory its name, readable by others; list its files."""
+    for path in partial.iterdir():
+        path.chmod(0o644)
+    partial.chmod(0o755)
+    if out.exists() or out.is_symlink():  # made by somebody else meanwhile
+        raise ConfigError(f"export: {out} exists already; remove it or name another directory")
+    rename_directory(partial, out)
+    return tuple(sorted(path.name for path in out.iterdir()))
