@@ -382,8 +382,13 @@ def test_threads_may_share_a_reader(step):
         for rank, at in random.Random(seed).sample(places * 20, k=20 * len(places)):
             assert reader.read(f"rank_{rank:05d}.bin", at, 8) == payload(rank)[at : at + 8]
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(read_all, range(8)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # else a thread is hardly ever interrupted where it matters
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read_all, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.faults
