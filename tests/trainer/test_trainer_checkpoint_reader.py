@@ -374,8 +374,9 @@ def test_manifest_and_index_that_both_point_elsewhere_are_refused(step, watch, n
     assert all(Path(name).parent == step or Path(name) == step for name in opened), opened
 
 
-def test_threads_may_share_a_reader(step):
+def test_threads_may_share_a_reader(step, monkeypatch):
     """More blocks than the reader keeps, asked for in as many orders as there are threads."""
+    monkeypatch.setattr("basestone.trainer.checkpoint.reader.CACHED_BLOCKS", 1)
     reader, places = Reader(step), [(rank, at) for rank in (1, 2) for at in range(0, 128, 8)]
 
     def read_all(seed: int) -> None:
@@ -386,7 +387,7 @@ def test_threads_may_share_a_reader(step):
     sys.setswitchinterval(1e-6)  # else a thread is hardly ever interrupted where it matters
     try:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(read_all, range(8)))
+            list(pool.map(read_all, range(32)))
     finally:
         sys.setswitchinterval(interval)
 
