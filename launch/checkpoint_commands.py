@@ -177,7 +177,7 @@ def checkpoint_import(
 
     Its names are those of the family's Hugging Face class, or our own.
     """
-    arguments = ["import", str(file), str(out), "--run", str(run), *(["--debug"] if debug else [])]
+    arguments = ["import-file", str(file), str(out), "--run", str(run), *(["--debug"] if debug else [])]
     raise typer.Exit(local.run_workers(arguments, 1))
 
 

@@ -245,6 +245,22 @@ def export(
     _one_worker(arguments, tokenizer, debug)
 
 
+@app.command("import", epilog="Example: basestone import ./Qwen2.5-0.5B imported")
+def import_directory(
+    directory: Annotated[
+        Path, typer.Argument(help="A model's directory as the Hugging Face hub has it.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.", show_default=False)],
+    tokenizer: TokenizerPath = None,
+    debug: Debug = False,
+) -> None:
+    """Make a checkpoint of a Hugging Face model, to go on training from in any layout.
+
+    Nothing of the directory is executed. With the weights come the tokenizer and a run file to begin with.
+    """
+    _one_worker(["import-directory", str(directory), str(out)], tokenizer, debug)
+
+
 def _one_worker(arguments: list[str], tokenizer: Path | None, debug: bool) -> None:
     arguments = [
         *arguments,

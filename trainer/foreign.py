@@ -6,33 +6,21 @@ that comes out is compared with the parameter table before a byte of it is copie
 
 from __future__ import annotations
 
-import re
-import shutil
-import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..model.config import ModelConfig
-from ..model.hf.adapter import adapter_for
-from ..model.layout import Parameter, decoder_layout
-from .checkpoint.tensors import index_of
-from .checkpoint.writer import RankWriter, commit
 from .config import ResolvedRun
-from .engine_state import MASTER
 from .errors import ConfigError
+from .importing import global_tensors, kind_of, write_step
 from .runtime import pickles_are_opened
 
 WRAPPERS = ("state_dict", "model", "module")  # keys under which trainers put the weights
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # constants that old versions saved
 MOST_PICKLE_BYTES = 1 << 28  # names and shapes of a million tensors
-MOST_PROBLEMS = 20  # to print
 
 
 def import_weights(
@@ -52,27 +40,16 @@ def import_weights(
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already; remove it or name another")
-    model = resolved.run.model
-    table = decoder_layout(model)
-    state_dict = _load(file)
-    state = {
-        "step": 0,
-        "tokens": 0,
-        "optimizer_steps": 0,
-        "imported_from": file.name,
-        "run": resolved.run.model_dump(mode="json"),
-        "tokenizer_sha256": tokenizer_sha256,
-        "ledger": {},
-        "versions": versions,
-    }
-    temporary = out.with_name(f".tmp-{out.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        tensors = _global_tensors(file, state_dict, model, table)
-        temporary.mkdir(parents=True)
-        commit(temporary, out, _write(temporary, table, tensors), state)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    run = resolved.run
+    tensors = global_tensors(file, _load(file), run.model, "the run file's [model]")
+    write_step(
+        out,
+        run,
+        tensors,
+        imported_from=file.name,
+        tokenizer_sha256=tokenizer_sha256,
+        versions=versions,
+    )
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------
@@ -98,7 +75,7 @@ def _load(file: Path) -> dict[str, Any]:
             loaded = loaded[key]
             break
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{file}: holds {_kind(loaded)} where a state dict belongs")
+        raise ConfigError(f"{file}: holds {kind_of(loaded)} where a state dict belongs")
     return loaded
 
 
@@ -143,101 +120,3 @@ def _tried(file: Path, read: Callable[[], Any]) -> Any:
     except Exception as error:  # a damaged or hostile pickle raises whatever its instructions lead to
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{file}: cannot be loaded as a state dict: {reason[0]}") from error
-
-
-# ---- what is in it ------------------------------------------------------------------------------------------------
-
-
-def _global_tensors(
-    file: Path, state_dict: dict[str, Any], model: ModelConfig, table: dict[str, Parameter]
-) -> Iterator[tuple[str, Tensor]]:
-    """Check names, shapes and kinds; give (global name, fp32 tensor) one at a time."""
-
-    def read(name: str) -> Tensor:
-        tensor = state_dict[name].detach().float()
-        if not bool(torch.isfinite(tensor).all()):
-            raise ConfigError(f"{file}: {name} holds values that are not finite in fp32; refused")
-        return tensor
-
-    own = {name: row.shape for name, row in table.items()}
-    if own.keys() & state_dict.keys():
-        _refuse(file, _problems(state_dict, own))
-        return ((name, read(name)) for name in table)
-    adapter = adapter_for(model)
-    rows = list(adapter.tensors(model))
-    wanted = {row.name: row.shape for row in rows}
-    extra = {
-        name for name in state_dict.keys() - wanted.keys() if isinstance(name, str) and BUFFERS.search(name)
-    }
-    tied = "lm_head.weight" if model.tied and "lm_head.weight" in state_dict else None
-    plain = {name: value for name, value in state_dict.items() if name not in extra and name != tied}
-    _refuse(file, _problems(plain, wanted))
-    if tied:
-        embedding = next(row.name for row in rows if row.source == "embed.word.weight")
-        problems = _problems({tied: state_dict[tied]}, {tied: wanted[embedding]})
-        if not problems and not torch.equal(state_dict[tied].float(), state_dict[embedding].float()):
-            problems = [f"{tied} differs from {embedding}, and model.tied = true"]
-        _refuse(file, problems)
-    return adapter.to_global(model, read)
-
-
-def _refuse(file: Path, problems: list[str]) -> None:
-    if problems:
-        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
-        raise ConfigError(
-            f"{file}: holds another model than the run file's [model]: {'; '.join(problems[:MOST_PROBLEMS])}{more}"
-        )
-
-
-def _problems(state_dict: Mapping[Any, Any], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """List every difference of names, shapes and kinds; touches no element."""
-    problems = [f"{name} is missing" for name in wanted if name not in state_dict]
-    for name, value in state_dict.items():
-        if name not in wanted:
-            problems.append(f"{name} is not in this model")
-        elif problem := _problem(value, wanted[name]):
-            problems.append(f"{name} {problem}")
-    return problems
-
-
-def _problem(value: Any, shape: tuple[int, ...]) -> str | None:
-    """Say what keeps a value from being a dense tensor of this shape, or give None."""
-    if type(value) not in (Tensor, torch.nn.Parameter):
-        return f"is {_kind(value)}"
-    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        return f"is no dense tensor in memory ({value.layout}, {value.device.type})"
-    if value.dtype not in DTYPES:
-        return f"has dtype {str(value.dtype).removeprefix('torch.')}"
-    if tuple(value.shape) != shape:
-        return f"has shape {tuple(value.shape)} there and {shape} here"
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return f"repeats {value.untyped_storage().nbytes()} stored bytes"
-    return None
-
-
-def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
-
-
-# ---- the step directory -------------------------------------------------------------------------------------------
-
-
-def _write(
-    temporary: Path, table: dict[str, Parameter], tensors: Iterator[tuple[str, Tensor]]
-) -> dict[str, Any]:
-    """Write one rank file, a tensor at a time; give the index."""
-    numbers = {name: number for number, name in enumerate(table)}
-    fragments: list[list[int]] = []
-    with RankWriter(temporary / "rank_00000.bin") as writer:
-        for name, tensor in tensors:
-            fragments.append([numbers[name], 0, tensor.numel(), writer.written])
-            writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    rank = {
-        "file": writer.path.name,
-        "bytes": writer.written,
-        "tp_rank": 0,
-        "tp_size": 1,
-        "fragments": fragments,
-        "blocks": writer.blocks,
-    }
-    return index_of(table, [MASTER], [rank])

@@ -199,6 +199,7 @@ class OpenCheckpoint:
 
     def _facts(self, name: str, licence: str) -> CardFacts:
         step, run_dir = self.state["step"], local_path(self._run_place)
+        imported_from = self.state.get("imported_from", "")
         records = read_records(run_dir) if run_dir is not None else NO_RECORDS
         heldout = {
             label: lines[-1]
@@ -217,7 +218,8 @@ class OpenCheckpoint:
             joules_source=str(records.ledger.get("joules_source", "none")),
             g_co2e=joules / 3.6e6 * grams if known else None,  # type: ignore[operator]
             licence=licence,
-            data=", ".join(map(_short_place, self.run.data.places)),
+            data="" if imported_from else ", ".join(map(_short_place, self.run.data.places)),
+            origin=imported_from or _short_place(self.run.train.init_from or ""),
             loss_curve=_curve(records, step),
             versions=self.state["versions"],
         )

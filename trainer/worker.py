@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         "evaluate": evaluate,
         "generate": generate,
         "export": export,
-        "import": import_file,
+        "import-file": import_file,
+        "import-directory": import_directory,
     }
     try:
         commands[arguments.command](arguments)
@@ -88,7 +89,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--licence", default="")
     one.add_argument("--name", default="")
     one.add_argument("--tokenizer", type=Path)
-    one = commands.add_parser("import", parents=[common])
+    one = commands.add_parser("import-directory", parents=[common])
+    one.add_argument("directory", type=Path)
+    one.add_argument("out", type=Path)
+    one.add_argument("--tokenizer", type=Path)
+    one = commands.add_parser("import-file", parents=[common])
     one.add_argument("file", type=Path)
     one.add_argument("out", type=Path)
     one.add_argument("--run", type=Path, required=True)
@@ -217,6 +222,21 @@ def export(arguments: argparse.Namespace) -> None:
             max_shard_bytes=round(arguments.max_shard_gb * 1e9),
             num_processes=arguments.processes,
         )
+    )
+
+
+def import_directory(arguments: argparse.Namespace) -> None:
+    """Write a Hugging Face directory as a checkpoint."""
+    from ..model.flops import num_parameters
+    from .hub.from_directory import RUN_FILE, import_directory
+    from .provenance import versions
+
+    model = import_directory(
+        arguments.directory, arguments.out, tokenizer=arguments.tokenizer, versions=versions()
+    )
+    print(
+        f"{arguments.out}: {model.family}, {num_parameters(model) / 1e6:,.1f} M parameters of {arguments.directory}; "
+        f"to go on from them: {arguments.out / RUN_FILE}"
     )
 
 

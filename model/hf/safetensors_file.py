@@ -163,23 +163,24 @@ class SafetensorsReader:
     """Read the weights of a Hugging Face directory by name, one tensor at a time."""
 
     def __init__(self, directory: Path) -> None:
-        """Find the directory's files; raises SafetensorsError where there are none or one is missing."""
-        from safetensors import safe_open
+        """Find the directory's files.
 
+        Raises:
+            SafetensorsError: there are none, one is missing, or names or headers are damaged.
+        """
         index = directory / INDEX_NAME
         single = directory / "model.safetensors"
         if index.exists():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._weight_map = _weight_map(index)
         elif single.exists():
-            with safe_open(single, framework="pt") as file:
-                weight_map = dict.fromkeys(file.keys(), single.name)
+            with _opened(single) as file:
+                self._weight_map = dict.fromkeys(file.keys(), single.name)
         else:
             raise SafetensorsError(f"{directory} holds neither {single.name} nor {INDEX_NAME}")
-        for name in sorted(set(weight_map.values())):
+        for name in sorted(set(self._weight_map.values())):
             if Path(name).name != name or not (directory / name).is_file():
                 raise SafetensorsError(f"{index} names the file {name!r}, which is not in {directory}")
         self._directory = directory
-        self._weight_map = weight_map
 
     def names(self) -> tuple[str, ...]:
         """List the tensors in the directory's own spelling."""
@@ -190,11 +191,29 @@ class SafetensorsReader:
 
         Raises SafetensorsError where the directory has no such tensor.
         """
-        from safetensors import safe_open
-
         for candidate in (name, name.partition(".")[2]):
             if candidate in self._weight_map:
-                path = self._directory / self._weight_map[candidate]
-                with safe_open(path, framework="pt") as file:
+                with _opened(self._directory / self._weight_map[candidate]) as file:
                     return file.get_tensor(candidate)
         raise SafetensorsError(f"{self._directory} holds no tensor {name}; is it another architecture's?")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if weight_map and all(isinstance(name, str) for name in weight_map.values()):
+            return dict(weight_map)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise SafetensorsError(f"{index} is damaged: it does not say which file holds which tensor")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise SafetensorsError(f"{path} is damaged: {error}") from error

@@ -412,6 +412,6 @@ def test_import_reaches_the_worker_as_typed(basestone: Command, asked):
     done = basestone("checkpoint", "import", "a b.bin", "out", "--run", "run.toml", "--debug")
     ((arguments, num_workers),) = asked
     parsed = worker._parse(arguments)
-    assert (done.code, num_workers, parsed.command, parsed.debug) == (7, 1, "import", True)
+    assert (done.code, num_workers, parsed.command, parsed.debug) == (7, 1, "import-file", True)
     assert (parsed.file, parsed.out, parsed.run) == (Path("a b.bin"), Path("out"), Path("run.toml"))
     refused(basestone("checkpoint", "import", "a", "b"), 64, "run")

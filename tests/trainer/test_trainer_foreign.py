@@ -408,15 +408,15 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT / "tests" / "trainer")!r}, {str(ROOT / "tests")!r}]
 from test_trainer_foreign import resolved_run
-from basestone.trainer import foreign
-write, count = foreign.RankWriter.write, 0
+from basestone.trainer import foreign, importing
+write, count = importing.RankWriter.write, 0
 def die(self, data):
     global count
     count += 1
     if count == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, data)
-foreign.RankWriter.write = die
+importing.RankWriter.write = die
 foreign.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), resolved_run(), tokenizer_sha256="", versions={{}})
 """
     done = subprocess.run(

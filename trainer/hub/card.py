@@ -28,7 +28,8 @@ class CardFacts:
     the energy of the whole run with what restarts wasted, None where it was not measured; `joules_source` is
     `EnergyMeter.source`. `g_co2e` are grams, None where the grid's intensity was not given. `licence` is an
     identifier of the Hugging Face hub or a free text, "" where none is stated. `loss_curve` holds
-    (step, loss) pairs. `versions` gives package -> version.
+    (step, loss) pairs. `versions` gives package -> version. `origin` names the model whose weights training began with,
+    "" where it began from scratch.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CardFacts:
     data: str
     loss_curve: list[tuple[int, float]]
     versions: dict[str, str] = field(default_factory=dict)
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,13 @@ def _introduction(config: ModelConfig, facts: CardFacts, dtype: str) -> str:
         ["training tokens", f"{facts.tokens:,}"],
         ["hardware", facts.hardware],
     ]
-    return "A language model pre-trained from scratch with Basestone.\n\n" + _table(["", ""], rows)
+    if not facts.origin:
+        begun = "A language model pre-trained from scratch with Basestone."
+    elif facts.tokens:
+        begun = f"A language model pre-trained with Basestone, beginning with the weights of {_inline(facts.origin)}."
+    else:
+        begun = f"The weights of {_inline(facts.origin)}, converted with Basestone; its own card says what they are."
+    return f"{begun}\n\n{_table(['', ''], rows)}"
 
 
 def _heldout_table(heldout: dict[str, dict[str, float]]) -> str:

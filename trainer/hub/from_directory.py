@@ -1,0 +1,159 @@
+"""A Hugging Face directory as a checkpoint to go on from, in any layout. No code of the directory is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...data.storage import rename_directory, storage_errors, write_atomic
+from ...data.tokenizer import Tokenizer
+from ...model.config import ModelConfig
+from ...model.hf.adapter import Adapter, adapter_for_hf
+from ...model.hf.safetensors_file import SafetensorsReader
+from ..checkpoint.format import PICKLE_SUFFIXES, step_name
+from ..checkpoint.opening import CHECKPOINTS
+from ..config import RunConfig
+from ..errors import ConfigError
+from ..importing import global_tensors, write_step
+from ..load import run_to_toml, validate_run
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first is what transformers takes
+PICKLES = (".bin", *PICKLE_SUFFIXES)
+RUN_FILE = "continue.toml"
+COMMENTS = (
+    "Goes on with the weights beside it: name your shards in data.train, choose steps, batch and learning rate, then",
+    "basestone train continue.toml",
+)
+LONGEST_SEQUENCE = 4096  # that the run file begins with
+
+
+def import_directory(
+    directory: Path, out: Path, *, tokenizer: Path | None, versions: dict[str, str]
+) -> ModelConfig:
+    """Write weights, tokenizer and a run file into `out`, which stands where a run directory may.
+
+    Memory holds the largest parameter twice.
+
+    Args:
+        tokenizer: in place of the directory's own.
+        out: the directory to make; it appears whole or not at all.
+
+    Raises:
+        ConfigError: the directory is not whole, holds another model than its config.json says (every difference in one
+            message), weights that are not finite or are pickles, or a tokenizer that does not belong to it.
+        AdapterError: its config.json describes a model that ours cannot be.
+    """
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: exists already; remove it or name another")
+    adapter, model = _model_of(directory)
+    tokens = Tokenizer(tokenizer or _tokenizer_of(directory))
+    assert model.vocab_size is not None
+    if tokens.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{tokens.path}: has {tokens.vocab_size} pieces and the model of {directory} a vocabulary of "
+            f"{model.vocab_size}; name the tokenizer that it was trained with by --tokenizer"
+        )
+    run = _run_of(model, directory)
+    mapped = _mapped(directory, adapter, model)
+    tensors = global_tensors(directory, mapped, model, f"{directory / 'config.json'}")
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with storage_errors(f"writing {out}"):
+            (partial / CHECKPOINTS).mkdir(parents=True)
+            write_step(
+                partial / CHECKPOINTS / step_name(0),
+                run,
+                tensors,
+                imported_from=directory.resolve().name,
+                tokenizer_sha256=tokens.sha256,
+                versions=versions,
+            )
+            write_atomic(partial / run.data.tokenizer, tokens.content)
+            write_atomic(partial / RUN_FILE, run_to_toml(_sections(run), COMMENTS).encode())
+            rename_directory(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already where it got its name
+    return model
+
+
+def _model_of(directory: Path) -> tuple[Adapter, ModelConfig]:
+    path = directory / "config.json"
+    if (directory / CHECKPOINTS).is_dir():
+        raise ConfigError(
+            f"{directory}: is a run directory, and needs no import; name it where a CKPT is wanted"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{directory}: holds no config.json; name the directory of a model as the Hugging Face hub has it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds no object, but {type(config).__name__}")
+    try:
+        adapter = adapter_for_hf(config)
+        return adapter, adapter.model_config(config)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _tokenizer_of(directory: Path) -> Path:
+    for name in TOKENIZERS:
+        if (directory / name).is_file():
+            return directory / name
+    raise ConfigError(f"{directory}: holds neither {' nor '.join(TOKENIZERS)}; name one by --tokenizer")
+
+
+def _mapped(directory: Path, adapter: Adapter, model: ModelConfig) -> dict[str, Tensor]:
+    """Give the directory's tensors, mapped and not yet read, under the names of the family's class.
+
+    Files may leave the name of the class's trunk away, as those of its base class do.
+    """
+    try:
+        reader = SafetensorsReader(directory)
+    except ValueError as error:
+        pickles = sorted(path.name for path in directory.iterdir() if path.name.endswith(PICKLES))
+        if not pickles:
+            raise ConfigError(str(error)) from error
+        raise ConfigError(
+            f"{directory}: its weights are pickles ({', '.join(pickles[:3])}), which may run code and are not opened; "
+            "take the model's safetensors files, or `basestone checkpoint import`, which goes by torch's allow-list"
+        ) from error
+    known = {tensor.name for tensor in adapter.tensors(model)}
+    trunks = {name.partition(".")[0] for name in known}
+    names = {}
+    for name in reader.names():
+        whole = [f"{trunk}.{name}" for trunk in trunks if f"{trunk}.{name}" in known]
+        names[whole[0] if name not in known and whole else name] = name
+    return {whole: reader.read(name) for whole, name in names.items()}
+
+
+def _run_of(model: ModelConfig, directory: Path) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": model.model_dump(),
+        "data": {
+            "train": "shards",
+            "tokenizer": "tokenizer.model",
+            "sequence_length": min(model.max_sequence_length, LONGEST_SEQUENCE),
+        },
+        "train": {"steps": 1000, "global_batch": 32},
+        "optimizer": {"lr": 1e-5},
+        "schedule": {"warmup_steps": 100},
+        "checkpoint": {"every_steps": 100},
+    }
+    return validate_run(values, str(directory))
+
+
+def _sections(run: RunConfig) -> dict[str, Any]:
+    """Give what the run file says; the rest are defaults."""
+    dumped = run.model_dump(mode="json", exclude_defaults=True)
+    dumped["train"]["init_from"] = "."
+    dumped["model"] = run.model.model_dump(mode="json", exclude={"preset"})
+    return dumped
