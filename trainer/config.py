@@ -15,6 +15,7 @@ from .sections import (
     OFFLOAD_STAGES,
     CheckpointSection,
     EvaluateSection,
+    ExportSection,
     MeterSection,
     OptimizerSection,
     ParallelSection,
@@ -38,6 +39,7 @@ class RunConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection = ExportSection()
     meter: MeterSection = MeterSection()
 
     def resolve(self, world_size: int, vocab_size: int) -> ResolvedRun:

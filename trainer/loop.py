@@ -35,6 +35,7 @@ from .errors import (
 )
 from .evaluate import HeldOut
 from .feed import Feed
+from .hub.exporter import Exporter, check_exports
 from .load import fixed_differences
 from .meters import Meters
 from .places import DataPlaces
@@ -78,11 +79,15 @@ class Trainer:
     def _prepare(self, run_dir: Path, resume: str | None) -> None:
         """Build the model, restore, open the data and the records."""
         resolved, runtime = self._resolved, self._runtime
+        if resolved.run.export.every_steps:
+            check_exports(resolved.run.model)
         self._engine = Engine(resolved, runtime)
         table, section = decoder_layout(resolved.run.model), resolved.run.checkpoint
-        copier = None
+        copier, exporter = None, None
         if self._directory is not None and section.remote is not None:
             copier = Copier(section.remote, threads=resolved.run.reading.threads)
+        if self._directory is not None and resolved.run.export.every_steps:
+            exporter = Exporter(run_dir, resolved.run.export, resolved.steps)
         self._saver = Saver(
             run_dir,
             table,
@@ -91,6 +96,7 @@ class Trainer:
             section,
             asynchronous=resolved.saves_asynchronously,
             copier=copier,
+            in_use=lambda: exporter.busy if exporter is not None else frozenset(),
         )
         self._feed = Feed(resolved, self._places, runtime)
         restorer = Restorer(run_dir, table, runtime, self._engine.state, section.remote)
@@ -110,11 +116,13 @@ class Trainer:
         self._held_out = self._open_held_out()
         self._meters = Meters(resolved, runtime)
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
-        self._saving = Saving(self._saver, copier, section, self._directory, self._console)
+        self._saving = Saving(self._saver, copier, resolved.run, self._directory, self._console, exporter)
         self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
             self._begin_records(state, begun_with, restorer.origin)
+        if exporter is not None:
+            exporter.offer_missing(self._saver.directory, self.step)
 
     def _open_directory(self, run_dir: Path) -> RunDirectory | None:
         """Open the run directory on rank 0; every rank learns of a failure."""
@@ -335,6 +343,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop readers and sampling, close files; safe after an exception."""
+        self._saving.give_up_exports()
         self._console.close()
         self._recorder.close()
         self._meters.close()

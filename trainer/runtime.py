@@ -309,6 +309,13 @@ def visible_gpus() -> list[str]:
     return [f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
 
 
+def environment_on_cpu() -> dict[str, str]:
+    """Give the environment for a process beside this one that is no rank and leaves the GPUs alone."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS)
+    kept = {name: value for name, value in os.environ.items() if name not in ranks}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
 def rank() -> int:
     """Give which of the launcher's workers this is; 0 without one."""
     return int(os.environ.get("RANK", "0"))

@@ -9,12 +9,14 @@ from ..data.reading.transport import shown
 from .checkpoint.copier import Copier
 from .checkpoint.format import step_of
 from .checkpoint.saver import SaveOutcome, Saver
+from .config import RunConfig
 from .console import RunConsole
 from .errors import CheckpointError
+from .hub.exporter import Exporter, Outcome
 from .rundir import RunDirectory
-from .sections import CheckpointSection
 
 COPY_AT_END_S, COPY_AT_STOP_S = 3600.0, 30.0  # that the end of a run waits for copies elsewhere
+EXPORT_AT_END_S = 3600.0  # that the end of a run waits for each export
 LONGEST_WAIT_S = 60.0  # of training, for the save before the one that is due
 
 
@@ -25,13 +27,15 @@ class Saving:
         self,
         saver: Saver,
         copier: Copier | None,
-        section: CheckpointSection,
+        run: RunConfig,
         directory: RunDirectory | None,
         console: RunConsole,
+        exporter: Exporter | None = None,
     ) -> None:
-        """Begin to count the minutes; `copier` and `directory` are rank 0's."""
-        self._saver, self._copier, self._section = saver, copier, section
-        self._directory, self._console = directory, console
+        """Begin to count the minutes; `copier`, `directory` and `exporter` are rank 0's."""
+        self._saver, self._copier, self._section = saver, copier, run.checkpoint
+        self._every_steps = (run.checkpoint.every_steps, run.export.every_steps)
+        self._directory, self._console, self._exporter = directory, console, exporter
         self._begun_s, self.longest_wait_s = time.monotonic(), LONGEST_WAIT_S
         self._overdue_told = False
 
@@ -48,6 +52,8 @@ class Saving:
             CheckpointError: too many saves in a row have failed, on every rank.
         """
         self._tell_copies()
+        if self._exporter is not None:
+            self._tell_exports(self._exporter.advance())
         if not working:
             self._book(self._saver.advance())
             return
@@ -59,8 +65,7 @@ class Saving:
 
     def is_due(self, step: int, *, minutes_over: bool) -> bool:
         """Tell whether to save after `step` steps."""
-        every = self._section.every_steps
-        return minutes_over or (every > 0 and step % every == 0)
+        return minutes_over or any(every > 0 and step % every == 0 for every in self._every_steps)
 
     def save(self, step: int, state: dict[str, Any], *, cause: str = "save", wait: bool = False) -> None:
         """Save, and with `wait` see it through; every rank calls this.
@@ -97,6 +102,23 @@ class Saving:
             self._copier.close(COPY_AT_STOP_S if stopped else COPY_AT_END_S)
             self._tell_copies(step)
 
+        if self._exporter is not None:
+            if self._exporter.busy and not stopped:
+                self._console.say(f"exporting {', '.join(sorted(self._exporter.busy))}")
+            self._tell_exports(self._exporter.close(0.0 if stopped else EXPORT_AT_END_S))
+
+    def give_up_exports(self) -> None:
+        """Stop what is left of exports where the run has failed; the next start does them again."""
+        if self._exporter is not None:
+            self._exporter.close(0.0)
+
+    def _tell_exports(self, outcomes: list[Outcome]) -> None:
+        for name, text, problem in outcomes:
+            assert self._directory is not None
+            event = "export" if problem is None else "export_failed"
+            self._directory.event(step_of(name) or 0, event, f"hf/{name}: {problem or text}")
+            self._console.say(f"{event.replace('_', ' ')}: hf/{name}: {problem or text}")
+
     def _tell_copies(self, step: int | None = None) -> None:
         for name, problem in self._copier.take_outcomes() if self._copier is not None else ():
             assert self._directory is not None
@@ -114,6 +136,8 @@ class Saving:
                 times = f"in {outcome.total_s:.1f} s, of which training waited {outcome.blocked_s:.2f} s"
                 self._directory.event(outcome.step, outcome.cause, f"{outcome.path.name} {times}")
                 self._directory.save_ledger(durable=True)
+            if self._exporter is not None:
+                self._exporter.offer(outcome.path)
             return
         self._tell(outcome.step, "save_failed", f"was not written: {outcome.problem}")
         if outcome.hangs and not self._saver.asynchronous:

@@ -218,6 +218,19 @@ class CheckpointSection(Section):
     )
 
 
+class ExportSection(Section):
+    """`[export]`: Hugging Face directories while training goes on."""
+
+    every_steps: int = Field(
+        0,
+        ge=0,
+        description="export the checkpoints of steps that this divides, and the last one; 0: none",
+        json_schema_extra=FREE,
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="of the weights", json_schema_extra=FREE)
+    licence: str = Field("", description="for the model card, e.g. apache-2.0", json_schema_extra=FREE)
+
+
 class MeterSection(Section):
     """`[meter]`: logging, throughput and energy."""
 

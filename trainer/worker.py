@@ -84,6 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("out", type=Path)
     one.add_argument("--dtype", default="bf16")
     one.add_argument("--no-verify", action="store_true")
+    one.add_argument("--background", action="store_true")
     one.add_argument("--max-shard-gb", type=float, default=5.0)
     one.add_argument("--processes", type=int, default=1)
     one.add_argument("--licence", default="")
@@ -209,6 +210,8 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a Hugging Face directory and compare it with the trainer's logits."""
+    if arguments.background:
+        os.nice(10)  # the run that it belongs to goes first
     from .inference import OpenCheckpoint
 
     opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)

@@ -13,6 +13,7 @@ import torch
 from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from one_rank import TABLE, Run
+from run_files import run_of
 
 from basestone.trainer.checkpoint import saver, share
 from basestone.trainer.checkpoint.background import Background
@@ -237,7 +238,8 @@ def test_a_save_that_comes_further_is_not_given_up(run, monkeypatch):
 def test_the_last_save_is_tried_whatever_came_before(tmp_path, monkeypatch):
     run = Run(tmp_path, asynchronous=True, max_failed_saves=1)
     console = SimpleNamespace(say=lambda _: None)
-    saving = Saving(run.saver, None, run.saver._section, None, console)  # type: ignore[arg-type]
+    config = run_of(checkpoint__max_failed_saves=1)
+    saving = Saving(run.saver, None, config, None, console)  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         patch.setattr(share.Share, "write", lambda *_: 1 / 0)
         saving.save(2, {"step": 2})

@@ -84,18 +84,20 @@ class Saver:
         *,
         asynchronous: bool,
         copier: Copier | None = None,
+        in_use: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         """Remove what killed attempts left, and reserve the copy that asynchronous saves write from.
 
         Args:
             copier: rank 0's, which is offered every checkpoint; the caller closes it.
+            in_use: gives the names of those that somebody else reads, and that must not be removed.
 
         Raises:
             ConfigError: on every rank, where not even one checkpoint fits on the disk.
         """
         self.directory = run_dir / CHECKPOINTS
         self._run_dir, self._table, self._runtime, self._section = run_dir, table, runtime, section
-        self._copier = copier
+        self._copier, self._others_use = copier, in_use
         self._num_bytes = sum(row.numel for row in table.values()) * len(TENSORS) * FP32_BYTES
         self._share = Share(engine_state, runtime, table)
         self._staging = Staging(self._share, runtime.device) if asynchronous else None
@@ -279,8 +281,10 @@ class Saver:
             if failed := [report for report in reports if isinstance(report, str)]:
                 raise CheckpointError("; ".join(failed))
             if final.exists():  # left by an attempt that was rolled back behind it
-                if final.name in self._copied:
-                    raise CheckpointError(f"{final}: is of a line that was left, and still being copied")
+                if final.name in self._in_use:
+                    raise CheckpointError(
+                        f"{final}: is of a line that was left, and still being copied or exported"
+                    )
                 remove([final])
             commit(flight.temporary, final, index_of(self._table, TENSORS, reports), flight.state, moved)
         except Exception:
@@ -311,14 +315,15 @@ class Saver:
             steps = dict(steps_in(self.directory))
             self._losses = {step: self._loss_of(step, path) for step, path in steps.items()}
             stay = kept([StepFacts(*row) for row in self._losses.items()], self._section, self._newest)
-            remove(path for step, path in steps.items() if step not in stay and path.name not in self._copied)
+            remove(path for step, path in steps.items() if step not in stay and path.name not in self._in_use)
         except OSError as error:
             log.warning("old checkpoints were not removed: %s", message_of(error))
 
     @property
-    def _copied(self) -> frozenset[str]:
-        """Names of the checkpoints that are being copied elsewhere."""
-        return self._copier.busy if self._copier is not None else frozenset()
+    def _in_use(self) -> frozenset[str]:
+        """Names of the checkpoints that are being copied elsewhere or exported."""
+        copied = self._copier.busy if self._copier is not None else frozenset()
+        return copied | self._others_use()
 
     def _loss_of(self, step: int, path: Path) -> float | None:
         """Give the held-out loss of a checkpoint, read once from one that an earlier attempt wrote."""

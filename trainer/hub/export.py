@@ -124,15 +124,26 @@ def _check_before(
             f"export: the tokenizer {tokens.path} has {tokens.vocab_size} pieces and the model a vocabulary of "
             f"{config.vocab_size}; give the tokenizer that the model was trained with"
         )
-    if verify and importlib.util.find_spec("transformers") is None:
-        raise ConfigError(
-            "export: verification needs transformers; `pip install 'basestone[hf]'`, or export with --no-verify"
-        )
+    if verify:
+        check_transformers()
     missing = sorted(set(decoder_layout(config)) - set(source.names()))
     if missing:
         raise ExportError(
             f"export: the checkpoint lacks {len(missing)} of the model's parameters, the first {missing[0]}; "
             "the checkpoint and its configuration do not belong together"
+        )
+
+
+def check_transformers() -> None:
+    """Refuse to go on where exports cannot be verified.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("transformers", "accelerate")):
+        raise ConfigError(
+            "export: verification needs transformers and accelerate; `pip install 'basestone[hf]'`, or export with "
+            "--no-verify"
         )
 
 
