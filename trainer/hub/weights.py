@@ -15,6 +15,7 @@ from torch import Tensor
 from ...model.config import ModelConfig
 from ...model.hf.adapter import Adapter, LastRead
 from ...model.hf.safetensors_file import plan_shards, write_safetensors
+from ...model.layout import decoder_layout
 from .. import runtime as processes
 from ..block_file import BlockFile
 from ..errors import EXIT_NUMERICS, BasestoneError
@@ -22,6 +23,7 @@ from ..forks import run_ranks
 
 BLOCK_BYTES = 8 << 20
 READERS = 2  # parameters that are read, checked and rounded at one time
+AHEAD_BYTES = 64 << 20  # that wait for their turn, but for one that is larger
 TIMEOUT_S = 24 * 3600.0
 
 
@@ -44,24 +46,27 @@ class WeightSource(Protocol):
 class ReadAhead:
     """Reads tensors in threads before they are asked for, in an order that is known."""
 
-    def __init__(self, read: Callable[[str], Tensor], order: Iterable[str]) -> None:
-        """Read the first ones already."""
-        self._read, self._order = read, deque(order)
+    def __init__(self, read: Callable[[str], Tensor], order: Iterable[tuple[str, int]]) -> None:
+        """Read the first ones already; `order` gives names and bytes."""
+        self._read, self._order, self._ahead_bytes = read, deque(order), 0
         self._pool = ThreadPoolExecutor(READERS, "read")
-        self._waiting: deque[tuple[str, Future[Tensor]]] = deque()
+        self._waiting: deque[tuple[str, int, Future[Tensor]]] = deque()
         self._begin()
 
     def _begin(self) -> None:
-        while self._order and len(self._waiting) < READERS:
-            name = self._order.popleft()
-            self._waiting.append((name, self._pool.submit(self._read, name)))
+        while self._order and (not self._waiting or self._ahead_bytes + self._order[0][1] <= AHEAD_BYTES):
+            name, num_bytes = self._order.popleft()
+            self._ahead_bytes += num_bytes
+            self._waiting.append((name, num_bytes, self._pool.submit(self._read, name)))
 
     def __call__(self, name: str) -> Tensor:
         """Give the next tensor, which is called `name`."""
-        expected, future = self._waiting.popleft()
+        expected, num_bytes, future = self._waiting.popleft()
         assert name == expected, f"{name} is asked for where {expected} comes next"
+        tensor = future.result()
+        self._ahead_bytes -= num_bytes
         self._begin()
-        return future.result()
+        return tensor
 
     def close(self) -> None:
         """Read no more."""
@@ -89,21 +94,23 @@ def write_weights(
         ExportError: a weight is not finite in `dtype`.
         OSError: the disk is full, or fails.
     """
-    tensors = {tensor.name: tensor for tensor in adapter.tensors(config)}
+    tensors, table = {tensor.name: tensor for tensor in adapter.tensors(config)}, decoder_layout(config)
     shards = plan_shards(((tensor.name, tensor.shape, dtype) for tensor in tensors.values()), max_shard_bytes)
     num_parts = min(num_processes, len(shards))
 
     def write_part() -> None:
         part = processes.rank() if num_parts > 1 else 0
         names = [name for shard in shards[part::num_parts] for name, _, _ in shard.tensors]
-        ahead = ReadAhead(partial(source.read, dtype=dtype), _in_turn(tensors[name].source for name in names))
+        order = _in_turn(tensors[name].source for name in names)
+        sizes = ((name, table[name].numel * dtype.itemsize) for name in order)
+        ahead = ReadAhead(partial(source.read, dtype=dtype), sizes)
         read, done = LastRead(ahead), 0
         total = sum(shard.num_bytes for shard in shards[part::num_parts])
 
         def produce(name: str) -> Tensor:
             nonlocal done
             tensor = adapter.read(tensors[name], read)
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # without a copy, as isfinite makes
                 raise ExportError(
                     f"export: {name} is not finite in {str(dtype).removeprefix('torch.')}; "
                     "export an earlier checkpoint, or with dtype bf16 or fp32"
