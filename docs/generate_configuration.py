@@ -75,7 +75,10 @@ def default_text(section: str, name: str, field: FieldInfo) -> str:
     if section == "model" and name in FOLLOWS:
         return FOLLOWS[name]
     if section == "model" and all(name in style for style in FAMILIES.values()):
-        return "; ".join(f"{family}: `{_toml(style[name])}`" for family, style in FAMILIES.items())
+        texts = {family: f"`{_toml(style[name])}`" for family, style in FAMILIES.items()}
+        usual = max(texts.values(), key=list(texts.values()).count)
+        own = [f"{family}: {text}" for family, text in texts.items() if text != usual]
+        return "; ".join([*own, f"others: {usual}"])
     if field.is_required():
         return "required, or the preset's" if section == "model" else "required"
     return "none" if field.default is None else f"`{_toml(field.default)}`"
@@ -88,6 +91,8 @@ def _toml(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     return str(value)
 
 
@@ -108,14 +113,22 @@ def section_text(name: str, section: type[BaseModel]) -> str:
 
 def presets_text() -> str:
     """Make the table of presets."""
-    keys = ("family", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    keys = ("family", "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
     lines = [
         "### Presets",
         "",
         "A key given in the file wins over the preset. `-`: what follows from the other keys.",
         "",
     ]
-    columns = (*keys, "max_sequence_length", "rope_base", "tied")
+    columns = (
+        *keys,
+        "ffn_hidden_size",
+        "max_sequence_length",
+        "rope_base",
+        "norm_epsilon",
+        "tied",
+        "rope_scaling",
+    )
     lines += [f"| `preset` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, values in PRESETS.items():
         cells = [_toml(values[key]).strip('"') if key in values else "-" for key in columns]

@@ -12,8 +12,38 @@ FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
 
 
+class RopeScaling(BaseModel):
+    """Llama 3.1's RoPE for sequences longer than those of the first training (Dubey et al. 2024, section 3.2).
+
+    Frequencies that turn less than `low_frequency_factor` times within `original_max_sequence_length` are divided by
+    `factor`, those that turn more than `high_frequency_factor` times are kept, and between them the two are mixed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    factor: float = Field(ge=1, description="divides the slow frequencies", json_schema_extra=FIXED)
+    low_frequency_factor: float = Field(
+        gt=0, description="turns below which a frequency is slow", json_schema_extra=FIXED
+    )
+    high_frequency_factor: float = Field(
+        gt=0, description="turns above which a frequency is kept", json_schema_extra=FIXED
+    )
+    original_max_sequence_length: int = Field(
+        gt=0, description="longest sequence of the first training", json_schema_extra=FIXED
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> RopeScaling:
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"high_frequency_factor must be above low_frequency_factor ({self.low_frequency_factor:g}), "
+                f"got {self.high_frequency_factor:g}"
+            )
+        return self
+
+
 class ModelConfig(BaseModel):
-    """A decoder-only Transformer in GPT-2 or Llama style.
+    """A decoder-only Transformer in the style of GPT-2, Llama, Mistral or Qwen.
 
     `preset` names a published size, `family` a style; a field given in the file wins over both.
     """
@@ -23,7 +53,9 @@ class ModelConfig(BaseModel):
     preset: str | None = Field(
         None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE
     )
-    family: Literal["gpt2", "llama"] = Field("llama", description="the style", json_schema_extra=FIXED)
+    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"] = Field(
+        "llama", description="the style, and the Hugging Face class of an export", json_schema_extra=FIXED
+    )
     num_layers: int = Field(gt=0, description="Transformer layers", json_schema_extra=FIXED)
     hidden_size: int = Field(gt=0, description="width of the residual stream", json_schema_extra=FIXED)
     num_attention_heads: int = Field(gt=0, description="query heads", json_schema_extra=FIXED)
@@ -53,8 +85,22 @@ class ModelConfig(BaseModel):
     )
     position: Literal["rope", "learned"] = Field(description="position encoding", json_schema_extra=FIXED)
     bias: bool = Field(description="biases in the linear layers", json_schema_extra=FIXED)
+    qkv_bias: bool = Field(
+        False, description="biases of queries, keys and values alone (Qwen2)", json_schema_extra=FIXED
+    )
+    qk_norm: bool = Field(
+        False,
+        description="RMSNorm over each head of queries and keys, before RoPE (Qwen3)",
+        json_schema_extra=FIXED,
+    )
     tied: bool = Field(description="the head shares the embedding's weight", json_schema_extra=FIXED)
     rope_base: float = Field(10000.0, gt=0, description="RoPE base frequency", json_schema_extra=FIXED)
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Llama 3.1's RoPE for sequences longer than those of the first training, "
+        "as a table [model.rope_scaling]",
+        json_schema_extra=FIXED,
+    )
     norm_epsilon: float = Field(1e-5, gt=0, description="epsilon of the norms", json_schema_extra=FIXED)
     dropout: float = Field(0.0, ge=0, lt=1, description="hidden and attention dropout", json_schema_extra=FIXED)
     init_std: float = Field(
@@ -98,6 +144,32 @@ class ModelConfig(BaseModel):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.bias and self.qkv_bias:
+            raise ValueError(
+                "qkv_bias = true is for models without other biases; with bias = true, queries, keys and values "
+                "have theirs: set qkv_bias to false"
+            )
+        if self.qk_norm and self.normalization != "rmsnorm":
+            raise ValueError(
+                "qk_norm = true is an RMSNorm and goes with normalization = 'rmsnorm' alone, "
+                f"got {self.normalization!r}; set either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_scaling(self) -> ModelConfig:
+        if (scaling := self.rope_scaling) is None:
+            return self
+        if self.position != "rope":
+            raise ValueError(
+                f"rope_scaling needs position = 'rope', got {self.position!r}; take it out, or change the position"
+            )
+        if scaling.original_max_sequence_length > self.max_sequence_length:
+            raise ValueError(
+                f"rope_scaling.original_max_sequence_length = {scaling.original_max_sequence_length} exceeds "
+                f"max_sequence_length = {self.max_sequence_length}; to train on shorter sequences, "
+                "lower data.sequence_length instead"
+            )
         return self
 
     @property

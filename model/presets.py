@@ -1,12 +1,23 @@
 """Published sizes by name, and what makes a style: plain tables. Imports no torch.
 
 Sources: GPT-2 (Radford et al. 2019, table 2), GPT-3 (Brown et al. 2020, table 2.1), Llama 2 (Touvron et
-al. 2023), Llama 3 (Dubey et al. 2024, table 3), Llama 3.2 (its model cards).
+al. 2023), Llama 3 (Dubey et al. 2024, table 3); Llama 3.1 and 3.2, Mistral, Qwen2.5 and Qwen3: the config.json that
+each was published with.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+_LLAMA: dict[str, Any] = {
+    "normalization": "rmsnorm",
+    "activation": "swiglu",
+    "position": "rope",
+    "bias": False,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "tied": False,
+}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -14,15 +25,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "activation": "gelu",
         "position": "learned",
         "bias": True,
+        "qkv_bias": False,
+        "qk_norm": False,
         "tied": True,
     },
-    "llama": {
-        "normalization": "rmsnorm",
-        "activation": "swiglu",
-        "position": "rope",
-        "bias": False,
-        "tied": False,
-    },
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": {**_LLAMA, "qkv_bias": True},
+    "qwen3": {**_LLAMA, "qk_norm": True},
 }
 
 
@@ -59,6 +69,31 @@ def _llama(
     }
 
 
+def _llama3(
+    layers: int, hidden: int, heads: int, ffn: int, factor: float, tied: bool = False
+) -> dict[str, Any]:
+    """Give a Llama 3.1 or 3.2, whose RoPE was stretched from 8,192 to 131,072 tokens."""
+    scaling = {
+        "factor": factor,
+        "low_frequency_factor": 1.0,
+        "high_frequency_factor": 4.0,
+        "original_max_sequence_length": 8192,
+    }
+    return {**_llama(layers, hidden, heads, 8, ffn, 131072, 5e5, tied), "rope_scaling": scaling}
+
+
+def _qwen2(
+    layers: int, hidden: int, heads: int, groups: int, ffn: int, sequence: int, tied: bool
+) -> dict[str, Any]:
+    shape = _llama(layers, hidden, heads, groups, ffn, sequence, 1e6, tied)
+    return {**shape, "family": "qwen2", "norm_epsilon": 1e-6}
+
+
+def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> dict[str, Any]:
+    shape = _llama(layers, hidden, heads, 8, ffn, 40960, 1e6, tied)
+    return {**shape, "family": "qwen3", "head_dim": 128, "norm_epsilon": 1e-6}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-5m": _gpt2(6, 256, 8, 512),
     "gpt2-124m": _gpt2(12, 768, 12),
@@ -77,4 +112,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-7b": _llama(32, 4096, 32, 32, 11008, 4096, 1e4),
     "llama2-13b": _llama(40, 5120, 40, 40, 13824, 4096, 1e4),
     "llama-70b": _llama(80, 8192, 64, 8, 28672, 8192, 5e5),
+    "llama-3.1-8b": _llama3(32, 4096, 32, 14336, 8.0),
+    "llama-3.1-70b": _llama3(80, 8192, 64, 28672, 8.0),
+    "llama-3.1-405b": _llama3(126, 16384, 128, 53248, 8.0),
+    "llama-3.2-1b": _llama3(16, 2048, 32, 8192, 32.0, tied=True),
+    "llama-3.2-3b": _llama3(28, 3072, 24, 8192, 32.0, tied=True),
+    "mistral-7b-v0.3": {**_llama(32, 4096, 32, 8, 14336, 32768, 1e6), "family": "mistral"},
+    "qwen2.5-0.5b": _qwen2(24, 896, 14, 2, 4864, 32768, tied=True),
+    "qwen2.5-1.5b": _qwen2(28, 1536, 12, 2, 8960, 131072, tied=True),
+    "qwen2.5-3b": _qwen2(36, 2048, 16, 2, 11008, 32768, tied=True),
+    "qwen2.5-7b": _qwen2(28, 3584, 28, 4, 18944, 131072, tied=False),
+    "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 32, 12288, tied=False),
+    "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
+    "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
 }

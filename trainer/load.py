@@ -176,7 +176,9 @@ def _fields_at(location: Sequence[str]) -> Iterator[str]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return
-        model = field.annotation
+        model, choices = field.annotation, get_args(field.annotation)
+        if type(None) in choices:  # a table, or none
+            model = choices[0]
     yield from getattr(model, "model_fields", {})
 
 

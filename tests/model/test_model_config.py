@@ -39,6 +39,22 @@ PUBLISHED = {
     "gpt3-2.7b": (50257, 2650.0),
     "gpt3-6.7b": (50257, 6660.0),
     "gpt3-13b": (50257, 12850.0),
+    "llama-3.1-8b": (128256, 8030.261248),
+    "llama-3.1-70b": (128256, 70553.706496),
+    "llama-3.1-405b": (128256, 405853.3888),
+    "llama-3.2-1b": (128256, 1235.8144),
+    "llama-3.2-3b": (128256, 3212.749824),
+    "mistral-7b-v0.3": (32768, 7248.023552),
+    "qwen2.5-0.5b": (151936, 494.032768),
+    "qwen2.5-1.5b": (151936, 1543.714304),
+    "qwen2.5-3b": (151936, 3085.938688),
+    "qwen2.5-7b": (152064, 7615.616512),
+    "qwen3-0.6b": (151936, 596.04992),
+    "qwen3-1.7b": (151936, 1720.574976),
+    "qwen3-4b": (151936, 4022.468096),
+    "qwen3-8b": (151936, 8190.73536),
+    "qwen3-14b": (151936, 14768.3072),
+    "qwen3-32b": (151936, 32762.123264),
 }
 
 
@@ -54,7 +70,7 @@ def test_a_preset_has_the_published_number_of_parameters(preset):
 def test_every_preset_is_a_legal_shape(preset):
     made = ModelConfig(preset=preset, vocab_size=50257)
     assert made.preset == preset
-    assert made.hidden_size == made.num_attention_heads * made.head_dim
+    assert made.head_dim == 128 or made.hidden_size == made.num_attention_heads * made.head_dim
     assert made.layout_problems(1) == []
 
 
@@ -95,8 +111,9 @@ def test_groups_and_head_dim_follow_from_the_heads():
     assert config(num_attention_heads=7, head_dim=10).head_dim == 10
 
 
-def test_a_dumped_section_makes_the_same_section():
-    made = ModelConfig(preset="llama-1b", vocab_size=1000)
+@pytest.mark.parametrize("preset", ["llama-1b", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b"])
+def test_a_dumped_section_makes_the_same_section(preset):
+    made = ModelConfig(preset=preset, vocab_size=1000)
     assert ModelConfig(**made.model_dump(mode="json")) == made
 
 
@@ -118,6 +135,68 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 def test_groups_that_do_not_divide_the_heads_are_refused():
     assert "num_query_groups must divide num_attention_heads (8), got 3" in refusal(num_query_groups=3)
+
+
+SCALING = {
+    "factor": 8.0,
+    "low_frequency_factor": 1,
+    "high_frequency_factor": 4,
+    "original_max_sequence_length": 32,
+}
+
+
+def test_rope_scaling_is_a_table_of_four_numbers():
+    made = config(rope_scaling=SCALING)
+    assert made.rope_scaling is not None and made.rope_scaling.model_dump() == SCALING
+    assert config().rope_scaling is None
+    assert made != config(rope_scaling={**SCALING, "factor": 4})
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_each_number_of_rope_scaling_must_be_given(name):
+    text = refusal(rope_scaling={key: value for key, value in SCALING.items() if key != name})
+    assert f"rope_scaling.{name}\n  Field required" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"high_frequency_factor": 1}, "high_frequency_factor must be above low_frequency_factor (1), got 1"),
+        ({"factor": 0.5}, "greater than or equal to 1"),
+        ({"low_frequency_factor": 0}, "greater than 0"),
+        ({"original_max_sequence_length": 32.5}, "valid integer"),
+        ({"type": "yarn"}, "rope_scaling.type"),
+        (
+            {"original_max_sequence_length": 65},
+            "rope_scaling.original_max_sequence_length = 65 exceeds max_sequence_length = 64; to train on shorter "
+            "sequences, lower data.sequence_length instead",
+        ),
+    ],
+)
+def test_rope_scaling_that_makes_no_sense_is_refused(changes, message):
+    assert message in refusal(rope_scaling={**SCALING, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": SCALING, "position": "learned"},
+            "rope_scaling needs position = 'rope', got 'learned'; take it out, or change the position",
+        ),
+        (
+            {"bias": True, "qkv_bias": True},
+            "qkv_bias = true is for models without other biases; with bias = true, queries, keys and values have "
+            "theirs: set qkv_bias to false",
+        ),
+        (
+            {"qk_norm": True, "normalization": "layernorm"},
+            "qk_norm = true is an RMSNorm and goes with normalization = 'rmsnorm' alone, got 'layernorm'; set either",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(changes, message):
+    assert message in refusal(**changes)
 
 
 def test_rope_needs_even_heads():

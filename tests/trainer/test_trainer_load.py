@@ -351,6 +351,33 @@ def test_any_text_survives_in_toml(heldout):
     assert tomllib.loads(run_to_toml(values)) == expected
 
 
+def test_a_table_within_a_section_comes_back_and_is_fixed(run_file):
+    scaling = {
+        "factor": 8.0,
+        "low_frequency_factor": 1.0,
+        "high_frequency_factor": 4.0,
+        "original_max_sequence_length": 32,
+    }
+    run_file.write_text(
+        RUN_FILE + "\n[model.rope_scaling]\n" + "".join(f"{k} = {v}\n" for k, v in scaling.items())
+    )
+    run = load_run(run_file)
+    dumped = run.model_dump(mode="json")
+    assert dumped["model"]["rope_scaling"] == scaling
+    assert load_run_text(run_to_toml(dumped), run_file) == run
+    other = load_run(run_file, ["model.rope_scaling.factor=4.0"]).model_dump(mode="json")
+    (line,) = lines(run_file, "model.rope_scaling.factr=1")
+    assert line == "model.rope_scaling.factr: unknown key; did you mean 'factor'?"
+    (line,) = fixed_differences(dumped, other)
+    assert line.startswith("model.rope_scaling: {'factor': 8.0,")
+
+
+def load_run_text(text: str, beside: Path) -> RunConfig:
+    path = beside.with_name("resolved.toml")
+    path.write_text(text)
+    return load_run(path)
+
+
 def test_a_delete_character_survives_in_toml():
     values = {"data": {"tokenizer": "/a\x7fb"}}
     assert tomllib.loads(run_to_toml(values)) == values
