@@ -64,6 +64,8 @@ def megatron_config(
         activation_func=F.silu if gated else _gelu_tanh,
         use_te_activation_func=gated,  # means the backend's module: TorchBackend's SwiGLU or Transformer Engine's
         add_bias_linear=config.bias,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
         hidden_dropout=config.dropout,
         attention_dropout=config.dropout,
         params_dtype=dtype,
@@ -87,8 +89,11 @@ def megatron_config(
     )
 
 
-def layer_spec(backend: BackendSpecProvider, *, rms_norm: bool, gated: bool) -> ModuleSpec:
+def layer_spec(
+    backend: BackendSpecProvider, *, rms_norm: bool, gated: bool, qk_norm: bool = False
+) -> ModuleSpec:
     """Describe one pre-norm decoder layer over a backend."""
+    head_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True) if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -96,8 +101,8 @@ def layer_spec(backend: BackendSpecProvider, *, rms_norm: bool, gated: bool) -> 
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     return ModuleSpec(
@@ -128,6 +133,26 @@ def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[
             tracker.set_states(after)
 
     return nullcontext(), again()
+
+
+def rotary_embedding(model: ModelConfig) -> RotaryEmbedding:
+    """Make the table of RoPE's angles, with the frequencies of `model.rope_scaling`, fp32."""
+    rotary = RotaryEmbedding(
+        model.head_dim,
+        rotary_percent=1.0,
+        rotary_base=model.rope_base,  # type: ignore[arg-type]
+        use_cpu_initialization=True,
+    )
+    if (scaling := model.rope_scaling) is not None:
+        # The constructor takes the factor alone; the method takes all four numbers.
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            scaling.factor,
+            scaling.low_frequency_factor,
+            scaling.high_frequency_factor,
+            scaling.original_max_sequence_length,
+        )
+    return rotary
 
 
 class LearnedPositions(nn.Module):
@@ -206,19 +231,11 @@ class Decoder(MegatronModule):
         self.received: Tensor | None = None
         backend = backend_for(model.backend)
         rms_norm = model.normalization == "rmsnorm"
-        spec = layer_spec(backend, rms_norm=rms_norm, gated=model.activation == "swiglu")
+        gated = model.activation == "swiglu"
+        spec = layer_spec(backend, rms_norm=rms_norm, gated=gated, qk_norm=model.qk_norm)
         if self.first or (self.last and model.tied):  # a tied head has a copy of the word embedding
             self.embed = Embedding(model, config, positions=self.first)
-        self.rotary = (
-            RotaryEmbedding(
-                model.head_dim,
-                rotary_percent=1.0,
-                rotary_base=model.rope_base,  # type: ignore[arg-type]
-                use_cpu_initialization=True,
-            )
-            if model.position == "rope"
-            else None
-        )
+        self.rotary = rotary_embedding(model) if model.position == "rope" else None
         self.layers = nn.ModuleDict(
             {str(layer): build_module(spec, config=config, layer_number=layer + 1) for layer in chunk.layers}
         )

@@ -9,6 +9,7 @@ Layouts worth knowing:
 * `linear_qkv` holds, query group after query group, [the group's query heads | its key head | its value head],
   so a tensor-parallel piece is a plain slice of rows as long as the ranks divide the groups.
 * a gated `linear_fc1` is [gate; up] globally, and [gate_r; up_r] on rank r: two parts, each cut over the ranks.
+* the norms of query and key heads are whole on every rank, but see the rank's own heads alone.
 * the vocabulary is padded to a fixed multiple, so its shape does not depend on the layout.
 """
 
@@ -30,7 +31,8 @@ class Parameter:
 
     `axis` is the tensor-parallel axis (None: every rank holds the whole), `parts` the number of equal blocks
     along it that are cut one by one, `init_std` the std of the initial normal draw (None: ones for a norm's
-    weight, zeros for a bias).
+    weight, zeros for a bias). `per_head`: whole on every rank and applied to the rank's own heads alone, so that each
+    rank's gradient is a part of a sum.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Parameter:
     axis: int | None = None
     parts: int = 1
     init_std: float | None = None
+    per_head: bool = False
 
     @property
     def numel(self) -> int:
@@ -94,6 +97,8 @@ def _layer_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
         *_norm_rows(config, prefix + "input_layernorm."),
         Parameter(attention + "linear_qkv.weight", (qkv, hidden), "weight", 0, init_std=std),
         Parameter(attention + "linear_qkv.bias", (qkv,), "bias", 0),
+        Parameter(attention + "q_layernorm.weight", (config.head_dim,), "norm", per_head=True),
+        Parameter(attention + "k_layernorm.weight", (config.head_dim,), "norm", per_head=True),
         Parameter(attention + "linear_proj.weight", (hidden, queries), "weight", 1, init_std=residual_std),
         Parameter(attention + "linear_proj.bias", (hidden,), "bias"),
         *_norm_rows(config, prefix + "pre_mlp_layernorm."),
@@ -102,7 +107,15 @@ def _layer_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
         Parameter(mlp + "linear_fc2.weight", (hidden, ffn), "weight", 1, init_std=residual_std),
         Parameter(mlp + "linear_fc2.bias", (hidden,), "bias"),
     ]
-    return [row for row in rows if config.bias or row.kind != "bias" or "layernorm" in row.name]
+    return [row for row in rows if _is_in(config, row)]
+
+
+def _is_in(config: ModelConfig, row: Parameter) -> bool:
+    if row.per_head:
+        return config.qk_norm
+    if row.kind != "bias" or "layernorm" in row.name:
+        return True
+    return config.bias or (config.qkv_bias and "linear_qkv" in row.name)
 
 
 def _norm_rows(config: ModelConfig, prefix: str) -> list[Parameter]:

@@ -80,8 +80,9 @@ def prepare_parameters(stage: Stage, model: ModelConfig, seed: int | None) -> No
 
     Megatron-core and DeepSpeed read `tensor_model_parallel`, `partition_dim`, `partition_stride`. `owned` is ours: of
     several ranks with the same piece it is true on one, which counts it in the gradient norm and writes it to the
-    checkpoint; the marks by which DeepSpeed's norm decides follow from it. Works on parameters that ZeRO-3 has
-    already partitioned only when `seed` is None.
+    checkpoint; the marks by which DeepSpeed's norm decides follow from it. `partial` is ours, too: the gradient of a
+    tensor-parallel rank is a part of a sum, over the rank's slice of the tokens or over its heads. Works on parameters
+    that ZeRO-3 has already partitioned only when `seed` is None.
     """
     table = decoder_layout(model)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -97,6 +98,7 @@ def prepare_parameters(stage: Stage, model: ModelConfig, seed: int | None) -> No
             parameter.partition_dim = row.axis
             parameter.partition_stride = row.parts
         parameter.owned = (cut or tp_rank == 0) and not is_copy
+        parameter.partial = tp_size > 1 and (row.per_head or getattr(parameter, "sequence_parallel", False))
         if is_copy:
             parameter.ds_pipe_replicated = True
             parameter.tensor_model_parallel = False

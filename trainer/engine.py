@@ -77,7 +77,8 @@ class Engine:
             for layer in self.module.layers.values():
                 layer.compile()
         self._through_engine = self._zero > 0 and runtime.pp_size == 1
-        self._hooks = self._finish_sequence_parallel() if run.parallel.sequence and self._through_engine else []
+        self._partial = [p for p in self.module.parameters() if p.partial]  # type: ignore[attr-defined]
+        self._hooks = self._sum_as_they_come() if self._through_engine else []
         optimizer = self._optimizer(resolved)
         with _quiet():
             self._engine, self._deepspeed_optimizer, _, _ = deepspeed.initialize(
@@ -152,8 +153,8 @@ class Engine:
             fragment.tensors[MASTER].copy_(values.to(DTYPES[self._dtype]))
         self.state.refresh()
 
-    def _finish_sequence_parallel(self) -> list[Any]:
-        """Sum, over tensor-parallel ranks, gradients that each rank has for its slice of the tokens only.
+    def _sum_as_they_come(self) -> list[Any]:
+        """Sum, over tensor-parallel ranks, gradients that each rank has for its own tokens or heads only.
 
         DeepSpeed does not know of them. A hook on the gradient comes before any reduction of a micro-batch.
         """
@@ -164,15 +165,12 @@ class Engine:
             dist.all_reduce(total, group=group)
             return total
 
-        return [parameter.register_hook(add_up) for parameter in self._sequence_parallel_parameters()]
+        return [parameter.register_hook(add_up) for parameter in self._partial]
 
     @property
     def micro_batch_multiple(self) -> int:
         """What the number of micro-batches must be a multiple of: the interleaved schedule has a say in it."""
         return self.runtime.pp_size if len(self.module.chunks) > 1 else 1
-
-    def _sequence_parallel_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if getattr(p, "sequence_parallel", False)]
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], num_tokens: float) -> Tensor:
         """Run forward and backward over this rank's micro-batches.
@@ -216,9 +214,7 @@ class Engine:
         runtime = self.runtime
         if self._accumulation is not None:
             self._accumulation.hand_over()
-        if self.module.chunks[0].config.sequence_parallel:
-            gradients = [gradient_of(parameter) for parameter in self._sequence_parallel_parameters()]
-            add_over(gradients, runtime.tp_group)
+        add_over([gradient_of(parameter) for parameter in self._partial], runtime.tp_group)
         for parameter in self.module.tied_copies:
             add_over([gradient_of(parameter)], runtime.embedding_group)
 

@@ -272,6 +272,7 @@ def _layer_bytes(resolved: ResolvedRun) -> float:
     tokens = run.train.micro_batch * run.data.sequence_length
     cut = tp if run.parallel.sequence else 1
     gates = 3 if model.activation == "swiglu" else 2
-    inner = (2 * model.num_attention_heads * model.head_dim + 2 * model.num_query_groups * model.head_dim) / tp
+    heads = (model.num_attention_heads + model.num_query_groups) * model.head_dim
+    inner = (3 if model.qk_norm else 2) * heads / tp
     per_token = 4 * model.hidden_size / cut + inner + gates * model.ffn_hidden_size / tp
     return tokens * WORKING_BYTES[run.train.dtype] * per_token

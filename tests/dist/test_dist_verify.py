@@ -55,7 +55,12 @@ dtype = "bf16"
 [optimizer]
 lr = 1e-3
 """
-GROUPS = {"llama": "num_query_groups = 4", "gpt2": ""}  # gpt2 ties its embeddings
+GROUPS = {  # gpt2 ties its embeddings
+    "llama": "num_query_groups = 4",
+    "gpt2": "",
+    "qwen2": "num_query_groups = 4\ntied = true",
+    "qwen3": "num_query_groups = 2\nhead_dim = 12",
+}
 
 
 class Proof:
@@ -145,6 +150,19 @@ EQUAL = [
     ("llama", 4, "pp2-vp2-dp2-z1"),
     ("gpt2", 2, "tp2-z2"),
     ("gpt2", 2, "pp2-z1"),
+    ("qwen2", 2, "tp2-z1"),
+    ("qwen2", 2, "tp2-sp-z3"),
+    ("qwen2", 4, "tp2-pp2-z2"),
+    ("qwen3", 2, "tp2-z0"),
+    ("qwen3", 2, "tp2-z1"),
+    ("qwen3", 2, "tp2-z2"),
+    ("qwen3", 2, "tp2-z3"),
+    ("qwen3", 2, "tp2-sp-z0"),
+    ("qwen3", 2, "tp2-sp-z1"),
+    ("qwen3", 2, "tp2-sp-z2"),
+    ("qwen3", 2, "tp2-sp-z3"),
+    ("qwen3", 4, "tp2-pp2-z1"),
+    ("qwen3", 4, "tp2-sp-pp2-z3"),
 ]
 
 
@@ -154,7 +172,7 @@ def test_layouts_equal_one_process(proof, family, processes, name):
 
 
 # Pipelines: see the gradients that are added up in bf16, below.
-EQUAL_IN_BF16 = [("llama", 2, "tp2-sp-z1"), ("gpt2", 2, "z2"), ("gpt2", 2, "pp2-z3")]
+EQUAL_IN_BF16 = [("llama", 2, "tp2-sp-z1"), ("qwen3", 2, "tp2-z2"), ("gpt2", 2, "z2"), ("gpt2", 2, "pp2-z3")]
 
 
 @pytest.mark.parametrize(("family", "processes", "name"), EQUAL_IN_BF16)
@@ -185,7 +203,7 @@ def test_every_layout_equals_one_process(proof, family, processes, dtype):
 
 def test_sequence_parallel_sums_that_no_hook_makes(proof, monkeypatch):
     one = proof("llama", 2)
-    monkeypatch.setattr(engine.Engine, "_finish_sequence_parallel", lambda self: [])
+    monkeypatch.setattr(engine.Engine, "_sum_as_they_come", lambda self: [])
     named(
         one("tp2-sp-z1"), "step 1: the gradient norm is off", "at worst the gradient of layers.", "norm.weight"
     )
@@ -206,6 +224,26 @@ def test_sequence_parallel_sums_that_are_not_made_once_a_step(proof, monkeypatch
         "at worst the gradient of layers.",
         "norm.weight",
     )
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"), [(2, "tp2-z0"), (2, "tp2-z1"), (2, "tp2-sp-z2"), (2, "tp2-z3"), (4, "tp2-pp2-z1")]
+)
+def test_norms_of_heads_whose_gradients_stay_those_of_a_ranks_own_heads(proof, processes, name, monkeypatch):
+    """Under sequence parallel, too, where every other norm is added up."""
+    one, prepare_parameters = proof("qwen3", processes), stage.prepare_parameters
+
+    def planted(module, model, seed):
+        prepare_parameters(module, model, seed)
+        for parameter_name, parameter in module.named_parameters():
+            if "q_layernorm" in parameter_name or "k_layernorm" in parameter_name:
+                parameter.partial = False
+
+    monkeypatch.setattr(engine, "prepare_parameters", planted)
+    verdict = one(name)
+    named(verdict, "step 1: the gradient of layers.", "_layernorm.weight is off by ")
+    assert ".q_layernorm" in verdict.first or ".k_layernorm" in verdict.first
+    assert verdict.gradient > 0.01 and verdict.loss < 1e-4  # the loss alone would not have told
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])

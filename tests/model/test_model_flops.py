@@ -39,9 +39,10 @@ def hugging_face(made: ModelConfig) -> torch.nn.Module:
         "attn_implementation": "eager",
     }
     with torch.device("meta"):
-        if made.family == "llama":
-            return transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(
+        if made.family != "gpt2":
+            kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[made.family]
+            return getattr(transformers, f"{kind}ForCausalLM")(
+                getattr(transformers, f"{kind}Config")(
                     hidden_size=made.hidden_size,
                     intermediate_size=made.ffn_hidden_size,
                     num_hidden_layers=made.num_layers,
@@ -92,6 +93,9 @@ def counted(model: torch.nn.Module) -> float:
         {"family": "llama", "num_query_groups": 2},
         {"family": "llama", "num_query_groups": 1, "tied": True},
         {"family": "llama", "head_dim": 24, "num_query_groups": 3},
+        {"family": "mistral", "head_dim": 24, "num_query_groups": 3},
+        {"family": "qwen2", "num_query_groups": 2, "tied": True},
+        {"family": "qwen3", "head_dim": 24, "num_query_groups": 2},
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from basestone.model.config import ModelConfig
 from basestone.model.initial import BLOCK, initial_piece
 from basestone.model.layout import Parameter, decoder_layout
+from basestone.model.presets import FAMILIES
 
 SEED = 7
 
@@ -43,7 +44,7 @@ def joined(parameter: Parameter, size: int, seed: int = SEED) -> torch.Tensor:
     return torch.cat(order, dim=parameter.axis)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_pieces_make_the_same_tensor_in_every_layout(family, size):
     for parameter in decoder_layout(config(family)).values():

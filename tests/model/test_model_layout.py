@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from basestone.model.config import ModelConfig
 from basestone.model.layout import Box, Parameter, boxes, decoder_layout, has_weight_decay, intersect
+from basestone.model.presets import FAMILIES
 
 
 def piece_of(parameter: Parameter, rank: int, size: int) -> np.ndarray:
@@ -182,6 +183,24 @@ def test_a_gpt2_table_adds_positions_and_biases_and_ties_the_head():
     }
 
 
+def test_qkv_biases_alone_lie_like_the_rows_of_their_weight():
+    plain, table = (decoder_layout(config(family=family)) for family in ("llama", "qwen2"))
+    added = [name for name in table if name not in plain]
+    assert added == [f"layers.{layer}.self_attention.linear_qkv.bias" for layer in range(2)]
+    bias, weight = table[added[0]], table[added[0].removesuffix("bias") + "weight"]
+    assert (bias.shape, bias.axis, bias.per_head) == (weight.shape[:1], 0, False)
+
+
+def test_norms_of_heads_are_whole_on_every_rank_and_see_its_own_heads():
+    plain, table = (decoder_layout(config(family=family)) for family in ("llama", "qwen3"))
+    added = {name: row for name, row in table.items() if name not in plain}
+    assert list(added)[:2] == [f"layers.0.self_attention.{part}_layernorm.weight" for part in "qk"]
+    assert all(
+        (row.shape, row.axis, row.kind, row.per_head) == ((6,), None, "norm", True) for row in added.values()
+    )
+    assert not any(row.per_head for row in plain.values())
+
+
 def test_weight_decay_falls_on_matrices_alone():
     table = decoder_layout(config(family="gpt2"))
     decayed = {name.rsplit(".", 2)[-2] for name, row in table.items() if has_weight_decay(row)}
@@ -190,7 +209,7 @@ def test_weight_decay_falls_on_matrices_alone():
     assert has_weight_decay(decoder_layout(config())["head.weight"])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_projections_into_the_residual_stream_start_smaller(family):
     table = decoder_layout(config(family=family, num_layers=8, init_std=0.04))
     for name, row in table.items():
@@ -202,7 +221,7 @@ def test_projections_into_the_residual_stream_start_smaller(family):
             assert row.init_std == 0.04
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_legal_tensor_sizes_cut_every_row_evenly(family):
     made = config(family=family)
     for size in (1, 2):

@@ -133,6 +133,7 @@ def test_activations_shrink_with_tensor_and_sequence_parallel_and_recompute():
     both = activations(2, parallel__tensor=2, parallel__sequence=True)
     assert both == pytest.approx(plain / 2)
     assert activations(1, train__recompute=True) < plain
+    assert plain < activations(1, model__qk_norm=True) < 1.5 * plain  # a norm keeps its input
 
 
 def lines(run: ResolvedRun) -> dict[str, str]:
