@@ -11,30 +11,43 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ..config import ModelConfig
-from ..layout import decoder_layout
-from . import gpt2, llama
-from .rules import AdapterError, HFTensor, Row
+from ..layout import Parameter, decoder_layout
+from . import gpt2, llama, mistral, qwen2, qwen3
+from .rules import AdapterError, HFTensor, Row, differences
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A family's way to and from Hugging Face."""
+    """A family's way to and from Hugging Face.
+
+    `layout` gives the parameters of a model by their global names, and `rows` says how they are spelt there.
+    `needed` gives what fields of a model must be for the class to hold it. `hf_fields` and `model_fields` turn a model
+    into the fields of config.json, and those into a model's; the latter raises AdapterError, or KeyError for a field
+    that is missing.
+    """
 
     family: str
     model_type: str
     architecture: str
+    layout: Callable[[ModelConfig], dict[str, Parameter]]
     rows: Callable[[ModelConfig], list[Row]]
-    check: Callable[[ModelConfig], None]
+    needed: Callable[[ModelConfig], dict[str, object]]
     hf_fields: Callable[[ModelConfig], dict[str, Any]]
     model_fields: Callable[[dict[str, Any]], dict[str, Any]]
 
+    def problems(self, config: ModelConfig) -> list[str]:
+        """Name every field of a model that its class cannot hold."""
+        needed = self.needed(config)
+        return differences({name: getattr(config, name) for name in needed}, needed)
+
     def tensors(self, config: ModelConfig) -> Iterator[HFTensor]:
         """List the directory's tensors; those of one global parameter follow one another."""
-        shapes = {name: parameter.shape for name, parameter in decoder_layout(config).items()}
+        shapes = {name: parameter.shape for name, parameter in self.layout(config).items()}
         for row in self.rows(config):
             parts = row.rule.split(torch.empty(shapes[row.source], device="meta"))
             for index, (name, part) in enumerate(zip(row.hf_names, parts, strict=True)):
@@ -94,7 +107,14 @@ class Adapter:
             fields = self.model_fields(hf_config)
         except KeyError as error:
             raise AdapterError(f"config.json has no field {error}, which {self.architecture} needs") from None
-        return ModelConfig.model_validate({"family": self.family, **fields})
+        try:
+            return ModelConfig.model_validate({"family": self.family, **fields})
+        except ValidationError as error:
+            reasons = "; ".join(
+                f"{'.'.join(map(str, one['loc'])) or 'model'}: {one['msg'].removeprefix('Value error, ')}"
+                for one in error.errors(include_url=False)
+            )
+            raise AdapterError(f"config.json describes no model of family {self.family}: {reasons}") from None
 
 
 class LastRead:
@@ -119,19 +139,29 @@ ADAPTERS = tuple(
         family,
         module.MODEL_TYPE,
         module.ARCHITECTURE,
+        decoder_layout,
         module.rows,
-        module.check,
-        module.hf_config,
+        module.needed,
+        module.hf_fields,
         module.model_fields,
     )
-    for family, module in (("llama", llama), ("gpt2", gpt2))
+    for family, module in (
+        ("llama", llama),
+        ("mistral", mistral),
+        ("qwen2", qwen2),
+        ("qwen3", qwen3),
+        ("gpt2", gpt2),
+    )
 )
 
 
 def adapter_for(config: ModelConfig) -> Adapter:
     """Give the adapter of the model's family; raises AdapterError where its class cannot hold the model."""
     adapter = next(adapter for adapter in ADAPTERS if adapter.family == config.family)
-    adapter.check(config)
+    if problems := adapter.problems(config):
+        able = [other.family for other in ADAPTERS if not other.problems(config)]
+        advice = f"family {' or '.join(able)} can" if able else "no family's class can; change these fields"
+        raise AdapterError(f"{adapter.architecture} cannot hold this model: {'; '.join(problems)}; {advice}")
     return adapter
 
 

@@ -12,9 +12,9 @@ ARCHITECTURE = "GPT2LMHeadModel"
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # transformers' two names of the tanh form
 
 
-def check(config: ModelConfig) -> None:
-    """Refuse a model that GPT2LMHeadModel cannot hold."""
-    needed: dict[str, object] = {
+def needed(config: ModelConfig) -> dict[str, object]:
+    """Say what fields must be."""
+    return {
         "normalization": "layernorm",
         "activation": "gelu",
         "position": "learned",
@@ -22,8 +22,6 @@ def check(config: ModelConfig) -> None:
         "num_query_groups": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,
     }
-    found = {name: getattr(config, name) for name in needed}
-    refuse_unless(f"{ARCHITECTURE} cannot hold this model", found, needed)
 
 
 def rows(config: ModelConfig) -> list[Row]:
@@ -59,7 +57,7 @@ def rows(config: ModelConfig) -> list[Row]:
     return table
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
+def hf_fields(config: ModelConfig) -> dict[str, Any]:
     """Say the shape in transformers' words."""
     return {
         "vocab_size": config.vocab_size,
@@ -83,18 +81,19 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
     """Read the shape back; refuse a variant of GPT-2 that ours is not."""
-    activation = hf.get("activation_function", "gelu_new")
     found = {
-        "activation_function": "gelu_new" if activation in TANH_GELU else activation,
+        "activation_function": hf.get("activation_function", "gelu_new"),
         "scale_attn_weights": hf.get("scale_attn_weights", True),
         "scale_attn_by_inverse_layer_idx": hf.get("scale_attn_by_inverse_layer_idx", False),
         "add_cross_attention": hf.get("add_cross_attention", False),
+        "quantization_config": hf.get("quantization_config"),
     }
     needed = {
-        "activation_function": "gelu_new",
+        "activation_function": TANH_GELU,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
+        "quantization_config": None,
     }
     refuse_unless("config.json describes a GPT-2 that this package cannot hold", found, needed)
     return {

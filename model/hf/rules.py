@@ -134,10 +134,17 @@ class HFTensor:
     index: int
 
 
+def differences(found: Mapping[str, object], needed: Mapping[str, object]) -> list[str]:
+    """Name every field of `found` that is not as needed; a needed tuple holds the values that will do."""
+    wrong = []
+    for name, value in needed.items():
+        allowed = value if isinstance(value, tuple) else (value,)
+        if found[name] not in allowed:
+            wrong.append(f"{name} = {found[name]!r} (needs {' or '.join(map(repr, allowed))})")
+    return wrong
+
+
 def refuse_unless(subject: str, found: Mapping[str, object], needed: Mapping[str, object]) -> None:
-    """Raise AdapterError, opened by `subject`, that names every field of `found` unlike the `needed` value."""
-    wrong = [
-        f"{name} = {found[name]!r} (needs {value!r})" for name, value in needed.items() if found[name] != value
-    ]
-    if wrong:
-        raise AdapterError(f"{subject}: {'; '.join(wrong)}. Change these fields, or take another family.")
+    """Raise AdapterError, opened by `subject`, that names every field of `found` that is not as needed."""
+    if wrong := differences(found, needed):
+        raise AdapterError(f"{subject}: {'; '.join(wrong)}")
