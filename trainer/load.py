@@ -183,16 +183,20 @@ def _fields_at(location: Sequence[str]) -> Iterator[str]:
 
 
 def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Compare two dumped run configs; list each field marked fixed on resume whose value differs."""
+    """Compare two dumped run configs; list each field marked fixed on resume whose value differs.
+
+    A field that the old one has not heard of has its default there.
+    """
     differences = []
     for section_name, section in RunConfig.model_fields.items():
         before, after = old.get(section_name, {}), new.get(section_name, {})
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
             extra = field.json_schema_extra
             fixed = isinstance(extra, dict) and extra.get("on_resume") == "fixed"
-            if fixed and _plain(before.get(name)) != _plain(after.get(name)):
+            then = before.get(name, None if field.is_required() else field.default)
+            if fixed and _plain(then) != _plain(after.get(name)):
                 differences.append(
-                    f"{section_name}.{name}: {before.get(name)!r} in the checkpoint, {after.get(name)!r} now"
+                    f"{section_name}.{name}: {then!r} in the checkpoint, {after.get(name)!r} now"
                 )
     return differences
 

@@ -417,6 +417,15 @@ def test_a_checkpoint_without_a_section_differs_in_its_fixed_fields(section):
     assert any(line.startswith(f"{section}.") for line in fixed_differences(old, new))
 
 
+def test_a_field_that_a_checkpoint_has_not_heard_of_had_its_default():
+    new = run_of(model__qk_norm=True).model_dump(mode="json")
+    old = run_of().model_dump(mode="json")
+    for name in ("qk_norm", "qkv_bias", "rope_scaling"):
+        del old["model"][name]
+    assert fixed_differences(old, run_of().model_dump(mode="json")) == []
+    assert fixed_differences(old, new) == ["model.qk_norm: False in the checkpoint, True now"]
+
+
 def test_the_origin_stands_before_the_errors():
     with pytest.raises(ConfigError, match=r"^checkpoint 7: 1 error\(s\)\n  train.x: unknown key"):
         validate_run(run_values(train__x=1), "checkpoint 7")
