@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from basestone.model.config import ModelConfig
 from basestone.model.hf.adapter import LastRead, adapter_for
-from basestone.model.hf.safetensors_file import write_safetensors
+from basestone.model.hf.safetensors_file import plan_shards, write_safetensors
 from basestone.model.layout import decoder_layout
 
 LLAMA: dict[str, Any] = {
@@ -155,7 +155,7 @@ def write_directory(
     tensors = {tensor.name: tensor for tensor in adapter.tensors(config)}
     plan = [(name, tensor.shape, torch.float32) for name, tensor in tensors.items()]
     read = LastRead(weights.__getitem__)
-    write_safetensors(path, plan, lambda name: adapter.read(tensors[name], read), max_shard_bytes)
+    write_safetensors(path, plan_shards(plan, max_shard_bytes), lambda name: adapter.read(tensors[name], read))
     hf = adapter.hf_config(config, dtype=torch.float32, bos=1, eos=2, pad=3)
     (path / "config.json").write_text(json.dumps(hf))
     return hf

@@ -18,7 +18,7 @@ from hf_models import (
 
 from basestone.model.hf.adapter import LastRead, adapter_for, adapter_for_hf
 from basestone.model.hf.rules import AdapterError, Row, Rule
-from basestone.model.hf.safetensors_file import SafetensorsReader, write_safetensors
+from basestone.model.hf.safetensors_file import SafetensorsReader, plan_shards, write_safetensors
 from basestone.model.layout import Parameter, decoder_layout
 
 
@@ -79,7 +79,9 @@ def test_names_without_the_leading_part_are_found(tmp_path):
     adapter = adapter_for(config)
     tensors = {tensor.name.removeprefix("transformer."): tensor for tensor in adapter.tensors(config)}
     plan = [(name, tensor.shape, torch.float32) for name, tensor in tensors.items()]
-    write_safetensors(tmp_path, plan, lambda name: adapter.read(tensors[name], weights.__getitem__), 10**9)
+    write_safetensors(
+        tmp_path, plan_shards(plan, 10**9), lambda name: adapter.read(tensors[name], weights.__getitem__)
+    )
     back = dict(adapter.to_global(config, SafetensorsReader(tmp_path).read))
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
