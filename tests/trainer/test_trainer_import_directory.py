@@ -21,16 +21,28 @@ from basestone.trainer.hub import from_directory
 from basestone.trainer.hub.from_directory import RUN_FILE, import_directory
 from basestone.trainer.inference import OpenCheckpoint
 from basestone.trainer.load import load_run
+from basestone.trainer.reference import generate
 
 VOCAB = 320
 ROOT = Path(from_directory.__file__).resolve().parents[2]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = SIZES | {
+LLAMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "intermediate_size": 48,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
 }
+SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+MORE: dict[str, dict[str, Any]] = {
+    "llama 3.1": {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, **SCALING},
+    },
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 12},
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -53,15 +65,12 @@ def write_model(
     directory: Path, family: str, dtype: torch.dtype, *, tied: bool, max_shard_size: str = "5GB"
 ) -> None:
     """Save a model of transformers with random weights, as its own `save_pretrained` does."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    if family == "gpt2":
-        config = GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied
-        )
-        model: Any = GPT2LMHeadModel(config)
-    else:
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, tie_word_embeddings=tied, **LLAMA))
+    fields = GPT2 if family == "gpt2" else LLAMA | MORE.get(family, {})
+    model_type = family.removesuffix(" 3.1")
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, tie_word_embeddings=tied, **fields)
+    model: Any = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,6 +126,10 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
         ("llama", True, "fp32", "20KB"),
         ("gpt2", True, "fp16", "5GB"),
         ("gpt2", False, "fp32", "30KB"),
+        ("llama 3.1", False, "bf16", "5GB"),
+        ("mistral", False, "bf16", "5GB"),
+        ("qwen2", True, "bf16", "20KB"),
+        ("qwen3", False, "fp32", "5GB"),
     ],
 )
 def test_what_comes_in_goes_out_bit_for_bit(tmp_path, family, tied, dtype, max_shard_size):
@@ -153,6 +166,36 @@ def test_logits_and_ids_are_those_of_transformers(good, tmp_path):
         expected = AutoModelForCausalLM.from_pretrained(good, dtype=torch.float32)(batch).logits
     got = opened._logits(torch.bfloat16)(batch)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_greedy_continuations_are_those_of_transformers(tmp_path, family):
+    """Of 50 prompts: random weights say something else to each, where a model of few steps repeats itself."""
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path / "hub"
+    write_model(directory, family, torch.float32, tied=False)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    opened = OpenCheckpoint(bring_in(directory, tmp_path / "in"))
+    logits, prompts = opened._logits(torch.float32), torch.randint(VOCAB, (50, 1, 7))
+    said = set()
+    for ids in prompts:
+        ours = generate(
+            logits,
+            ids,
+            max_new_tokens=10,
+            temperature=0.0,
+            top_k=0,
+            eos=-1,
+            max_sequence_length=64,
+            seed=0,
+        )
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None
+        )
+        assert ours.tolist() == theirs.tolist()
+        said.add(tuple(ours[0, 7:].tolist()))
+    assert len(said) > 40
 
 
 def test_the_run_file_loads_and_names_what_lies_beside_it(good, tmp_path):
