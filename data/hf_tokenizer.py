@@ -19,7 +19,7 @@ from .hf_tiktoken import convert_ranks
 from .storage import storage_errors, write_atomic
 from .tokenizer import Tokenizer
 from .tokenizer_engines import META_SPACE
-from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, read_tokenizer_file
+from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, TEMPLATE, read_tokenizer_file
 
 # piece types of sentencepiece_model.proto
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -240,7 +240,10 @@ def _tokenizer_config(model: SentencePieceModel, model_max_length: int) -> dict[
 def _named_config(settings: dict[str, Any], model_max_length: int) -> dict[str, Any]:
     """Return the configuration of a tokenizer whose specials are known by name."""
     names = {f"{name}_token": settings[name] for name in ("bos", "eos", "unk", "pad") if name in settings}
-    return {**_base_config(model_max_length), "pad_token": settings["eos"], **names}
+    config = {**_base_config(model_max_length), "pad_token": settings["eos"], **names}
+    if TEMPLATE in settings:  # it writes special tokens as text
+        config |= {TEMPLATE: settings[TEMPLATE], "split_special_tokens": False}
+    return config
 
 
 def _base_config(model_max_length: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Tokenizer:
         self.path = path
         self.kind = file.kind
         self.content = file.whole()
-        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        self.sha256 = hashlib.sha256(file.deciding()).hexdigest()
         self.vocab_size: int = self._engine.vocab_size
         self.bos: int = self._engine.bos
         self.eos: int = self._engine.eos

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from .tiktoken_ranks import check_specials, complete_ranks, is_rank_file, parse_
 
 SENTENCEPIECE, HUGGINGFACE, TIKTOKEN = "sentencepiece", "huggingface", "tiktoken"
 WHOLE_KEY, WHOLE_VERSION = "basestone_tokenizer", 1
+TEMPLATE = "chat_template"  # decides no ids, and is handed on
 NAMES = ("bos", "eos", "pad", "unk")
 NAME_KEYS: dict[str, type] = dict.fromkeys(NAMES, str)
 SIDECAR_KEYS: dict[str, dict[str, type]] = {
-    HUGGINGFACE: NAME_KEYS,
+    HUGGINGFACE: {**NAME_KEYS, TEMPLATE: str},
     TIKTOKEN: {**NAME_KEYS, "preset": str, "pattern": str, "specials": dict},
 }
 
@@ -40,8 +41,13 @@ class TokenizerFile:
     content: bytes
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def deciding(self) -> bytes:
+        """Return what decides ids, for a fingerprint."""
+        settings = {key: value for key, value in self.settings.items() if key != TEMPLATE}
+        return replace(self, settings=settings).whole()
+
     def whole(self) -> bytes:
-        """Return everything that decides ids as one file; a SentencePiece model is its own."""
+        """Return everything as one file; a SentencePiece model is its own."""
         if self.kind == SENTENCEPIECE:
             return self.content
         parts = {
@@ -96,6 +102,7 @@ def _read_json(path: Path, content: bytes) -> TokenizerFile:
     beside: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside |= _named_specials(path.parent / name)
+    beside |= _chat_template(path.parent)
     return TokenizerFile(path, HUGGINGFACE, content, beside | _read_sidecar(path, HUGGINGFACE))
 
 
@@ -126,6 +133,17 @@ def _named_specials(path: Path) -> dict[str, str]:
         ) from error
     pieces = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
     return {name: piece for name, piece in pieces.items() if isinstance(piece, str)}
+
+
+def _chat_template(directory: Path) -> dict[str, str]:
+    """Return the template of conversations, which versions of transformers write into one of two places."""
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    template = None
+    if file.is_file():
+        template = file.read_text(encoding="utf-8", errors="replace")
+    elif config.is_file():
+        template = json.loads(config.read_bytes()).get(TEMPLATE)  # it was read for its names before
+    return {TEMPLATE: template} if isinstance(template, str) else {}
 
 
 def _read_sidecar(path: Path, kind: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,14 @@ class OpenCheckpoint:
 
     def _find_tokenizer(self, given: Path | None) -> Path:
         wanted = self.state["tokenizer_sha256"]
-        other = f"is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
         place = str(given) if given else join(self._run_place, TOKENIZER)
-        found = local_path(place)
-        if found is None:
-            content = _fetched(place)
-            sha256 = hashlib.sha256(content).hexdigest()
-            if sha256 != wanted:
-                raise ConfigError(f"{shown(place)}: {other}")
-            found = processes.cache_dir() / "tokenizers" / sha256
-            found.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(found, content)
-        if not found.exists():
+        found = local_path(place) or _fetched(place, wanted)
+        if found is not None and not found.exists():
             raise ConfigError(f"{found}: the checkpoint's tokenizer is not there; name it with --tokenizer")
-        if Tokenizer(found).sha256 != wanted:
-            raise ConfigError(f"{found}: {other}")
+        if found is None or not _is_tokenizer(found, wanted):
+            raise ConfigError(
+                f"{shown(place)}: is not the tokenizer that the checkpoint was trained with (sha256 {wanted})"
+            )
         return found
 
     def _logits(self, dtype: torch.dtype) -> Any:
@@ -225,11 +218,28 @@ class OpenCheckpoint:
         )
 
 
-def _fetched(place: str) -> bytes:
+def _fetched(place: str, sha256: str) -> Path | None:
+    """Bring a tokenizer of this fingerprint into the cache; None where it is another one."""
     try:
-        return RangeReader().read_all(place)
+        content = RangeReader().read_all(place)
     except DataConfigError as error:
         raise ConfigError(f"{error}; or name the checkpoint's tokenizer with --tokenizer") from error
+    kept = processes.cache_dir() / "tokenizers" / sha256
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".trial-", dir=kept.parent) as folder:
+        trial = Path(folder) / TOKENIZER
+        trial.write_bytes(content)
+        if not _is_tokenizer(trial, sha256):
+            return None
+    write_atomic(kept, content)
+    return kept
+
+
+def _is_tokenizer(path: Path, sha256: str) -> bool:
+    try:
+        return Tokenizer(path).sha256 == sha256
+    except DataConfigError:
+        return False
 
 
 def _until(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:

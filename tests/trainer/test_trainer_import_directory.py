@@ -168,6 +168,30 @@ def test_logits_and_ids_are_those_of_transformers(good, tmp_path):
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_goes_through(copied, tmp_path, place):
+    """It decides no ids, so the tokenizer's fingerprint stays; special tokens that it writes are special tokens."""
+    from transformers import AutoTokenizer
+
+    template = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
+    plain = Tokenizer(copied / "tokenizer.json").sha256
+    if place.endswith(".json"):
+        config = json.loads((copied / place).read_text())
+        (copied / place).write_text(json.dumps(config | {"chat_template": template}))
+    else:
+        (copied / place).write_text(template)
+    assert Tokenizer(copied / "tokenizer.json").sha256 == plain
+    opened = OpenCheckpoint(bring_in(copied, tmp_path / "in"))
+    opened.export(
+        tmp_path / "hf", dtype="bf16", verify=False, licence="", name="", max_shard_bytes=10**9, num_processes=1
+    )
+    conversation = [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "return"}]
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (copied, tmp_path / "hf"))
+    ids = before.apply_chat_template(conversation)["input_ids"]
+    assert ids == after.apply_chat_template(conversation)["input_ids"]
+    assert ids.count(before.bos_token_id) == ids.count(before.eos_token_id) == 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_greedy_continuations_are_those_of_transformers(tmp_path, family):
     """Of 50 prompts: random weights say something else to each, where a model of few steps repeats itself."""
@@ -177,9 +201,9 @@ def test_greedy_continuations_are_those_of_transformers(tmp_path, family):
     write_model(directory, family, torch.float32, tied=False)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     opened = OpenCheckpoint(bring_in(directory, tmp_path / "in"))
-    logits, prompts = opened._logits(torch.float32), torch.randint(VOCAB, (50, 1, 7), generator=torch.Generator().manual_seed(1))
+    logits, generator = opened._logits(torch.float32), torch.Generator().manual_seed(1)
     said = set()
-    for ids in prompts:
+    for ids in torch.randint(VOCAB, (50, 1, 7), generator=generator):
         ours = generate(
             logits,
             ids,
