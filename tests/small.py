@@ -32,7 +32,7 @@ def run_config(family: str = "llama", **changes: Any) -> RunConfig:
         "num_attention_heads": 8,
         "max_sequence_length": 64,
     }
-    if family == "llama":
+    if family != "gpt2":
         model["num_query_groups"] = 4
     values: dict[str, Any] = {
         "run": {},
