@@ -14,6 +14,7 @@ import typer
 from . import environ, local
 from .checkpoint_commands import checkpoint_app
 from .data_commands import data_app, prepare, tokenizer_app
+from .finetune_command import finetune
 
 EXIT_USER, EXIT_INTERRUPTED = 64, 130
 MAX_SEED = (1 << 63) - 1  # what torch's generators take
@@ -34,6 +35,9 @@ app.command(
     epilog="Example: basestone prepare docs/ crawl.warc.gz --rules gopher --near-duplicates --out shards/web"
 )(prepare)
 app.add_typer(checkpoint_app)
+app.command(
+    epilog="Example: basestone finetune my-model questions.jsonl --out my-tuned-model --lora 16",
+)(finetune)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", show_default=False)]
 Checkpoint = Annotated[

@@ -110,6 +110,30 @@ def deepspeed_config(resolved: ResolvedRun, *, pin_memory: bool = False) -> dict
     return {**base, **derived}
 
 
+def finetune_config(stage: int, *, accumulates: bool) -> dict[str, Any]:
+    """Make what transformers' Trainer hands to DeepSpeed: our file for the ZeRO stage, the rest left to its arguments.
+
+    Args:
+        accumulates: a step has more than one micro-batch; their gradients then add up in fp32.
+    """
+    base = json.loads(resources.files("basestone.ds_configs").joinpath(f"zero{stage}.json").read_text())
+    if stage == 3:
+        base["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if accumulates:
+        base["data_types"] = {"grad_accum_dtype": "fp32"}
+    return {
+        **base,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "steps_per_print": 1 << 60,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def device_of(config: dict[str, Any], key: str) -> str:
     """Give where a section of OFFLOAD_SECTIONS puts its tensors: "none", "cpu" or "nvme"."""
     section = config.get("zero_optimization", {}).get(key) or {}

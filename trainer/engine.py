@@ -53,6 +53,14 @@ MOST_BUILD_S = 600.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def switch_off_shm_op() -> None:
+    """Keep DeepSpeed from building its shared-memory collectives for CPUs when it starts communication.
+
+    The build guards itself with a lock file: a process killed meanwhile hangs every later run for ever.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Engine:
     """A model under DeepSpeed: run a step, evaluate, and expose its state by global names."""
 
@@ -65,8 +73,7 @@ class Engine:
         if runtime.on_cpu and self._dtype == "fp16":
             raise ConfigError("train.dtype = 'fp16' needs a GPU, and there is none; set it to 'bf16'")
         if runtime.on_cpu:
-            # Its build guards itself with a lock file: a process killed meanwhile hangs every later run for ever.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            switch_off_shm_op()
         deepspeed_logger.setLevel(logging.ERROR)
         config = deepspeed_config(resolved, pin_memory=not runtime.on_cpu)
         self._swap_folders = _swap_folders(config)

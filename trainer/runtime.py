@@ -161,19 +161,29 @@ def start(
     A launcher is seen by RANK and WORLD_SIZE in the environment: our own, torchrun, deepspeed and srun set them.
     """
     on_cpu = not torch.cuda.is_available()
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
     if on_cpu:
         cpu.install_shims()
-    else:
-        torch.cuda.set_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if not dist.is_initialized():
-        _join("gloo" if on_cpu else "cpu:gloo,cuda:nccl", device)
+    device = meet()
     join_groups(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
     return _runtime(device)
+
+
+def meet() -> torch.device:
+    """Join the processes that a launcher started, or be the only one; give this one's device.
+
+    After it torch.distributed is there, and nobody who starts it themselves (accelerate, DeepSpeed) starts it anew.
+    """
+    on_cpu = not torch.cuda.is_available()
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join("gloo" if on_cpu else "cpu:gloo,cuda:nccl", device)
+    return device
 
 
 def _join(backend: str, device: torch.device) -> None:
@@ -194,7 +204,8 @@ def _join(backend: str, device: torch.device) -> None:
 
 def become_rank(rank: int, size: int, rendezvous: Path) -> None:
     """Make this process, forked from one that belongs to no group, rank `rank` of `size` local ones."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)})
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size)})
+    os.environ.update({"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)})
     os.environ[RENDEZVOUS] = str(rendezvous)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -300,6 +311,17 @@ def pickles_are_opened() -> bool:
 def find_own_programs() -> None:
     """Let programs that were installed beside this Python be found (ninja), where its environment is not activated."""
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+
+
+def announce_deepspeed() -> None:
+    """Tell accelerate that ranks without a GPU are DeepSpeed's, too: it asks the environment and no argument."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+
+
+def leave_launcher() -> None:
+    """Make the only process of a launcher a plain one, for libraries that would wrap its model for many."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", RENDEZVOUS):
+        os.environ.pop(name, None)
 
 
 def visible_gpus() -> list[str]:

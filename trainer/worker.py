@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         "export": export,
         "import-file": import_file,
         "import-directory": import_directory,
+        "finetune": finetune,
     }
     try:
         commands[arguments.command](arguments)
@@ -98,6 +99,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("file", type=Path)
     one.add_argument("out", type=Path)
     one.add_argument("--run", type=Path, required=True)
+    one = commands.add_parser("finetune", parents=[common])
+    one.add_argument("settings", type=json.loads)
+    one.add_argument("--json", action="store_true")
     return parser.parse_args(argv)
 
 
@@ -260,6 +264,19 @@ def import_file(arguments: argparse.Namespace) -> None:
         arguments.file, arguments.out, resolved, tokenizer_sha256=tokenizer.sha256, versions=versions()
     )
     print(f"{arguments.out}: weights of {arguments.file.name}; its tokenizer is {place}")
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """Fine-tune a Hugging Face directory, as one of the processes that do."""
+    from .errors import Stopped
+    from .finetuning.run import finetune as tune
+    from .finetuning.settings import FinetuneSettings
+
+    def stop(*_: object) -> None:
+        raise Stopped("finetune: stopped on request; nothing was written")
+
+    signal.signal(signal.SIGTERM, stop)  # an exception, so that the unfinished directory goes
+    tune(FinetuneSettings(**arguments.settings), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""The Hugging Face directory that fine-tuning starts from: what it must be, what goes over. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+OWN_FILES = ("run.toml", "checkpoints", "MANIFEST.json", "index.json")
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")
+
+
+def directory_problems(path: Path) -> list[str]:
+    """Say all that keeps a directory from being fine-tuned; nothing in it is executed or unpickled."""
+    if not path.is_dir():
+        return [f"{path} is no directory; give what `basestone export` wrote, or a downloaded model"]
+    if not (path / "config.json").is_file():
+        if any((path / name).exists() for name in OWN_FILES):
+            return [f"{path} is a run or a checkpoint; export it first: basestone export {path} OUT"]
+        return [f"{path} has no config.json: it is no Hugging Face model directory"]
+    found = []
+    try:
+        config = read_config(path)
+    except ConfigError as error:
+        return [str(error)]
+    if "auto_map" in config:
+        found.append(
+            f"{path}/config.json names code of its own (auto_map), which is never run; take a model whose class "
+            "transformers has"
+        )
+    if not any(path.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
+        found.append(
+            f"{path} has its weights as a pickle alone ({pickled[0]}), which would run code; convert it to safetensors"
+            if pickled
+            else f"{path} has no weights (*.safetensors)"
+        )
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        found.append(f"{path} has no tokenizer (tokenizer.json); copy the model's own into it")
+    return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.json. Raises ConfigError where it is no JSON object."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}/config.json cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}/config.json is no JSON object")
+    return config
+
+
+def num_positions(config: dict[str, Any]) -> int | None:
+    """Give the longest sequence that the model takes; None where config.json does not say."""
+    return next((int(config[field]) for field in POSITION_FIELDS if config.get(field)), None)
+
+
+def tuned_config(
+    config: dict[str, Any], *, architecture: str, pad_id: int, labels: list[str] | None
+) -> dict[str, Any]:
+    """Change in config.json what fine-tuning changed, and no more: both spellings of transformers 4 and 5 stay."""
+    tuned = {**config, "architectures": [architecture], "pad_token_id": pad_id}
+    if labels is not None:
+        tuned["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        tuned["label2id"] = {label: index for index, label in enumerate(labels)}
+        tuned["problem_type"] = "single_label_classification"
+    return tuned
+
+
+def licence_lines(path: Path) -> list[str]:
+    """Give what the model card's front matter says about the licence, as it stands there."""
+    card = path / "README.md"
+    lines = card.read_text(errors="replace").splitlines() if card.is_file() else []
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return []
+    front = lines[1 : lines.index("---", 1)]
+    return [line for line in front if line.startswith(("license:", "license_name:", "license_link:"))]
