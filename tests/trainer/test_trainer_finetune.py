@@ -294,12 +294,36 @@ def test_a_full_disk_leaves_nothing(hub, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_whole_are_refused(hub, tmp_path):
+@pytest.mark.parametrize("task", ["sft", "classify"])
+@pytest.mark.parametrize("fault", ["missing", "misshapen"])
+def test_weights_that_are_not_whole_are_refused(hub, tmp_path, task, fault):
     source = make_directory(tmp_path / "holes", hub / "tokenizer.model")
     tensors = load_file(source / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = tensors.pop(name)
+    if fault == "misshapen":
+        tensors[name] = tensor[:-1].clone()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    settings = settings_of(hub, tmp_path / "out").model_copy(update={"source": source})
-    with pytest.raises(ConfigError, match=r"lacks 1 weights, the first model\.layers\.1\.mlp\.up_proj\.weight"):
+    data = hub / ("questions.jsonl" if task == "sft" else "classes.jsonl")
+    settings = settings_of(hub, tmp_path / "out", task=task, data=data).model_copy(update={"source": source})
+    with pytest.raises(ConfigError, match=rf"lacks 1 weights .*the first {name}|cannot load .* for sft"):
         tune(settings)
     assert os.listdir(tmp_path) == ["holes"]
+
+
+def test_a_classifier_is_tuned_again_to_other_classes(hub, tmp_path):
+    keys = {"task": "classify", "steps": 1}
+    tune(settings_of(hub, tmp_path / "three", data=hub / "classes.jsonl", **keys))
+    data = write_lines(tmp_path / "two.jsonl", ({"text": f"{n}", "label": n % 2} for n in range(40)))
+    settings = settings_of(hub, tmp_path / "two", data=data, **keys).model_copy(
+        update={"source": tmp_path / "three"}
+    )
+    assert set(tune(settings)["heldout"]["classes"]) == {"0", "1"}
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+
+
+def test_bf16_computes_nearly_what_fp32_does(hub, tmp_path):
+    full = tune(settings_of(hub, tmp_path / "fp32"))["losses"]
+    half = tune(settings_of(hub, tmp_path / "bf16", dtype="bf16"))["losses"]
+    assert half != full and [loss for _, loss in half] == pytest.approx([loss for _, loss in full], rel=1e-2)
+    assert load_file(tmp_path / "bf16" / "model.safetensors")["lm_head.weight"].dtype == torch.float32

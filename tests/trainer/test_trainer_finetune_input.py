@@ -181,6 +181,24 @@ def test_held_out_labels_must_be_known_and_be_there(tmp_path, model):
     assert "no class has ten examples" in message(tmp_path, model, task="classify")
 
 
+def test_a_template_that_refuses_is_named(tmp_path, copy):
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    assert "line 1 does not go with the chat template: no system message" in message(tmp_path, copy, rows)
+
+
+def test_pairs_are_encoded_as_the_tokenizer_does_and_long_texts_cut(tmp_path, model):
+    rows = [{"text": f"What {n}", "text_pair": "is blue", "label": n} for n in (10, 2, -1)]
+    rows.append({"text": "What " * 90, "text_pair": "red", "label": 2})
+    data, held = write_lines(tmp_path / "data.jsonl", rows), write_lines(tmp_path / "held.jsonl", rows[:1])
+    settings = FinetuneSettings(source=model, data=data, heldout=held, out=tmp_path / "out", task="classify")
+    prepared, figures = prepare(settings, 1, on_cpu=True)
+    assert prepared.labels == ["-1", "2", "10"] and [row["labels"] for row in prepared.train] == [2, 1, 0, 1]
+    ids = prepared.train[0]["input_ids"]
+    assert ids == prepared.tokenizer("What 10", "is blue")["input_ids"] and ids.count(1) == 2
+    assert figures["cut"] == 1 and len(prepared.train[3]["input_ids"]) == 64
+
+
 # ---- the options --------------------------------------------------------------------------------------------------
 
 

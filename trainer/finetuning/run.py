@@ -50,7 +50,8 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
     from .output import publish, unfinished, write_model
     from .training import Tuning
 
-    alone = num_processes == 1 and not settings.zero
+    # Elsewhere the Trainer would spread one process over all GPUs that it sees.
+    alone = num_processes == 1 and not settings.zero and on_cpu
     if alone:
         processes.leave_launcher()
     else:

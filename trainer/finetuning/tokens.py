@@ -44,9 +44,15 @@ def encode_sft(examples: Sequence[Instruction | Conversation], tokenizer: Any, m
     The end-of-sequence token follows the answer. An answer that does not fit is cut, without an end; a prompt that
     leaves no room for one token is wrong.
     """
+    from jinja2 import TemplateError
+
     rows, num_cut, wrong = [], 0, []
     for example in examples:
-        prompt, answer = _halves(example, tokenizer)
+        try:
+            prompt, answer = _halves(example, tokenizer)
+        except TemplateError as error:
+            wrong.append((example.line, f"does not go with the chat template: {error}"))
+            continue
         if len(prompt) >= max_length:
             wrong.append(
                 (

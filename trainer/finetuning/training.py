@@ -26,7 +26,7 @@ from .settings import FinetuneSettings
 from .tokens import IGNORED, Prepared
 
 NUM_PROGRESS_LINES = 20
-HEAD_NAMES = ("score.", "classifier.", "pre_classifier.", "classification_head.", "pooler.")
+HEAD_NAMES = {"score", "classifier", "pre_classifier", "classification_head", "pooler"}
 
 
 @dataclass
@@ -174,20 +174,21 @@ def load_model(settings: FinetuneSettings, prepared: Prepared) -> Any:
             loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
                 settings.source, num_labels=len(prepared.labels), ignore_mismatched_sizes=True, **common
             )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"finetune: transformers cannot load {settings.source} for {settings.task}: {first}"
         ) from error
     model, info = loaded
     model.config.pad_token_id = prepared.pad_id
-    lacking = sorted(str(name) for name in info["missing_keys"])
+    mismatched = [name[0] if isinstance(name, tuple) else name for name in info["mismatched_keys"]]
+    lacking = sorted({*map(str, info["missing_keys"]), *map(str, mismatched)})
     if prepared.labels is not None:
-        lacking = [name for name in lacking if not name.startswith(HEAD_NAMES)]
+        lacking = [name for name in lacking if not HEAD_NAMES & set(name.split("."))]
     if lacking:
         raise ConfigError(
-            f"finetune: {settings.source} lacks {len(lacking)} weights, the first {lacking[0]}; export it again, or "
-            "copy all of its files"
+            f"finetune: {settings.source} lacks {len(lacking)} weights of the shape that config.json says, the first "
+            f"{lacking[0]}; export it again, or copy all of its files"
         )
     return model
 
