@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .errors import EXIT_FAULT, EXIT_STOPPED, exit_code_of, lost_contact, message_of
 
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true")
+    with_tokenizer = argparse.ArgumentParser(add_help=False, parents=[common])
+    with_tokenizer.add_argument("--tokenizer", type=Path)
     parser = argparse.ArgumentParser(prog="basestone-worker")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train", parents=[common])
@@ -66,21 +69,27 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--steps", type=int, required=True)
     one.add_argument("--dtype", required=True)
     one.add_argument("--json", action="store_true")
-    one = commands.add_parser("evaluate", parents=[common])
+    one = commands.add_parser("evaluate", parents=[with_tokenizer])
     one.add_argument("checkpoint")
     one.add_argument("--data", action="append", default=[])
     one.add_argument("--max-tokens", type=int)
-    one.add_argument("--tokenizer", type=Path)
     one.add_argument("--json", action="store_true")
-    one = commands.add_parser("generate", parents=[common])
+    one = commands.add_parser("generate", parents=[with_tokenizer])
     one.add_argument("checkpoint")
     one.add_argument("--prompt", required=True)
     one.add_argument("--max-new-tokens", type=int, default=64)
     one.add_argument("--temperature", type=float, default=0.8)
     one.add_argument("--top-k", type=int, default=50)
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--tokenizer", type=Path)
-    one = commands.add_parser("export", parents=[common])
+    _add_hub_commands(commands, common, with_tokenizer)
+    return parser.parse_args(argv)
+
+
+def _add_hub_commands(
+    commands: Any, common: argparse.ArgumentParser, with_tokenizer: argparse.ArgumentParser
+) -> None:
+    """Add what reads or writes models in the form of others."""
+    one = commands.add_parser("export", parents=[with_tokenizer])
     one.add_argument("checkpoint")
     one.add_argument("out", type=Path)
     one.add_argument("--dtype", default="bf16")
@@ -90,11 +99,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one.add_argument("--processes", type=int, default=1)
     one.add_argument("--licence", default="")
     one.add_argument("--name", default="")
-    one.add_argument("--tokenizer", type=Path)
-    one = commands.add_parser("import-directory", parents=[common])
+    one = commands.add_parser("import-directory", parents=[with_tokenizer])
     one.add_argument("directory", type=Path)
     one.add_argument("out", type=Path)
-    one.add_argument("--tokenizer", type=Path)
     one = commands.add_parser("import-file", parents=[common])
     one.add_argument("file", type=Path)
     one.add_argument("out", type=Path)
@@ -102,7 +109,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     one = commands.add_parser("finetune", parents=[common])
     one.add_argument("settings", type=json.loads)
     one.add_argument("--json", action="store_true")
-    return parser.parse_args(argv)
 
 
 def train(arguments: argparse.Namespace) -> None:
