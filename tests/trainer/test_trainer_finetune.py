@@ -254,6 +254,21 @@ def test_two_processes_compute_what_one_does(hub, tmp_path, task):
             assert relative(tensor, weights[parameter]) < 1e-3, (name, parameter)
 
 
+def _tune_and_look(settings: FinetuneSettings, extensions: str) -> tuple[bool, list[str]]:
+    import deepspeed.ops
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = extensions
+    finetune(settings, as_json=False)
+    built = sorted(path.name for path in Path(extensions).rglob("*"))
+    return deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"], built
+
+
+def test_deepspeed_builds_no_collectives_whose_lock_could_stay(hub, tmp_path):
+    settings = settings_of(hub, tmp_path / "out", zero=1, steps=1)
+    extensions = tmp_path / "extensions"
+    assert run_ranks(_tune_and_look, 1, settings, str(extensions), num_threads=1) == [(False, [])]
+
+
 def test_a_seed_decides_everything(hub, tmp_path):
     keys = {"lora": 2, "steps": 3, "batch": 4}
     first, again, other = (
