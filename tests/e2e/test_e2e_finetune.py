@@ -34,7 +34,7 @@ def test_an_exported_run_is_tuned_by_two_processes(exported, tmp_path, basestone
     )
     figures = json.loads((out / "metrics.json").read_text())
     assert figures["heldout"]["loss"] < figures["heldout_before"]["loss"] - 0.1
-    assert "license: apache-2.0" in (out / "README.md").read_text()
+    assert 'license: "apache-2.0"' in (out / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["questions.jsonl", "tuned"]
 
 

@@ -67,7 +67,18 @@ def helped() -> tuple[dict[str, Any], dict[str, list[str]]]:
 
 def test_there_are_all_commands():
     assert {" ".join(leaf) for leaf in COMMANDS} == {
-        *("train", "verify", "evaluate", "generate", "export", "report", "quickstart", "prepare", "finetune"),
+        *(
+            "train",
+            "verify",
+            "evaluate",
+            "generate",
+            "export",
+            "import",
+            "report",
+            "quickstart",
+            "prepare",
+            "finetune",
+        ),
         *("tokenizer train", "tokenizer inspect", "tokenizer export"),
         *("data index", "data inspect", "data verify"),
         *("checkpoint ls", "checkpoint show", "checkpoint verify"),
