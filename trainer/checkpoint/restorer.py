@@ -6,21 +6,23 @@ is wrong on one rank is gathered as a value, so that all go to the next checkpoi
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ...data.reading.transport import join, shown
 from ...model.layout import Parameter
-from ..engine_state import MASTER, STATE_KEYS, EngineState
+from ..engine_state import MASTER, STATE_KEYS, EngineState, Fragment
 from ..errors import BasestoneError, CheckpointError, ConfigError
 from ..runtime import Runtime
 from .format import MANIFEST, steps_in
 from .opening import CHECKPOINTS, newest_good, steps_at
 from .places import directory_at, local_path
 from .reader import Reader
-from .tensors import CheckpointTensors, model_problem
+from .tensors import PIECE_ELEMENTS, CheckpointTensors, model_problem
 
 log = logging.getLogger(__name__)
 
@@ -221,15 +223,21 @@ class Restorer:
             problem = f"rank {self._runtime.rank}: {error}"
         return next(filter(None, self._runtime.gather_all(problem)), None)
 
-    def _read_rank(self, tensors: CheckpointTensors, keys: Iterable[str]) -> None:
+    def _read_rank(self, tensors: CheckpointTensors, keys: Sequence[str]) -> None:
         runtime = self._runtime
-        for fragment in self._engine_state.fragments():
-            for key in keys:
-                target = fragment.tensors[key]
-                host = target if target.device.type == "cpu" else target.cpu()
-                tensors.fill(key, fragment.name, host, runtime.tp_rank, runtime.tp_size, fragment.start)
-                if host is not target:
-                    target.copy_(host)
+
+        def fill(fragment: Fragment, key: str) -> None:
+            target = fragment.tensors[key]
+            host = target if target.device.type == "cpu" else target.cpu()
+            tensors.fill(key, fragment.name, host, runtime.tp_rank, runtime.tp_size, fragment.start)
+            if host is not target:
+                target.copy_(host)
+
+        with ThreadPoolExecutor(len(keys), "read") as pool:
+            for fragment in self._engine_state.fragments():
+                # Tensors of a small one lie in the same blocks, which each thread would read and hash for itself.
+                each: Callable[..., Iterable[None]] = pool.map if fragment.numel >= PIECE_ELEMENTS else map
+                list(each(functools.partial(fill, fragment), keys))
 
 
 def _absolute(place: str) -> str:
