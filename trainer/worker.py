@@ -278,11 +278,12 @@ def finetune(arguments: argparse.Namespace) -> None:
     from .finetuning.run import finetune as tune
     from .finetuning.settings import FinetuneSettings
 
-    def stop(*_: object) -> None:
-        raise Stopped("finetune: stopped on request; nothing was written")
-
-    signal.signal(signal.SIGTERM, stop)  # an exception, so that the unfinished directory goes
-    tune(FinetuneSettings(**arguments.settings), as_json=arguments.json)
+    # An exception, so that the unfinished directory goes; of a kind that no library catches on its way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+    try:
+        tune(FinetuneSettings(**arguments.settings), as_json=arguments.json)
+    except SystemExit:
+        raise Stopped("finetune: stopped on request; nothing was written") from None
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_stopped_on_request_it_leaves_nothing(exported, tmp_path):
     data = write_lines(tmp_path / "questions.jsonl", questions())
     process = start("finetune", exported, data, "--out", tmp_path / "out", "--steps", "100000")
     assert process.stdout is not None
-    while "step " not in process.stdout.readline():
+    while not process.stdout.readline().startswith("step "):
         assert process.poll() is None
     assert list(tmp_path.glob(".out.*.partial"))
     process.send_signal(signal.SIGTERM)

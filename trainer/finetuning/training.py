@@ -84,7 +84,7 @@ class Progress(TrainerCallback):
         self._outcome.losses.append((step, loss))
         if not loss < float("inf"):
             raise NumericsError(f"finetune: the loss of step {step} is {loss}; lower --lr, or look at the data")
-        if step == self._num_steps or step % max(1, self._num_steps // NUM_PROGRESS_LINES) == 0:
+        if step in (1, self._num_steps) or step % max(1, self._num_steps // NUM_PROGRESS_LINES) == 0:
             self._say(f"step {step}/{self._num_steps}  loss {loss:.4f}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
