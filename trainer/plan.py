@@ -11,6 +11,7 @@ from ..model.pipeline import Chunk, chunks_of_ranks, held_by
 from .config import ResolvedRun
 from .ds_config import deepspeed_config, device_of, largest_partition
 from .ramp import Phase
+from .sections import ExportSection
 
 GIB = 1 << 30
 WORKING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -70,13 +71,23 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
             f"{schedule.kind}, {schedule.warmup_steps} warm-up steps, "
             f"down to {schedule.final_ratio * run.optimizer.lr:g}",
         ),
-        (
-            "memory a rank",
-            _sizes(memory),
-        ),
+        ("memory a rank", _sizes(memory)),
         *_offload_lines(resolved),
         ("checkpoints", _checkpoints(resolved, total)),
+        *_exports(run.export, total),
         ("evaluation", f"{_every(run.evaluate.every_steps)} on {', '.join(run.data.heldout) or 'nothing'}"),
+    ]
+
+
+def _exports(section: ExportSection, num_parameters: int) -> list[tuple[str, str]]:
+    if not section.every_steps:
+        return []
+    size = num_parameters * (4 if section.dtype == "fp32" else 2) / GIB
+    return [
+        (
+            "exports",
+            f"every {section.every_steps} steps and at the end, {section.dtype}, {size:.2f} GiB each; all are kept",
+        )
     ]
 
 

@@ -160,7 +160,7 @@ def test_the_plan_says_what_will_be():
         in got["optimizer"]
     )
     assert got["checkpoints"].startswith("at the end; kept are the last 3, ")
-    assert got["evaluation"] == "at the end on nothing"
+    assert got["evaluation"] == "at the end on nothing" and "exports" not in got
     assert "memory a rank" in got and "schedule" in got
 
 
@@ -203,6 +203,14 @@ def test_the_plan_of_other_choices():
     assert got["checkpoints"].startswith("every 5 steps, at the end; kept")
     assert got["evaluation"] == "every 7 steps and at the end on a, b"
     assert got["schedule"] == "wsd, 3 warm-up steps, down to 0.0001"
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("bf16", 2), ("fp32", 4)])
+def test_the_plan_says_what_exports_take(dtype, num_bytes):
+    got = lines(resolved(export__every_steps=40, export__dtype=dtype))["exports"]
+    assert got == (
+        f"every 40 steps and at the end, {dtype}, {TOTAL * num_bytes / 2**30:.2f} GiB each; all are kept"
+    )
 
 
 def test_fp32_under_zero_has_masters_of_its_own():
