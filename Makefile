@@ -42,6 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/train_vs_peers.py
 	$(BIN)/python bench/checkpoint_index.py
 	$(BIN)/python bench/checkpoint.py
+	$(BIN)/python bench/export.py
 	$(BIN)/python bench/pipeline_bubble.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/loader.py
