@@ -1,13 +1,16 @@
-"""A small corpus, a tokenizer and shards that the data tests share."""
+"""A small corpus, tokenizers and shards that the data tests share."""
 
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
+from existing_tokenizers import train_ranks, write_hf_directory, write_ranks
 
 from basestone.data.prepare import prepare
-from basestone.data.tokenizer import train_tokenizer
+from basestone.data.tiktoken_ranks import PRESETS
+from basestone.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +60,41 @@ def token_shards(tmp_path_factory: pytest.TempPathFactory, sources: Path, model:
     out = tmp_path_factory.mktemp("tokens") / "shards"
     prepare([str(sources)], out, heldout_fraction=0.15, tokenizer=model, shard_bytes=60_000, chunk_bytes=4096)
     return out
+
+
+@pytest.fixture(scope="session")
+def ranks() -> dict[bytes, int]:
+    """Tokens and their ranks."""
+    return train_ranks(PRESETS["cl100k_base"].pattern, 1500)
+
+
+@pytest.fixture(scope="session")
+def rank_file(tmp_path_factory: pytest.TempPathFactory, ranks: dict[bytes, int]) -> Path:
+    """The ranks as a file of tiktoken."""
+    return write_ranks(tmp_path_factory.mktemp("ranks") / "cl100k_base.tiktoken", ranks)
+
+
+@pytest.fixture(scope="session")
+def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE as it is published: tokenizer.json beside a configuration."""
+    return write_hf_directory(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(params=["hf_directory", "rank_file"])
+def existing(request: pytest.FixtureRequest) -> Path:
+    """A tokenizer of each kind."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Tokenizer:
+    """A tokenizer that knows <mask>."""
+    path = tmp_path_factory.mktemp("masks") / "masks.model"
+    train_tokenizer(iter(documents), path, vocab_size=700, user_symbols=("<mask>",))
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def texts(tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Python's documentation topics as tokens."""
+    return [tokenizer.encode(text) for text in topics.values()]

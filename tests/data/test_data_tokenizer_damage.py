@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_tokenizer_kinds import write_ranks
+from existing_tokenizers import write_ranks
 
 from basestone.data.errors import DataConfigError, DataError
 from basestone.data.hf_tokenizer import write_hf_tokenizer

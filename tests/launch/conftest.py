@@ -1,4 +1,4 @@
-"""Commands in this process, and small shards and a tokenizer made by them."""
+"""Commands in this process, small shards and a tokenizer made by them, and a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 from in_process import Command, Done
+from launch_steps import LOSSES
+from run_files import run_values
+from step_files import save, use_small_blocks
 
 from basestone.launch import cli, local
+from basestone.trainer.load import run_to_toml
 
 
 @pytest.fixture
@@ -82,3 +86,20 @@ def tokenizer(tmp_path: Path, shards: Path, basestone: Command) -> Path:
     assert done.code == 0, done.err
     assert json.loads(done.out)["vocab_size"] == 400 and model.is_file()
     return model
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make blocks small, so that small files have several."""
+    use_small_blocks(monkeypatch)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, small_blocks: None) -> Path:
+    """A run directory with four checkpoints, whose run keeps the last one and the best."""
+    path = tmp_path / "run"
+    for step, loss in LOSSES.items():
+        save(path / "checkpoints", step, heldout={"a": loss - 1, "b": loss + 1})
+    keys = run_values(checkpoint__keep_last=1, checkpoint__keep_best=1)
+    (path / "run.toml").write_text(run_to_toml(keys))
+    return path

@@ -1,14 +1,33 @@
-"""A run directory with a checkpoint, and places for its copies."""
+"""A run directory with a checkpoint and places for its copies; what exports and imports are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from foreign_files import Import, resolved_run
+from hub_directories import write_model
 from servers import s3_endpoint, serving_s3
-from step_files import save
+from small_export import FACTS, TEXT, Weights
+from step_files import save, use_small_blocks
+
+from basestone.data.tokenizer import train_tokenizer
+from basestone.model.config import ModelConfig
+from basestone.trainer.config import ResolvedRun
+from basestone.trainer.foreign import import_weights
+from basestone.trainer.hub.export import ExportReport, export_checkpoint
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """Make blocks small, so that small files have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_blocks(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +63,84 @@ def run(tmp_path: Path) -> Path:
     (run / "tokenizer.model").write_bytes(b"pieces")
     (run / "run.toml").write_text("[run]\n")
     return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 pieces."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(iter([TEXT]), path, vocab_size=400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        max_sequence_length=64,
+        vocab_size=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(config: ModelConfig) -> Weights:
+    return Weights(config)
+
+
+@pytest.fixture
+def export(
+    config: ModelConfig, tokenizer: Path, weights: Weights, tmp_path: Path
+) -> Callable[..., ExportReport]:
+    """Export with what a test changes; gives the report."""
+
+    def run(**changes: Any) -> ExportReport:
+        arguments: dict[str, Any] = {
+            "source": weights,
+            "config": config,
+            "tokenizer": tokenizer,
+            "out": tmp_path / "out",
+            "facts": FACTS,
+            "sequence_length": 48,
+            "trace": None,
+            "samples": None,
+            **changes,
+        }
+        return export_checkpoint(**arguments)
+
+    return run
+
+
+@pytest.fixture
+def bring_in(tmp_path: Path) -> Import:
+    """Save an object, or take a file, and import it."""
+
+    def run(saved: Any, resolved: ResolvedRun | None = None) -> Path:
+        file, out = tmp_path / "weights.pt", tmp_path / "out"
+        if isinstance(saved, Path):
+            file = saved
+        else:
+            torch.save(saved, file)
+        import_weights(
+            file, out, resolved or resolved_run(), tokenizer_sha256="abc", versions={"basestone": "1"}
+        )
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a small llama, as transformers saves it."""
+    directory = tmp_path_factory.mktemp("hub") / "tiny-llama"
+    write_model(directory, "llama", torch.bfloat16, tied=False)
+    return directory
+
+
+@pytest.fixture
+def copied(good: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(good, tmp_path / "tiny-llama"))
