@@ -12,20 +12,14 @@ from typing import Any
 import pytest
 from copies import QUICK, Files, at, local_files, step_of
 from servers import S3Proxy, s3_endpoint
-from step_files import save, use_small_blocks
+from step_files import save
 
 from basestone.trainer.checkpoint.copier import Copier, Outcome
 from basestone.trainer.checkpoint.opening import newest_good, steps_at
 from basestone.trainer.checkpoint.remote import copy_step, set_aside_later
 from basestone.trainer.checkpoint.writer import remove
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_blocks() -> Iterator[None]:
-    """Make blocks small, so that small files have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_blocks(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pickle
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_files import BLOCK_BYTES, FILES, payload, problem, reseal, save, use_small_blocks
+from step_files import BLOCK_BYTES, FILES, payload, problem, reseal, save
 
 from basestone.trainer.checkpoint import places
 from basestone.trainer.checkpoint.format import PICKLE_SUFFIXES
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.errors import CheckpointError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_blocks() -> Iterator[None]:
-    """Make blocks small, so that small files have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_blocks(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture

@@ -6,28 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from copies import QUICK, Files, at, local_files, remote_problem, rewrite, step_of
 from servers import S3Proxy, s3_endpoint
-from step_files import BLOCK_BYTES, FILES, payload, reseal, save, use_small_blocks
+from step_files import BLOCK_BYTES, FILES, payload, reseal, save
 
 from basestone.trainer.checkpoint.opening import newest_good, open_checkpoint, steps_at
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.remote import Copying, copy_step
 from basestone.trainer.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 ALL_FILES = ["rank_00000.bin", *FILES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_blocks() -> Iterator[None]:
-    """Make blocks small, so that small files have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_blocks(patch)
-        yield
 
 
 # ---- what is copied -----------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from step_files import problem, save, use_small_blocks, write_ranks
+from step_files import problem, save, write_ranks
 
 from basestone.data import storage as files
 from basestone.data.storage import write_atomic
@@ -25,16 +25,10 @@ from basestone.trainer.checkpoint.format import steps_in
 from basestone.trainer.checkpoint.writer import RankWriter, commit, discard, remove
 from basestone.trainer.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 REAL_PWRITE = os.pwrite
 PAGE_BYTES = 4096
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_blocks() -> Iterator[None]:
-    """Make blocks small, so that small files have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_blocks(patch)
-        yield
 
 
 def test_an_existing_name_is_refused(tmp_path):
