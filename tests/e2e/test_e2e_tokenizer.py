@@ -8,34 +8,10 @@ from pathlib import Path
 
 import pytest
 from commands import losses_of
+from small_corpus import RUN_TOML
 
 from basestone.data.byte_level import read_spelling
 from basestone.data.tokenizer import Tokenizer
-
-RUN_TOML = """
-[model]
-family = "llama"
-num_layers = 1
-hidden_size = 32
-num_attention_heads = 2
-max_sequence_length = 32
-[data]
-train = "shards/train"
-tokenizer = "ranks/gpt2.tiktoken"
-sequence_length = 32
-[train]
-steps = 4
-global_batch = 4
-micro_batch = 4
-dtype = "fp32"
-[optimizer]
-lr = 3e-3
-[schedule]
-kind = "constant"
-warmup_steps = 1
-[checkpoint]
-every_steps = 2
-"""
 
 
 @pytest.fixture
@@ -51,13 +27,14 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
         "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     )
     (tmp_path / "shards").symlink_to(corpus / "shards")
-    (tmp_path / "run.toml").write_text(RUN_TOML)
+    (tmp_path / "run.toml").write_text(RUN_TOML.replace("tokenizer.model", "ranks/gpt2.tiktoken"))
     return tmp_path
 
 
 @pytest.mark.slow
 def test_a_run_takes_its_tokenizer_along(basestone, folder: Path) -> None:
-    done = basestone("train", folder / "run.toml", "--run-dir", folder / "run")
+    changes = ("--set", "train.steps=4", "--set", "run.processes=1", "--set", "parallel.tensor=1")
+    done = basestone("train", folder / "run.toml", "--run-dir", folder / "run", *changes)
     assert done.returncode == 0, done.stderr
     assert len(losses_of(folder / "run")) == 4
     original = Tokenizer(folder / "ranks/gpt2.tiktoken")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from in_process import refused
 from run_files import run_of, run_values
+from small_corpus import RUN_TOML
 
 from basestone.launch.gpus import check_gpus, check_ranks, fitting_keys, quickstart_keys
 from basestone.trainer.errors import ConfigError
@@ -20,33 +21,10 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number))))
 
 
-RUN_TOML = """
-[run]
-processes = 2
-[model]
-family = "llama"
-num_layers = 2
-hidden_size = 64
-num_attention_heads = 4
-max_sequence_length = 64
-[data]
-train = "shards/train"
-tokenizer = "texts.model"
-sequence_length = 64
-[parallel]
-tensor = 2
-[train]
-steps = 4
-global_batch = 4
-[optimizer]
-lr = 1e-3
-"""
-
-
 def test_more_workers_than_gpus_are_refused_with_the_keys_to_change(
     basestone, asked, tokenizer, tmp_path, monkeypatch
 ):
-    (tmp_path / "run.toml").write_text(RUN_TOML)
+    (tmp_path / "run.toml").write_text(RUN_TOML.replace("tokenizer.model", "texts.model"))
     words = ("train", tmp_path / "run.toml", "--run-dir", tmp_path / "run")
     see_gpus(monkeypatch, 1)
     done = basestone(*words)
