@@ -10,41 +10,53 @@ import pytest
 from commands import start
 from tiny_hub import labelled, questions, write_lines
 
+from basestone.trainer import worker
+from basestone.trainer.finetuning.settings import FinetuneSettings
+from basestone.trainer.forks import run_ranks
+from basestone.trainer.inference import OpenCheckpoint
+
 pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def exported(trained, basestone, tmp_path_factory) -> Path:
+def exported(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model"
-    done = basestone("export", trained, out, "--dtype", "fp32", "--licence", "apache-2.0")
-    assert done.returncode == 0, done.stderr
+    run_ranks(_export, 1, trained, out)
     return out
+
+
+def _export(run_dir: Path, out: Path) -> None:
+    keys = {"dtype": "fp32", "licence": "apache-2.0", "name": "", "max_shard_bytes": 10**9}
+    OpenCheckpoint(run_dir).export(out, verify=True, num_processes=1, **keys)
 
 
 def test_an_exported_run_is_tuned_by_two_processes(exported, tmp_path, basestone):
     data, out = write_lines(tmp_path / "questions.jsonl", questions()), tmp_path / "tuned"
     words = ("finetune", exported, data, "--out", out, "--lora", "4", "--zero", "2", "--processes", "2")
-    done = basestone(*words, "--steps", "6", "--batch", "4", "--lr", "1e-2", "--eval", data)
+    done = basestone(*words, "--steps", "6", "--batch", "4", "--lr", "1e-2", "--eval", data, "--json")
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert lines[0].endswith("4 a step = 2 processes x 2 x 1") and lines[-1].startswith("step 6/6  loss ")
     assert len(lines) == 7, "rank 1 and the libraries are silent"
-    assert (
-        len(done.stdout.splitlines()) == 1 and "6 steps, loss " in done.stdout and "; held out: " in done.stdout
-    )
-    figures = json.loads((out / "metrics.json").read_text())
+    figures = json.loads(done.stdout)
+    assert figures == json.loads((out / "metrics.json").read_text())
     assert figures["heldout"]["loss"] < figures["heldout_before"]["loss"] - 0.1
     assert 'license: "apache-2.0"' in (out / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["questions.jsonl", "tuned"]
 
 
-def test_figures_for_machines(exported, tmp_path, basestone):
-    data = write_lines(tmp_path / "classes.jsonl", labelled(40))
-    words = ("finetune", exported, data, "--out", tmp_path / "out", "--task", "classify", "--json")
-    done = basestone(*words, "--steps", "2")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert figures == json.loads((tmp_path / "out" / "metrics.json").read_text())
+def _finetune(words: list[str]) -> None:
+    worker.finetune(worker._parse(["finetune", *words]))
+
+
+def test_classes_are_tuned_and_the_outcome_is_told(exported, tmp_path, capfd):
+    """By a forked worker, to which the command hands its options as they are here."""
+    data, out = write_lines(tmp_path / "classes.jsonl", labelled(40)), tmp_path / "out"
+    settings = FinetuneSettings(source=exported, data=data, out=out, task="classify", steps=2)
+    run_ranks(_finetune, 1, [settings.model_dump_json()], num_threads=1)
+    told = capfd.readouterr().out.splitlines()[-1]
+    assert "2 steps, loss " in told and "; held out: " in told
+    figures = json.loads((out / "metrics.json").read_text())
     assert set(figures["heldout"]["classes"]) == {"colour", "fruit", "neither"} and figures["examples"] == 37
 
 
