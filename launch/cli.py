@@ -255,6 +255,9 @@ def import_directory(
         Path, typer.Argument(help="A model's directory as the Hugging Face hub has it.", show_default=False)
     ],
     out: Annotated[Path, typer.Argument(help="The directory to make; must not exist.", show_default=False)],
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare logits with transformers'.")
+    ] = False,
     tokenizer: TokenizerPath = None,
     debug: Debug = False,
 ) -> None:
@@ -262,7 +265,8 @@ def import_directory(
 
     Nothing of the directory is executed. With the weights come the tokenizer and a run file to begin with.
     """
-    _one_worker(["import-directory", str(directory), str(out)], tokenizer, debug)
+    arguments = ["import-directory", str(directory), str(out), *(["--no-verify"] if no_verify else [])]
+    _one_worker(arguments, tokenizer, debug)
 
 
 def _one_worker(arguments: list[str], tokenizer: Path | None, debug: bool) -> None:

@@ -79,6 +79,13 @@ def run_ranks(
                 process.join()
 
 
+def die_with_parent(parent: int | None = None) -> None:
+    """Let this process be killed when the one that started it dies, or at once where `parent` is dead already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
 def _be_rank(
     function: Callable[..., Any],
     rank: int,
@@ -88,7 +95,7 @@ def _be_rank(
     pipe: Connection,
     args: Sequence[Any],
 ) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     become_rank(rank, size, store)
     torch.set_num_threads(threads)
     try:

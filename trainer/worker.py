@@ -94,7 +94,7 @@ def _add_hub_commands(
     one.add_argument("out", type=Path)
     one.add_argument("--dtype", default="bf16")
     one.add_argument("--no-verify", action="store_true")
-    one.add_argument("--background", action="store_true")
+    one.add_argument("--background", type=int)  # the process id of the run
     one.add_argument("--max-shard-gb", type=float, default=5.0)
     one.add_argument("--processes", type=int, default=1)
     one.add_argument("--licence", default="")
@@ -102,6 +102,7 @@ def _add_hub_commands(
     one = commands.add_parser("import-directory", parents=[with_tokenizer])
     one.add_argument("directory", type=Path)
     one.add_argument("out", type=Path)
+    one.add_argument("--no-verify", action="store_true")
     one = commands.add_parser("import-file", parents=[common])
     one.add_argument("file", type=Path)
     one.add_argument("out", type=Path)
@@ -220,7 +221,10 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a Hugging Face directory and compare it with the trainer's logits."""
-    if arguments.background:
+    if arguments.background is not None:
+        from .forks import die_with_parent
+
+        die_with_parent(arguments.background)
         os.nice(10)  # the run that it belongs to goes first
     from .inference import OpenCheckpoint
 
@@ -244,12 +248,19 @@ def import_directory(arguments: argparse.Namespace) -> None:
     from .hub.from_directory import RUN_FILE, import_directory
     from .provenance import versions
 
-    model = import_directory(
-        arguments.directory, arguments.out, tokenizer=arguments.tokenizer, versions=versions()
+    model, verification = import_directory(
+        arguments.directory,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        versions=versions(),
+        compare=not arguments.no_verify,
     )
+    checked = "not verified"
+    if verification is not None:
+        checked = f"logits equal transformers' within {verification.relative_error:.1e} (relative)"
     print(
-        f"{arguments.out}: {model.family}, {num_parameters(model) / 1e6:,.1f} M parameters of {arguments.directory}; "
-        f"to go on from them: {arguments.out / RUN_FILE}"
+        f"{arguments.out}: {model.family}, {num_parameters(model) / 1e6:,.1f} M parameters of {arguments.directory}, "
+        f"{checked}; to go on from them: {arguments.out / RUN_FILE}"
     )
 
 

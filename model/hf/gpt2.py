@@ -9,6 +9,7 @@ from .rules import QueryGroups, Row, Rule, StackedHeads, Transposed, Vocabulary,
 
 MODEL_TYPE = "gpt2"
 ARCHITECTURE = "GPT2LMHeadModel"
+DROPOUTS = ("attn_pdrop", "embd_pdrop")  # as ours, which has one number for all
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # transformers' two names of the tanh form
 
 
@@ -87,6 +88,8 @@ def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": hf.get("scale_attn_by_inverse_layer_idx", False),
         "add_cross_attention": hf.get("add_cross_attention", False),
         "quantization_config": hf.get("quantization_config"),
+        "is_causal": hf.get("is_causal", True),
+        **{name: hf.get(name, 0.1) for name in DROPOUTS},
     }
     needed = {
         "activation_function": TANH_GELU,
@@ -94,6 +97,8 @@ def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
         "quantization_config": None,
+        "is_causal": True,
+        **dict.fromkeys(DROPOUTS, hf.get("resid_pdrop", 0.1)),
     }
     refuse_unless("config.json describes a GPT-2 that this package cannot hold", found, needed)
     return {

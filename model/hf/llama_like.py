@@ -88,6 +88,7 @@ def read_fields(kind: str, hf: dict[str, Any], refused_unless: dict[str, tuple[A
         "partial_rotary_factor": (hf.get("partial_rotary_factor", 1.0), 1.0),
         "layer_types": (sorted(layers | {"full_attention"}), ["full_attention"]),
         "quantization_config": (hf.get("quantization_config"), None),
+        "is_causal": (hf.get("is_causal", True), True),
         **refused_unless,
     }
     found, needed = ({name: pair[side] for name, pair in said.items()} for side in (0, 1))

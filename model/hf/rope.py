@@ -44,10 +44,10 @@ def from_hf(hf: dict[str, Any], subject: str) -> dict[str, Any]:
             "config.json says two things about RoPE, and versions of transformers would read different ones: "
             + ", ".join(f"{name} = {value!r}" for name, value in found.items())
         )
-    return {
-        "rope_base": bases[0] if bases else DEFAULT_BASE,
-        "rope_scaling": scalings[0] if scalings else None,
-    }
+    scaling, field = scalings[0] if scalings else None, LLAMA3["original_max_sequence_length"]
+    if scaling is not None and field in hf:  # transformers 5 would take this one
+        refuse_unless(subject, {field: hf[field]}, {field: scaling["original_max_sequence_length"]})
+    return {"rope_base": bases[0] if bases else DEFAULT_BASE, "rope_scaling": scaling}
 
 
 def _scaling(name: str, table: dict[str, Any], subject: str) -> dict[str, Any] | None:

@@ -170,11 +170,11 @@ class SafetensorsReader:
         """
         index = directory / INDEX_NAME
         single = directory / "model.safetensors"
-        if index.exists():
-            self._weight_map = _weight_map(index)
-        elif single.exists():
+        if single.exists():  # beside an index, too: transformers takes this one
             with _opened(single) as file:
                 self._weight_map = dict.fromkeys(file.keys(), single.name)
+        elif index.exists():
+            self._weight_map = _weight_map(index)
         else:
             raise SafetensorsError(f"{directory} holds neither {single.name} nor {INDEX_NAME}")
         for name in sorted(set(self._weight_map.values())):

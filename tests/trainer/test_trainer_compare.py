@@ -12,7 +12,7 @@ from basestone.model.layout import decoder_layout
 from basestone.trainer import runtime as processes
 from basestone.trainer.hub import compare
 from basestone.trainer.hub import export as export_module
-from basestone.trainer.hub.weights import ExportError, write_weights
+from basestone.trainer.hub.weights import ConversionError, write_weights
 from basestone.trainer.reference import trace_of
 
 
@@ -94,14 +94,14 @@ def test_a_planted_fault_leaves_nothing_and_names_its_place(export, config, weig
         tensors["embed.word.weight"][SAMPLES[0, 0]] += 1
     else:
         dtype = torch.float32
-    with pytest.raises(ExportError, match="more than 1.0e-04; they " + FAULTS[fault]) as caught:
+    with pytest.raises(ConversionError, match="more than 1.0e-04; they " + FAULTS[fault]) as caught:
         export(trace=hf_trace(other, spoilt, dtype), samples=SAMPLES)
     assert caught.value.exit_code == 76
     assert_nothing_left(tmp_path)
 
 
 def test_other_shapes_are_refused(export, config, weights, tmp_path):
-    with pytest.raises(ExportError, match=r"the logits of the exported model has shape \(3, 48, 400\)"):
+    with pytest.raises(ConversionError, match=r"the logits of the exported model has shape \(3, 48, 400\)"):
         export(trace=hf_trace(config, weights, parts=logits_spoilt("shape")), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 
@@ -110,7 +110,7 @@ def test_other_shapes_are_refused(export, config, weights, tmp_path):
 @pytest.mark.parametrize("row", [0, 2])
 def test_a_fault_in_one_sequence_alone_is_found(export, config, weights, tmp_path, row, value):
     """The random sequence is the first of the batch, then come the samples."""
-    with pytest.raises(ExportError, match="differ from the trainer's by"):
+    with pytest.raises(ConversionError, match="differ from the trainer's by"):
         export(trace=hf_trace(config, weights, parts=logits_spoilt((row, value))), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 
@@ -143,7 +143,7 @@ def test_a_model_larger_than_memory_is_compared_a_module_at_a_time(
     spoilt = Weights(config)
     spoilt.tensors["layers.1.mlp.linear_fc2.weight"][0] += 1
     trace, model[:] = trace_of(config, spoilt, processes.start(), rounded_to=torch.bfloat16), []
-    with pytest.raises(ExportError, match="depart at layer 1 "):
+    with pytest.raises(ConversionError, match="depart at layer 1 "):
         export(config=config, source=weights, trace=trace, samples=SAMPLES, out=tmp_path / "second")
 
 
@@ -165,7 +165,7 @@ def test_other_tensors_than_transformers_wants_are_refused(
     if lazily:
         monkeypatch.setattr(compare, "_available_bytes", lambda: 1000)
     name = "model.extra.weight" if change == "more" else "model.norm.weight"
-    with pytest.raises(ExportError, match=f"does not take the exported weights as they are: .*{name}"):
+    with pytest.raises(ConversionError, match=f"does not take the exported weights as they are: .*{name}"):
         export(trace=hf_trace(config, weights))
     assert_nothing_left(tmp_path)
 
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_caught_from_disk(export, config, weights, tmp_path, m
         return written
 
     monkeypatch.setattr(export_module, "write_weights", damaging)
-    with pytest.raises(ExportError):
+    with pytest.raises(ConversionError):
         export(trace=hf_trace(config, weights), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 

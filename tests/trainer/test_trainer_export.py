@@ -13,7 +13,7 @@ from basestone.data.errors import DataStorageError
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.hub import export as export_module
 from basestone.trainer.hub.card import CardFacts
-from basestone.trainer.hub.weights import ExportError
+from basestone.trainer.hub.weights import ConversionError
 
 
 def test_the_card_states_the_facts(export, config, weights):
@@ -88,7 +88,7 @@ def test_a_target_made_meanwhile_is_not_touched(export, config, weights, tmp_pat
 def test_missing_parameters_are_named(export, config, tmp_path):
     lacking = Weights(config)
     del lacking.tensors["layers.1.mlp.linear_fc2.weight"]
-    with pytest.raises(ExportError, match=r"lacks 1 of .* the first layers.1.mlp.linear_fc2.weight"):
+    with pytest.raises(ConversionError, match=r"lacks 1 of .* the first layers.1.mlp.linear_fc2.weight"):
         export(source=lacking)
     assert_nothing_left(tmp_path)
 
@@ -97,7 +97,7 @@ def test_missing_parameters_are_named(export, config, tmp_path):
 def test_weights_that_are_not_finite_are_refused(export, config, tmp_path, value, dtype):
     spoilt = Weights(config)
     spoilt.tensors["norm.weight"][3] = value
-    with pytest.raises(ExportError, match=r"model.norm.weight is not finite in (bfloat16|float16)"):
+    with pytest.raises(ConversionError, match=r"model.norm.weight is not finite in (bfloat16|float16)"):
         export(source=spoilt, dtype=dtype)
     assert_nothing_left(tmp_path)
 
@@ -198,6 +198,6 @@ def test_processes_share_the_files(export, config, weights, tmp_path):
 def test_what_fails_in_one_process_fails_the_export(export, config, tmp_path):
     spoilt = Weights(config)
     spoilt.tensors["layers.1.mlp.linear_fc2.weight"][0, 0] = float("nan")
-    with pytest.raises(ExportError, match=r"model.layers.1.mlp.down_proj.weight is not finite"):
+    with pytest.raises(ConversionError, match=r"model.layers.1.mlp.down_proj.weight is not finite"):
         export(source=spoilt, max_shard_bytes=20_000, num_processes=3)
     assert_nothing_left(tmp_path)

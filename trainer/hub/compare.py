@@ -19,13 +19,16 @@ from ...model.hf.safetensors_file import SafetensorsReader
 from ...model.layout import decoder_layout
 from ..reference import Trace
 from .card import Verification
-from .weights import ExportError
+from .weights import ConversionError
 
+CGROUP = Path("/sys/fs/cgroup")
 FP32_BYTES = 4
 HEADROOM = 1.5  # of memory over the weights, for what is loaded beside them
 
 
-def verify(directory: Path, config: ModelConfig, trace: Trace, ids: Tensor, tolerance: float) -> Verification:
+def verify(
+    directory: Path, config: ModelConfig, trace: Trace, ids: Tensor, tolerance: float, *, command: str
+) -> Verification:
     """Load a directory as any client would, and compare what it computes with the trainer's.
 
     A model that does not fit into this host's memory is loaded a module at a time.
@@ -33,34 +36,35 @@ def verify(directory: Path, config: ModelConfig, trace: Trace, ids: Tensor, tole
     Args:
         trace: gives what the trainer makes of ids.
         ids: int64 [batch, sequence].
+        command: "export" or "import", for messages.
 
     Raises:
-        ExportError: the logits differ by more than `tolerance` of their largest value, naming the first part that
+        ConversionError: the logits differ by more than `tolerance` of their largest value, naming the first part that
             departs; or transformers would complete or ignore some of the weights.
     """
     num_bytes = sum(row.numel for row in decoder_layout(config).values()) * FP32_BYTES
     whole = num_bytes * HEADROOM < _available_bytes()
-    model = load_whole(directory) if whole else load_lazily(directory)
-    parts = Comparison(trace(ids))
+    parts = Comparison(trace(ids), command)
+    model = load_whole(directory, command) if whole else load_lazily(directory, command)
     with torch.no_grad():
         parts.watch(model, config.num_layers)
         parts.take(model(input_ids=ids, use_cache=False).logits)
     _, error, difference = parts.rows[-1]
     if not error <= tolerance:
-        raise ExportError(
-            f"export: the exported model's logits differ from the trainer's by {error:.3e} relative "
+        raise ConversionError(
+            f"{command}: the Hugging Face model's logits differ from the trainer's by {error:.3e} relative "
             f"({difference:.3e} at most), more than {tolerance:.1e}; {parts.first_beyond(tolerance)}; "
-            "nothing was exported"
+            f"nothing was {command}ed"
         )
     return Verification(error, difference, ids.numel(), tolerance, loaded_whole=whole)
 
 
 class Comparison:
-    """Takes what the exported model computes, and asks the trainer for the same as it comes."""
+    """Takes what the Hugging Face model computes, and asks the trainer for the same as it comes."""
 
-    def __init__(self, expected: Iterator[tuple[str, Tensor]]) -> None:
+    def __init__(self, expected: Iterator[tuple[str, Tensor]], command: str) -> None:
         """Begin with the first part of the trainer's trace."""
-        self._expected = expected
+        self._expected, self._command = expected, command
         self.rows: list[tuple[str, float, float]] = []  # name, relative error, largest absolute difference
 
     def watch(self, model: Any, num_layers: int) -> None:
@@ -80,17 +84,18 @@ class Comparison:
         """Compare the next part.
 
         Raises:
-            ExportError: its shape is another one.
+            ConversionError: its shape is another one.
         """
         name, expected = next(self._expected)
         if got.shape != expected.shape:
-            raise ExportError(
-                f"export: {name} of the exported model has shape {tuple(got.shape)} and the trainer's "
-                f"{tuple(expected.shape)}; nothing was exported"
+            raise ConversionError(
+                f"{self._command}: {name} of the Hugging Face model has shape {tuple(got.shape)} and the trainer's "
+                f"{tuple(expected.shape)}; nothing was {self._command}ed"
             )
         difference = (got.float() - expected).abs().max().item()
         largest = expected.abs().max().item()
-        self.rows.append((name, difference / largest if largest > 0 else math.inf, difference))
+        error = difference / largest if largest > 0 else (0.0 if difference == 0 else math.inf)
+        self.rows.append((name, error, difference))
 
     def first_beyond(self, tolerance: float) -> str:
         """Say where the two part."""
@@ -103,7 +108,7 @@ class Comparison:
         return f"they depart at {name}{after} ({error:.1e}), behind {before} ({its_error:.1e})"
 
 
-def load_whole(directory: Path) -> Any:
+def load_whole(directory: Path, command: str) -> Any:
     """Load a directory with transformers, fp32; refuse one that it would complete with random weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -114,6 +119,7 @@ def load_whole(directory: Path) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.float32,
+            use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
@@ -122,11 +128,11 @@ def load_whole(directory: Path) -> Any:
         if show_bars:
             logging.enable_progress_bar()
     model, info = loaded
-    _refuse({kind: sorted(map(str, names)) for kind, names in info.items() if names})
+    _refuse({kind: sorted(map(str, names)) for kind, names in info.items() if names}, command)
     return model.eval()
 
 
-def load_lazily(directory: Path) -> Any:
+def load_lazily(directory: Path, command: str) -> Any:
     """Build the same model without weights; every module reads its own from the directory as it is called."""
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
@@ -145,7 +151,7 @@ def load_lazily(directory: Path) -> Any:
         embedded = next(name for name in there if parameters.get(name) is embedding)
         tied = {name: embedded for name, value in parameters.items() if value is embedding and name != embedded}
     missing, unexpected = sorted(names - there - tied.keys()), sorted(there - names)
-    _refuse({"missing_keys": missing, "unexpected_keys": unexpected} if missing or unexpected else {})
+    _refuse({"missing_keys": missing, "unexpected_keys": unexpected} if missing or unexpected else {}, command)
     attach_align_device_hook(
         model.eval(), execution_device=torch.device("cpu"), offload=True, weights_map=_OnDisk(reader, tied)
     )
@@ -168,14 +174,17 @@ class _OnDisk(Mapping[str, Tensor]):
         return len(self._reader.names()) + len(self._tied)
 
 
-def _refuse(wrong: dict[str, list[str]]) -> None:
+def _refuse(wrong: dict[str, list[str]], command: str) -> None:
     if wrong:
-        raise ExportError(f"export: transformers does not take the exported weights as they are: {wrong}")
+        raise ConversionError(f"{command}: transformers does not take the weights as they are: {wrong}")
 
 
 def _available_bytes() -> int:
-    """Give the memory that this host has left."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError("the kernel says nothing of memory")
+    """Give the memory that is left on this host, or to the container that this runs in."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    host = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return host
+    return min(host, limit - used)

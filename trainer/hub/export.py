@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..reference import Trace
 from .card import CardFacts, Verification, model_card
 from .compare import verify
-from .weights import ExportError, WeightSource, write_weights
+from .weights import ConversionError, WeightSource, write_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANDOM_POSITIONS = 128  # of the random sequence that every verification adds to the samples
@@ -75,7 +75,7 @@ def export_checkpoint(
         ConfigError: an `out` that exists, a missing package, too little space, a tokenizer that does not belong to the
             model.
         AdapterError: a model that the Hugging Face class cannot hold.
-        ExportError: weights that are missing or not finite, logits that differ by more than `tolerance`.
+        ConversionError: weights that are missing or not finite, logits that differ by more than `tolerance`.
         DataStorageError: a full disk.
     """
     adapter = adapter_for(config)
@@ -103,7 +103,8 @@ def export_checkpoint(
             write_hf_tokenizer(tokenizer, partial, model_max_length=sequence_length)
         verification = None
         if trace is not None:
-            verification = verify(partial, config, trace, _ids(config, samples, sequence_length), tolerance)
+            ids = ids_to_compare(config, samples, sequence_length)
+            verification = verify(partial, config, trace, ids, tolerance, command="export")
         with storage_errors(f"writing the export {out}"):
             card = model_card(config, facts, dtype=dtype, verification=verification)
             write_atomic(partial / "README.md", card.encode())
@@ -125,25 +126,25 @@ def _check_before(
             f"{config.vocab_size}; give the tokenizer that the model was trained with"
         )
     if verify:
-        check_transformers()
+        check_transformers("export")
     missing = sorted(set(decoder_layout(config)) - set(source.names()))
     if missing:
-        raise ExportError(
+        raise ConversionError(
             f"export: the checkpoint lacks {len(missing)} of the model's parameters, the first {missing[0]}; "
             "the checkpoint and its configuration do not belong together"
         )
 
 
-def check_transformers() -> None:
-    """Refuse to go on where exports cannot be verified.
+def check_transformers(command: str) -> None:
+    """Refuse to go on where nothing can be verified.
 
     Raises:
         ConfigError: a package is missing.
     """
     if any(importlib.util.find_spec(name) is None for name in ("transformers", "accelerate")):
         raise ConfigError(
-            "export: verification needs transformers and accelerate; `pip install 'basestone[hf]'`, or export with "
-            "--no-verify"
+            f"{command}: verification needs transformers and accelerate; `pip install 'basestone[hf]'`, or {command} "
+            "with --no-verify"
         )
 
 
@@ -168,7 +169,7 @@ def _write_configs(
         write_atomic(out / name, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def _ids(config: ModelConfig, samples: torch.Tensor | None, sequence_length: int) -> torch.Tensor:
+def ids_to_compare(config: ModelConfig, samples: torch.Tensor | None, sequence_length: int) -> torch.Tensor:
     """Give the samples and a random sequence of their length as one batch."""
     assert config.vocab_size is not None
     length = samples.shape[1] if samples is not None else min(sequence_length, RANDOM_POSITIONS)

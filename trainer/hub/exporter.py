@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -100,9 +101,9 @@ class Exporter:
 
     def _start(self, path: Path) -> subprocess.Popen[bytes]:
         self._logs.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "basestone.trainer.worker", "export", "--background", str(path)]
+        command = [sys.executable, "-m", "basestone.trainer.worker", "export", str(path)]
         command += [str(self._out / path.name), f"--dtype={self._section.dtype}"]
-        command += [f"--licence={self._section.licence}"]
+        command += [f"--licence={self._section.licence}", f"--background={os.getpid()}"]
         with open(self._log(path), "wb") as log:
             return subprocess.Popen(
                 command,
@@ -129,4 +130,4 @@ def check_exports(model: ModelConfig) -> None:
         ConfigError: a package is missing.
     """
     adapter_for(model)
-    check_transformers()
+    check_transformers("export")

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...data.storage import rename_directory, storage_errors, write_atomic
@@ -15,12 +16,20 @@ from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
 from ...model.hf.adapter import Adapter, adapter_for_hf
 from ...model.hf.safetensors_file import SafetensorsReader
+from ...model.layout import decoder_layout
+from .. import runtime as processes
 from ..checkpoint.format import PICKLE_SUFFIXES, step_name
 from ..checkpoint.opening import CHECKPOINTS
+from ..checkpoint.reader import Reader
+from ..checkpoint.tensors import CheckpointTensors
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..importing import global_tensors, write_step
 from ..load import run_to_toml, validate_run
+from ..reference import trace_of
+from .card import Verification
+from .compare import verify
+from .export import check_transformers, ids_to_compare
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first is what transformers takes
 PICKLES = (".bin", *PICKLE_SUFFIXES)
@@ -33,26 +42,38 @@ LONGEST_SEQUENCE = 4096  # that the run file begins with
 
 
 def import_directory(
-    directory: Path, out: Path, *, tokenizer: Path | None, versions: dict[str, str]
-) -> ModelConfig:
+    directory: Path,
+    out: Path,
+    *,
+    tokenizer: Path | None,
+    versions: dict[str, str],
+    compare: bool = True,
+    tolerance: float = 1e-4,
+) -> tuple[ModelConfig, Verification | None]:
     """Write weights, tokenizer and a run file into `out`, which stands where a run directory may.
 
-    Memory holds the largest parameter twice.
+    Memory holds the largest parameter twice, plus the whole model in fp32 while it is compared, where the host has
+    room for it.
 
     Args:
         tokenizer: in place of the directory's own.
         out: the directory to make; it appears whole or not at all.
+        compare: what transformers and the trainer make of random ids. It finds what config.json says and we do not
+            read.
 
     Raises:
         ConfigError: the directory is not whole, holds another model than its config.json says (every difference in one
             message), weights that are not finite or are pickles, or a tokenizer that does not belong to it.
         AdapterError: its config.json describes a model that ours cannot be.
+        ConversionError: the logits of the two differ by more than `tolerance` of the largest.
     """
+    if compare:
+        check_transformers("import")
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already; remove it or name another")
     adapter, model = _model_of(directory)
     tokens = Tokenizer(tokenizer or _tokenizer_of(directory))
-    assert model.vocab_size is not None
+    assert model.vocab_size is not None  # `_model_of` has seen to it
     if tokens.vocab_size > model.vocab_size:
         raise ConfigError(
             f"{tokens.path}: has {tokens.vocab_size} pieces and the model of {directory} a vocabulary of "
@@ -61,24 +82,35 @@ def import_directory(
     run = _run_of(model, directory)
     mapped = _mapped(directory, adapter, model)
     tensors = global_tensors(directory, mapped, model, f"{directory / 'config.json'}")
+    verification = None
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with storage_errors(f"writing {out}"):
             (partial / CHECKPOINTS).mkdir(parents=True)
+            step = partial / CHECKPOINTS / step_name(0)
             write_step(
-                partial / CHECKPOINTS / step_name(0),
+                step,
                 run,
                 tensors,
                 imported_from=directory.resolve().name,
                 tokenizer_sha256=tokens.sha256,
                 versions=versions,
             )
+            if compare:
+                verification = _compared(directory, step, model, tolerance)
             write_atomic(partial / run.data.tokenizer, tokens.content)
             write_atomic(partial / RUN_FILE, run_to_toml(_sections(run), COMMENTS).encode())
             rename_directory(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already where it got its name
-    return model
+    return model, verification
+
+
+def _compared(directory: Path, step: Path, model: ModelConfig, tolerance: float) -> Verification:
+    tensors = CheckpointTensors(Reader(step), decoder_layout(model))
+    trace = trace_of(model, tensors, processes.start(), rounded_to=torch.float32)
+    ids = ids_to_compare(model, None, model.max_sequence_length)
+    return verify(directory, model, trace, ids, tolerance, command="import")
 
 
 def _model_of(directory: Path) -> tuple[Adapter, ModelConfig]:
@@ -99,9 +131,14 @@ def _model_of(directory: Path) -> tuple[Adapter, ModelConfig]:
         raise ConfigError(f"{path}: holds no object, but {type(config).__name__}")
     try:
         adapter = adapter_for_hf(config)
-        return adapter, adapter.model_config(config)
+        model = adapter.model_config(config)
+        if model.vocab_size is None:
+            raise ValueError("config.json has no field 'vocab_size'")
+        return adapter, model
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: has a value of another kind than its field: {error}") from error
 
 
 def _tokenizer_of(directory: Path) -> Path:
@@ -128,10 +165,13 @@ def _mapped(directory: Path, adapter: Adapter, model: ModelConfig) -> dict[str, 
         ) from error
     known = {tensor.name for tensor in adapter.tensors(model)}
     trunks = {name.partition(".")[0] for name in known}
-    names = {}
+    names: dict[str, str] = {}
     for name in reader.names():
-        whole = [f"{trunk}.{name}" for trunk in trunks if f"{trunk}.{name}" in known]
-        names[whole[0] if name not in known and whole else name] = name
+        wholes = [f"{trunk}.{name}" for trunk in trunks if f"{trunk}.{name}" in known]
+        whole = wholes[0] if name not in known and wholes else name
+        if whole in names:
+            raise ConfigError(f"{directory}: holds {whole} twice, as {names[whole]} and as {name}; remove one")
+        names[whole] = name
     return {whole: reader.read(name) for whole, name in names.items()}
 
 

@@ -27,8 +27,8 @@ AHEAD_BYTES = 64 << 20  # that wait for their turn, but for one that is larger
 TIMEOUT_S = 24 * 3600.0
 
 
-class ExportError(BasestoneError, ValueError):
-    """Report an export that would not be right; nothing is left behind."""
+class ConversionError(BasestoneError, ValueError):
+    """Report a model that would not be the same on the other side; nothing is left behind."""
 
     exit_code = EXIT_NUMERICS
 
@@ -91,7 +91,7 @@ def write_weights(
         tell: is told (bytes done, bytes in all) after every tensor of the first process's part.
 
     Raises:
-        ExportError: a weight is not finite in `dtype`.
+        ConversionError: a weight is not finite in `dtype`.
         OSError: the disk is full, or fails.
     """
     tensors, table = {tensor.name: tensor for tensor in adapter.tensors(config)}, decoder_layout(config)
@@ -111,7 +111,7 @@ def write_weights(
             nonlocal done
             tensor = adapter.read(tensors[name], read)
             if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # without a copy, as isfinite makes
-                raise ExportError(
+                raise ConversionError(
                     f"export: {name} is not finite in {str(dtype).removeprefix('torch.')}; "
                     "export an earlier checkpoint, or with dtype bf16 or fp32"
                 )
