@@ -17,6 +17,7 @@ from tiny_hub import labelled, make_directory, make_tokenizer, questions, write_
 
 from basestone.data.errors import DataStorageError
 from basestone.trainer.errors import ConfigError, NumericsError
+from basestone.trainer.finetuning.report import summary
 from basestone.trainer.finetuning.run import finetune, prepare
 from basestone.trainer.finetuning.settings import FinetuneSettings
 from basestone.trainer.finetuning.tokens import IGNORED
@@ -75,7 +76,10 @@ def test_the_answers_are_learnt_and_given_back(hub, tmp_path, model):
 
     out = tmp_path / "out"
     keys = {"heldout": hub / "questions.jsonl", "steps": 90, "lr": 6e-3}
-    figures = tune(settings_of(hub, out, model, **keys))
+    settings = settings_of(hub, out, model, **keys)
+    figures = tune(settings)
+    told = f"; held out: {figures['heldout_before']['loss']:.4f} -> {figures['heldout']['loss']:.4f} over "
+    assert "90 steps, loss " in summary(settings, figures)[-1] and told in summary(settings, figures)[-1]
     assert figures["losses"][0][1] == pytest.approx(figures["heldout_before"]["loss"], rel=1e-5)
     assert figures["losses"][0][1] > 5 and figures["losses"][-1][1] < 0.1 and figures["heldout"]["loss"] < 0.1
     assert [step for step, _ in figures["losses"]] == list(range(1, 91))
