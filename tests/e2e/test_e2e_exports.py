@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,32 +92,37 @@ def test_a_stop_leaves_an_export_to_the_next_start(corpus, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_killed_run_is_exported_after_its_resume(corpus, tmp_path):
-    run_dir = tmp_path / "run"
+def test_an_export_dies_with_its_run_and_is_made_up_for(corpus, tmp_path):
+    run_dir, told = tmp_path / "run", tmp_path / "pid"
 
     def kill(_: int) -> None:
-        def act() -> None:
-            for process in [current[1] for current in exporters if current]:
-                process.kill()  # as a node that dies takes both
-            os.kill(os.getpid(), signal.SIGKILL)
+        start = exporter.Exporter._start
 
-        exporters: list[Any] = []
-        begin = exporter.Exporter.advance
+        def started(self: Any, path: Path) -> Any:
+            process = start(self, path)
+            told.write_text(str(process.pid))
+            return process
 
-        def advance(self: Any) -> Any:
-            ended = begin(self)
-            exporters[:] = [self._current]
-            return ended
-
-        exporter.Exporter.advance = advance  # type: ignore[method-assign]
-        after(engine.Engine, "update", act, 7)
+        exporter.Exporter._start = started  # type: ignore[method-assign]
+        after(engine.Engine, "update", lambda: os.kill(os.getpid(), signal.SIGKILL), 7)
 
     assert killed(corpus, run_dir, *EXPORT, fault=kill)
-    assert exported(run_dir) == []
+    deadline_s = time.monotonic() + 30
+    while alive(int(told.read_text())) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not alive(int(told.read_text())) and exported(run_dir) == []
     (run_dir / "hf").mkdir(exist_ok=True)
     (run_dir / "hf" / ".step_00000004.x.partial").mkdir()
     train(corpus, run_dir, *EXPORT)
     assert sorted(path.name for path in (run_dir / "hf").iterdir()) == ["step_00000004", "step_00000008"]
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process is there and is more than an entry that nobody has taken up."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def test_an_export_of_a_line_that_was_left_is_replaced(corpus, tmp_path):

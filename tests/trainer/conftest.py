@@ -17,9 +17,18 @@ from step_files import save, use_small_blocks
 
 from basestone.data.tokenizer import train_tokenizer
 from basestone.model.config import ModelConfig
+from basestone.trainer import runtime as processes
 from basestone.trainer.config import ResolvedRun
 from basestone.trainer.foreign import import_weights
 from basestone.trainer.hub.export import ExportReport, export_checkpoint
+
+
+@pytest.fixture
+def own_group() -> Iterator[None]:
+    """Leave no process group behind: ranks that later tests fork would take it for theirs."""
+    yield
+    if torch.distributed.is_initialized():
+        processes.stop()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from basestone.trainer.hub import export as export_module
 from basestone.trainer.hub.weights import ConversionError, write_weights
 from basestone.trainer.reference import trace_of
 
+pytestmark = pytest.mark.usefixtures("own_group")
+
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_verified_export_loads_and_says_so(export, config, weights, tmp_path, dtype):
@@ -100,8 +102,27 @@ def test_a_planted_fault_leaves_nothing_and_names_its_place(export, config, weig
     assert_nothing_left(tmp_path)
 
 
+def test_zeros_on_both_sides_are_equal_and_on_one_are_not(export, config, weights, tmp_path):
+    nothing, other = Weights(config), Weights(config)
+    nothing.tensors = {name: torch.zeros_like(tensor) for name, tensor in nothing.tensors.items()}
+    report = export(source=nothing, trace=hf_trace(config, nothing), samples=SAMPLES)
+    assert report.verification.relative_error == 0
+    with pytest.raises(ConversionError, match="differ from the trainer's by inf relative"):
+        export(source=other, trace=hf_trace(config, nothing), samples=SAMPLES, out=tmp_path / "other")
+
+
+def test_memory_of_a_container_counts(tmp_path, monkeypatch):
+    host = compare._available_bytes()
+    monkeypatch.setattr(compare, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert compare._available_bytes() > host / 2
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert compare._available_bytes() == 4000
+
+
 def test_other_shapes_are_refused(export, config, weights, tmp_path):
-    with pytest.raises(ConversionError, match=r"the logits of the exported model has shape \(3, 48, 400\)"):
+    with pytest.raises(ConversionError, match=r"the logits of the Hugging Face model has shape \(3, 48, 400\)"):
         export(trace=hf_trace(config, weights, parts=logits_spoilt("shape")), samples=SAMPLES)
     assert_nothing_left(tmp_path)
 
@@ -134,7 +155,7 @@ def test_a_model_larger_than_memory_is_compared_a_module_at_a_time(
         return real(self, got)
 
     model, lazily = [], compare.load_lazily
-    monkeypatch.setattr(compare, "load_lazily", lambda path: model.append(lazily(path)) or model[0])
+    monkeypatch.setattr(compare, "load_lazily", lambda *args: model.append(lazily(*args)) or model[0])
     monkeypatch.setattr(compare.Comparison, "take", take)
     report = export(config=config, source=weights, trace=trace, samples=SAMPLES, tolerance=1e-5)
     assert report.verification.loaded_whole is False and len(held) == config.num_layers + 2
@@ -165,7 +186,7 @@ def test_other_tensors_than_transformers_wants_are_refused(
     if lazily:
         monkeypatch.setattr(compare, "_available_bytes", lambda: 1000)
     name = "model.extra.weight" if change == "more" else "model.norm.weight"
-    with pytest.raises(ConversionError, match=f"does not take the exported weights as they are: .*{name}"):
+    with pytest.raises(ConversionError, match=f"does not take the weights as they are: .*{name}"):
         export(trace=hf_trace(config, weights))
     assert_nothing_left(tmp_path)
 

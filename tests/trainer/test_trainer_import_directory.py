@@ -17,6 +17,8 @@ from basestone.trainer.inference import OpenCheckpoint
 from basestone.trainer.load import load_run
 from basestone.trainer.reference import generate
 
+pytestmark = pytest.mark.usefixtures("own_group")
+
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     return {
@@ -137,6 +139,15 @@ def test_the_run_file_loads_and_names_what_lies_beside_it(good, tmp_path):
     assert run.model == OpenCheckpoint(out).model
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", RUN_FILE, "tokenizer.model"]
     assert Tokenizer(out / "tokenizer.model").encode("def f").tolist()
+
+
+def test_of_one_file_and_an_index_the_file_counts_as_it_does_for_transformers(copied, tmp_path):
+    tensors = load_file(copied / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 3}, copied / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "other.safetensors")}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    opened = OpenCheckpoint(bring_in(copied, tmp_path / "in"))
+    assert torch.equal(opened.tensors.read("head.weight")[:VOCAB], tensors["lm_head.weight"].float())
 
 
 def test_names_without_the_trunk_and_old_constants_come_in(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,10 @@ from hub_directories import VOCAB, bring_in, refused, write_model
 from safetensors.torch import load_file, save_file
 
 from basestone.trainer.hub import from_directory
+from basestone.trainer.hub.weights import ConversionError
 from basestone.trainer.inference import OpenCheckpoint
 
+pytestmark = pytest.mark.usefixtures("own_group")
 ROOT = Path(from_directory.__file__).resolve().parents[2]
 
 
@@ -100,7 +101,7 @@ def test_truncated_weights_are_refused(copied, keep):
 @pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "missing.safetensors"])
 def test_an_index_that_points_elsewhere_is_refused(copied, place):
     names = list(load_file(copied / "model.safetensors"))
-    shutil.copy(copied / "model.safetensors", copied.parent / "outside.safetensors")
+    (copied / "model.safetensors").rename(copied.parent / "outside.safetensors")
     (copied / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(names, place)})
     )
@@ -111,8 +112,89 @@ def test_an_index_that_points_elsewhere_is_refused(copied, place):
     "content", ["", "[1]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}", '{"weight_map": {}}']
 )
 def test_a_damaged_index_is_refused(copied, content):
+    (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(content)
     refused(copied, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": "x"},
+        {"rope_parameters": [1]},
+        {"layer_types": 5},
+        {"layer_types": [1, 2]},
+        {"hidden_size": None, "head_dim": None},
+        {"vocab_size": None},
+        {"model_type": "mistral", "sliding_window": "8"},
+        {"model_type": "mistral", "max_position_embeddings": None, "sliding_window": 64},
+    ],
+)
+def test_values_of_another_kind_are_refused(copied, fields):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | fields))
+    refused(copied, str(copied / "config.json"))
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"is_causal": False}, "is_causal = False"),
+        (
+            {
+                "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 16},
+                "original_max_position_embeddings": 32,
+            },
+            "original_max_position_embeddings = 32",
+        ),
+    ],
+)
+def test_fields_that_change_the_model_are_refused(copied, fields, words):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | fields))
+    refused(copied, words)
+
+
+def test_a_field_that_nobody_knows_of_is_found_by_the_logits(copied, monkeypatch):
+    """The adapter is made blind for a field; what transformers computes is not."""
+    from basestone.model.hf import llama_like
+
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    blind = llama_like.read_fields
+    monkeypatch.setattr(
+        llama_like, "read_fields", lambda kind, hf, more: blind(kind, {**hf, "is_causal": True}, more)
+    )
+    with pytest.raises(
+        ConversionError, match=r"import: .* they depart at layer 0 .*; nothing was imported"
+    ) as caught:
+        bring_in(copied, copied.parent / "out")
+    assert caught.value.exit_code == 76
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    directory = tmp_path / "hub"
+    write_model(directory, "gpt2", torch.float32, tied=True)
+    change_weights(directory, wpe__weight=torch.zeros(64, 32))
+    refused(directory, "holds transformer.wpe.weight twice")
+
+
+def test_dropouts_that_differ_are_refused(tmp_path):
+    directory = tmp_path / "hub"
+    write_model(directory, "gpt2", torch.float32, tied=True)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.7}))
+    refused(directory, "attn_pdrop = 0.7 (needs 0.1)")
 
 
 @pytest.mark.parametrize(
