@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -112,6 +113,17 @@ def test_the_directory_is_the_sources_with_other_weights(hub, tmp_path):
         card = (out / "README.md").read_text()
         assert "license: apache-2.0" in card and "questions.jsonl" in card and f"tuned from | {model} |" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16", "llama", "tied"]
+
+
+def test_weights_keep_their_dtype_where_config_says_none(hub, tmp_path):
+    source = Path(shutil.copytree(hub / "bf16", tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    silent = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (source / "config.json").write_text(json.dumps(silent))
+    settings = settings_of(hub, tmp_path / "out", steps=1, lora=2).model_copy(update={"source": source})
+    tune(settings)
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert silent != config and dtypes == {torch.bfloat16}
 
 
 def test_labels_are_the_answer_and_its_end_and_nothing_else(hub, tmp_path):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny_hub import labelled, make_directory, make_tokenizer, questions, write_lines
 
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.finetuning.directory import licence_lines, tuned_config
+from basestone.trainer.finetuning.directory import licence_lines, stored_dtype, tuned_config
 from basestone.trainer.finetuning.examples import shuffled, split_tenth
 from basestone.trainer.finetuning.run import prepare
 from basestone.trainer.finetuning.scores import classification_scores
@@ -84,6 +86,31 @@ def test_a_config_that_cannot_be_read(tmp_path, copy):
     assert "config.json cannot be read as JSON" in message(tmp_path, copy)
     (copy / "config.json").write_text("[]")
     assert "config.json is no JSON object" in message(tmp_path, copy)
+
+
+@pytest.mark.parametrize("dtype", ["float64", 3, {"a": 1}])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_that_is_not_written_is_refused_first(tmp_path, copy, key, dtype):
+    config = json.loads((copy / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (copy / "config.json").write_text(json.dumps({**kept, key: dtype}))
+    text = message(tmp_path, copy, '{"prompt": "a"}')
+    assert f"config.json has dtype {dtype!r}; it may be bfloat16, float16, float32" in text
+    assert "line 1 has no" in text
+    assert "has dtype" not in message(tmp_path, copy, lora=2, keep_adapter=True)
+
+
+def test_the_dtype_of_most_weights_counts_where_config_says_none(tmp_path, copy):
+    (copy / "config.json").write_text("{}")
+    tensors = {"a": torch.zeros(5, 5, dtype=torch.bfloat16), "b": torch.zeros(9), "c": torch.zeros(9)}
+    save_file({**tensors, "ids": torch.zeros(99, dtype=torch.int64)}, copy / "model.safetensors")
+    assert stored_dtype(copy) == "bfloat16"
+    save_file({"d": torch.zeros(9)}, copy / "model-2.safetensors")
+    assert stored_dtype(copy) == "float32", "the weights of all files"
+    save_file({"d": torch.zeros(99, dtype=torch.float64)}, copy / "model-2.safetensors")
+    assert "most weights of" in message(tmp_path, copy) and "have dtype 'F64'" in message(tmp_path, copy)
+    (copy / "model-2.safetensors").write_bytes(b"no such file")
+    assert "model-2.safetensors cannot be read as safetensors" in message(tmp_path, copy)
 
 
 def test_a_directory_without_a_tokenizer(tmp_path, copy):

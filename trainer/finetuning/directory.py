@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ TOKENIZER_FILES = (
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 OWN_FILES = ("run.toml", "checkpoints", "MANIFEST.json", "index.json")
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and config.json's
 POSITION_FIELDS = ("max_position_embeddings", "n_positions")
 
 
@@ -60,11 +63,46 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read config.json. Raises ConfigError where it is no JSON object."""
     try:
         config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}/config.json cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}/config.json is no JSON object")
     return config
+
+
+def stored_dtype(path: Path) -> str:
+    """Give the dtype that the weights are stored in, as config.json spells it.
+
+    Where config.json says none, it is the one that most weights have.
+
+    Raises:
+        ConfigError: it is none that tuned weights are written in, or a file is no safetensors.
+    """
+    config = read_config(path)
+    if name := config.get("dtype") or config.get("torch_dtype"):
+        place = f"{path}/config.json has"
+    else:
+        name, place = _most_common_dtype(path), f"most weights of {path} have"
+    if name not in DTYPES.values():
+        raise ConfigError(f"{place} dtype {name!r}; it may be {', '.join(DTYPES.values())}")
+    return str(name)
+
+
+def _most_common_dtype(path: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    counts: Counter[str] = Counter()
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  it is no mapping
+                    tensor = tensors.get_slice(key)
+                    counts[tensor.get_dtype()] += prod(tensor.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{file} cannot be read as safetensors: {error}") from error
+    floats = [(count, dtype) for dtype, count in counts.items() if dtype.startswith(("F", "BF"))]
+    dtype = max(floats)[1] if floats else "none of floating point"
+    return DTYPES.get(dtype, dtype)
 
 
 def num_positions(config: dict[str, Any]) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...data.errors import DataStorageError
 from ...data.storage import rename_directory, storage_errors, write_atomic
 from ..errors import ConfigError, NumericsError
-from .directory import LICENCE_FILES, TOKENIZER_FILES, read_config, tuned_config
+from .directory import LICENCE_FILES, TOKENIZER_FILES, read_config, stored_dtype, tuned_config
 from .settings import FinetuneSettings
 from .tokens import Prepared
 from .training import Tuning, load_model, with_adapter
@@ -61,7 +61,7 @@ def write_model(
             if settings.lora is not None:
                 model = merged(weights, settings, prepared)
                 state = model.state_dict()
-            dtype = stored_dtype(source_config)
+            dtype = getattr(torch, stored_dtype(settings.source))
             state = {name: _cast(tensor, dtype) for name, tensor in state.items()}
             model.save_pretrained(partial, state_dict=state, max_shard_size=MAX_SHARD)
             config = tuned_config(
@@ -109,15 +109,6 @@ def _write_adapter(partial: Path, model: Any, weights: dict[str, Tensor], settin
     adapter.base_model_name_or_path = str(settings.source.resolve())
     adapter.inference_mode = True
     adapter.save_pretrained(partial)
-
-
-def stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    """Give the dtype that a config.json speaks of, in either spelling; fp32 where in none."""
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in dtypes:
-        raise ConfigError(f"finetune: config.json has dtype {name!r}; it may be {', '.join(dtypes)}")
-    return dtypes[name]
 
 
 def publish(partial: Path, out: Path, files: dict[str, bytes]) -> None:

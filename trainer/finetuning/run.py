@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError
-from .directory import directory_problems, num_positions, read_config
+from .directory import directory_problems, num_positions, read_config, stored_dtype
 from .examples import (
     Conversation,
     label_problems,
@@ -101,7 +101,7 @@ def prepare(settings: FinetuneSettings, num_processes: int, *, on_cpu: bool) -> 
     Raises:
         ConfigError: with all that is wrong, a line for each.
     """
-    problems = settings.problems(num_processes, on_cpu=on_cpu) + directory_problems(settings.source)
+    problems = settings.problems(num_processes, on_cpu=on_cpu) + _source_problems(settings)
     parse = parse_sft if settings.task == "sft" else parse_labelled
     train, wrong = read_examples(settings.data, parse)
     problems += wrong
@@ -141,6 +141,17 @@ def prepare(settings: FinetuneSettings, num_processes: int, *, on_cpu: bool) -> 
         "num_processes": num_processes,
     }
     return Prepared(encoded.rows, held.rows, tokenizer, tokenizer.pad_token_id, labels), figures
+
+
+def _source_problems(settings: FinetuneSettings) -> list[str]:
+    """Say what is wrong with the directory; an adapter is written in fp32, whatever the weights are stored in."""
+    problems = directory_problems(settings.source)
+    if not problems and not settings.keep_adapter:
+        try:
+            stored_dtype(settings.source)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _open_tokenizer(settings: FinetuneSettings, examples: list[Any]) -> tuple[Any, int]:
