@@ -136,6 +136,9 @@ def test_a_tokenizer_without_an_end_or_that_is_broken(tmp_path, copy):
     [
         ("{nonsense", "line 2 is no JSON"),
         ("[1]", "line 2 is no JSON object"),
+        (r'{"prompt": "\ud800x", "answer": "b"}', "line 2 has half of a surrogate pair"),
+        (r'{"messages": [{"role": "assistant", "content": "\udc00"}]}', "line 2 has half of a surrogate pair"),
+        ('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}", "line 2 is nested too deeply"),
         ('{"question": "a"}', 'line 2 has no "text"; give {"prompt", "answer"}, {"messages"} or {"text"}'),
         ('{"prompt": "a"}', 'line 2 has no "answer"'),
         ('{"answer": "a"}', 'line 2 has no "prompt"'),
@@ -196,6 +199,23 @@ def test_prompts_that_leave_no_room(tmp_path, model):
 )
 def test_a_wrong_line_of_a_classification(tmp_path, model, line, text):
     assert text in message(tmp_path, model, line + "\n", task="classify")
+
+
+def test_labels_of_half_characters_and_endless_numbers(tmp_path, model):
+    rows = [{"text": "a", "label": "\ud800"}, {"text": "a", "label": "b"}]
+    text = message(tmp_path, model, rows, task="classify", heldout=tmp_path / "none.jsonl")
+    assert "line 1 has half of a surrogate pair" in text and "none.jsonl cannot be read" in text
+    rows = [{"text": "a", "label": label} for label in ("9" * 5000, "12", "-3", "x")]
+    data = write_lines(tmp_path / "endless.jsonl", rows)
+    settings = FinetuneSettings(source=model, data=data, heldout=data, out=tmp_path / "out", task="classify")
+    assert prepare(settings, 1, on_cpu=True)[0].labels == ["-3", "12", "9" * 5000, "x"]
+
+
+def test_a_whole_surrogate_pair_is_text(tmp_path, model):
+    data = tmp_path / "pair.jsonl"
+    data.write_text(r'{"text": "\ud83d\ude00"}')
+    prepared, _ = prepare(FinetuneSettings(source=model, data=data, out=tmp_path / "out"), 1, on_cpu=True)
+    assert len(prepared.train) == 1
 
 
 def test_held_out_labels_must_be_known_and_be_there(tmp_path, model):

@@ -73,6 +73,13 @@ def read_examples(path: Path, parse: Callable[[int, dict[str, Any]], Any]) -> tu
 def _object(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # JSON may name half a character, which no tokenizer takes
+    except RecursionError:
+        raise LineError("is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise LineError("has half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
     except ValueError:
         raise LineError("is no JSON") from None
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from typing import Any
 
@@ -193,5 +194,5 @@ def _refuse(problems: list[str]) -> None:
 
 def _label_order(label: str) -> tuple[bool, int, str]:
     """Order whole numbers by value, before other labels."""
-    number = label.removeprefix("-").isascii() and label.removeprefix("-").isdigit()
+    number = re.fullmatch("-?[0-9]{1,18}", label) is not None
     return (not number, int(label) if number else 0, label)
