@@ -236,6 +236,24 @@ def test_classes_are_learnt_and_scored_right(hub, tmp_path, model, keys):
     assert f"Accuracy {got['accuracy']:.4f}" in card and "text-classification" in card
 
 
+def test_an_adapter_for_classes_opens_with_as_many_as_its_card_names(hub, tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoTokenizer
+
+    files = {"data": hub / "classes.jsonl", "heldout": hub / "more_classes.jsonl", "task": "classify"}
+    out = tmp_path / "out"
+    figures = tune(settings_of(hub, out, lora=4, keep_adapter=True, **files, lr=1e-2, steps=40))
+    (line,) = [line for line in (out / "README.md").read_text().splitlines() if "classes, in order" in line]
+    labels = line.split("|")[2].strip().split(", ")
+    classifier = AutoPeftModelForSequenceClassification.from_pretrained(out, num_labels=len(labels)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    rows = labelled(40, 500)
+    with torch.no_grad():
+        guesses = [int(classifier(**tokenizer(r["text"], return_tensors="pt")).logits.argmax()) for r in rows]
+    right = sum(labels[guess] == row["label"] for guess, row in zip(guesses, rows, strict=True))
+    assert figures["heldout"]["accuracy"] == pytest.approx(right / 40) and right > 25
+
+
 def test_without_held_out_data_a_tenth_of_every_class_is(hub, tmp_path):
     files = {"data": hub / "classes.jsonl", "task": "classify"}
     prepared, figures = prepare(settings_of(hub, tmp_path / "out", **files), 1, on_cpu=True)

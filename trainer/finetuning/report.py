@@ -70,6 +70,8 @@ def tuned_card(settings: FinetuneSettings, figures: dict[str, Any]) -> str:
         ["seed", str(settings.seed)],
         ["training loss", f"{figures['losses'][0][1]:.4f} -> {figures['losses'][-1][1]:.4f} (nats)"],
     ]
+    if classifies:
+        facts.insert(2, ["classes, in order", _cell(", ".join(figures["heldout"]["classes"]))])
     sections = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {_cell(settings.out.name)}",
