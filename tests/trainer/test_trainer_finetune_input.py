@@ -21,6 +21,7 @@ from basestone.trainer.finetuning.examples import shuffled, split_tenth
 from basestone.trainer.finetuning.run import prepare
 from basestone.trainer.finetuning.scores import classification_scores
 from basestone.trainer.finetuning.settings import FinetuneSettings
+from basestone.trainer.finetuning.tokens import IGNORED
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,11 @@ def test_a_tokenizer_without_an_end_or_that_is_broken(tmp_path, copy):
         ),
         ('{"messages": [{"role": "user", "content": "a"}]}', 'line 2 ends with a message of "user"'),
         ('{"messages": [{"role": "assistant", "content": ""}]}', "line 2 has an empty answer"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2 has messages, and"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2 has an answer alone; the messages"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]}',
+            "line 2 has messages, and",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, model, line, text):
@@ -232,6 +237,29 @@ def test_a_template_that_refuses_is_named(tmp_path, copy):
     (copy / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
     rows = [{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     assert "line 1 does not go with the chat template: no system message" in message(tmp_path, copy, rows)
+
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    assert "line 1 does not go with the chat template: can only concatenate str" in message(
+        tmp_path, copy, rows
+    )
+
+
+def test_the_answer_of_a_conversation_ends_with_its_end(tmp_path, copy):
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk = [{"role": "user", "content": "What is blue?"}, {"role": "assistant", "content": "The sum"}]
+    text = message(tmp_path, copy, [{"messages": talk}])
+    assert "its chat template writes special tokens, and its tokenizer would read them as text; set" in text
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": False}))
+    settings = FinetuneSettings(source=copy, data=tmp_path / "data.jsonl", out=tmp_path / "out")
+    prepared, _ = prepare(settings, 1, on_cpu=True)
+    tokenizer, (row,) = prepared.tokenizer, prepared.train
+    assert tokenizer.decode(row["input_ids"]) == "<user>What is blue?</s>\n<assistant>The sum</s>"
+    answer = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(answer) == "The sum</s>" and answer.count(tokenizer.eos_token_id) == 1
 
 
 def test_pairs_are_encoded_as_the_tokenizer_does_and_long_texts_cut(tmp_path, model):

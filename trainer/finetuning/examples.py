@@ -124,6 +124,8 @@ def _conversation(line: int, messages: Any) -> Conversation:
         )
     if not messages[-1]["content"].strip():
         raise LineError("has an empty answer")
+    if len(messages) < 2:
+        raise LineError("has an answer alone; the messages before it are the prompt")
     return Conversation(line, tuple({key: m[key] for key in ("role", "content")} for m in messages))
 
 

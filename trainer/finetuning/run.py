@@ -171,13 +171,17 @@ def _open_tokenizer(settings: FinetuneSettings, examples: list[Any]) -> tuple[An
         )
     elif tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None and (
-        talk := next((one for one in examples if isinstance(one, Conversation)), None)
-    ):
-        problems.append(
-            f"{settings.data}: line {talk.line} has messages, and {source} has no chat template; "
-            'give {"prompt", "answer"}'
-        )
+    if talk := next((one for one in examples if isinstance(one, Conversation)), None):
+        if tokenizer.chat_template is None:
+            problems.append(
+                f"{settings.data}: line {talk.line} has messages, and {source} has no chat template; "
+                'give {"prompt", "answer"}'
+            )
+        elif tokenizer.split_special_tokens and _writes_specials(tokenizer):
+            problems.append(
+                f"{source}: its chat template writes special tokens, and its tokenizer would read them as text; "
+                'set "split_special_tokens" to false in tokenizer_config.json'
+            )
     positions = num_positions(read_config(source))
     max_length = longest(tokenizer, positions, settings.max_length)
     if positions is not None and max_length > positions:
@@ -185,6 +189,11 @@ def _open_tokenizer(settings: FinetuneSettings, examples: list[Any]) -> tuple[An
     _refuse(problems)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer, max_length
+
+
+def _writes_specials(tokenizer: Any) -> bool:
+    names = ("bos_token", "eos_token", *tokenizer.all_special_tokens)
+    return any(name in str(tokenizer.chat_template) for name in names)
 
 
 def _refuse(problems: list[str]) -> None:

@@ -50,7 +50,13 @@ def encode_sft(examples: Sequence[Instruction | Conversation], tokenizer: Any, m
     for example in examples:
         try:
             prompt, answer = _halves(example, tokenizer)
-        except TemplateError as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # a template is a program
             wrong.append((example.line, f"does not go with the chat template: {error}"))
             continue
         if len(prompt) >= max_length:
@@ -85,7 +91,11 @@ def _halves(example: Instruction | Conversation, tokenizer: Any) -> tuple[list[i
         answer = whole.removeprefix(before) if whole.startswith(before) else messages[-1]["content"]
         prompt = list(tokenizer(before, add_special_tokens=False)["input_ids"])
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    return prompt, ids if ids and ids[-1] == end else [*ids, end]
+    if end in ids:
+        last = len(ids) - 1 - ids[::-1].index(end)
+        if not tokenizer.decode(ids[last + 1 :]).strip():  # templates put a line break after the end
+            return prompt, ids[: last + 1]
+    return prompt, [*ids, end]
 
 
 def encode_labelled(
