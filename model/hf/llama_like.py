@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import ModelConfig
+from ..presets import FAMILIES
 from . import rope
 from .rules import Halves, QueryGroups, Row, Rule, Vocabulary, refuse_unless
 
-STYLE: dict[str, object] = {
-    "normalization": "rmsnorm",
-    "activation": "swiglu",
-    "position": "rope",
-    "bias": False,
-    "qkv_bias": False,
-    "qk_norm": False,
-}
+# What the class fixes; the head may be tied or not.
+STYLE: dict[str, object] = {name: value for name, value in FAMILIES["llama"].items() if name != "tied"}
 
 
 def rows(config: ModelConfig) -> list[Row]:
