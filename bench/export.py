@@ -83,10 +83,8 @@ def tensors_of(place: Path, model: ModelConfig) -> CheckpointTensors:
 
 def anonymous_bytes() -> int:
     """Give this process's memory that is no mapped file."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")
-    )
-    return int(line.split()[1]) << 10
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from basestone.trainer.checkpoint import reader, writer
+from basestone.trainer.checkpoint import reader, tensors, writer
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.writer import RankWriter, commit
 from basestone.trainer.errors import CheckpointError
@@ -23,8 +23,15 @@ FILES = ["MANIFEST.json", "index.json", "state.json", "rank_00001.bin", "rank_00
 
 def use_small_blocks(patch: pytest.MonkeyPatch, num_bytes: int = BLOCK_BYTES) -> None:
     """Make blocks small, so that small files have several."""
-    for module in (reader, writer):
+    for module in (reader, tensors, writer):
         patch.setattr(module, "BLOCK_BYTES", num_bytes)
+
+
+def read_range(opened: Reader, name: str, start: int, num_bytes: int) -> bytearray:
+    """Read a range of a rank file into memory of its own."""
+    out = bytearray(num_bytes)
+    opened.read_into(name, start, memoryview(out))
+    return out
 
 
 def payload(rank: int) -> bytes:

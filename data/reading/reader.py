@@ -154,8 +154,7 @@ class RangeReader:
 
     def _read_once(self, place: str, offset: int, length: int, crc32: int | None) -> bytes:
         content = self._transport(place).read(place, offset, length)
-        found = zlib.crc32(content)
-        if crc32 is not None and found != crc32:
+        if crc32 is not None and (found := zlib.crc32(content)) != crc32:
             raise ReadError(
                 f"checksum is {found:08x}, expected {crc32:08x}; the shard is damaged: copy it anew, or run "
                 "`data index` if it was changed on purpose",

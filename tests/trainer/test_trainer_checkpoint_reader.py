@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_files import BLOCK_BYTES, FILES, payload, problem, reseal, save
+from step_files import BLOCK_BYTES, FILES, payload, problem, read_range, reseal, save
 
 from basestone.trainer.checkpoint import places
 from basestone.trainer.checkpoint.format import PICKLE_SUFFIXES
@@ -60,7 +60,10 @@ def shared_step(tmp_path_factory: pytest.TempPathFactory, small_blocks: None) ->
 def test_any_range_reads_as_written(shared_step, data):
     start = data.draw(st.integers(0, 150))
     num_bytes = data.draw(st.integers(0, 150 - start))
-    assert Reader(shared_step).read("rank_00001.bin", start, num_bytes) == payload(1)[start : start + num_bytes]
+    assert (
+        read_range(Reader(shared_step), "rank_00001.bin", start, num_bytes)
+        == payload(1)[start : start + num_bytes]
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_any_range_reads_as_written(shared_step, data):
 )
 def test_a_range_behind_the_end_is_refused(step, name, start, num_bytes):
     with pytest.raises(CheckpointError, match=name):
-        Reader(step).read(name, start, num_bytes)
+        read_range(Reader(step), name, start, num_bytes)
 
 
 # ---- damage -------------------------------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ def test_extra_file(step):
         f"{step / name}: is not of this checkpoint: MANIFEST.json does not name it"
         for name in ("more", "notes.txt")
     ]
-    assert Reader(step).read("rank_00001.bin", 0, 150) == payload(1), "what is ours is still read"
+    assert read_range(Reader(step), "rank_00001.bin", 0, 150) == payload(1), "what is ours is still read"
 
 
 def test_missing_directory(tmp_path):
@@ -206,7 +209,7 @@ def test_a_pickle_under_our_names_is_never_executed(tmp_path, step, name):
     if name != "MANIFEST.json":
         reseal(step)
     if name.endswith(".bin"):
-        assert Reader(step).read(name, 0, len(body)) == body, "to us it is numbers"
+        assert read_range(Reader(step), name, 0, len(body)) == body, "to us it is numbers"
     else:
         assert f"{step / name}: is damaged" in problem(step)
     assert not (tmp_path / "canary").exists()
@@ -375,7 +378,7 @@ def test_threads_may_share_a_reader(step, monkeypatch):
 
     def read_all(seed: int) -> None:
         for rank, at in random.Random(seed).sample(places * 20, k=20 * len(places)):
-            assert reader.read(f"rank_{rank:05d}.bin", at, 8) == payload(rank)[at : at + 8]
+            assert read_range(reader, f"rank_{rank:05d}.bin", at, 8) == payload(rank)[at : at + 8]
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # else a thread is hardly ever interrupted where it matters

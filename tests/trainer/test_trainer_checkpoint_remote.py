@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from copies import QUICK, Files, at, local_files, remote_problem, rewrite, step_of
 from servers import S3Proxy, s3_endpoint
-from step_files import BLOCK_BYTES, FILES, payload, reseal, save
+from step_files import BLOCK_BYTES, FILES, payload, read_range, reseal, save
 
 from basestone.trainer.checkpoint.opening import newest_good, open_checkpoint, steps_at
 from basestone.trainer.checkpoint.reader import Reader
@@ -31,7 +31,7 @@ def test_a_copy_is_the_original_byte_for_byte(run, place):
     assert Files(place)() == local_files(run)
     copy = Reader(at(place))
     assert copy.verify() == [] and copy.state() == {"step": 4}
-    assert copy.read("rank_00001.bin", 10, 130) == payload(1)[10:140]
+    assert read_range(copy, "rank_00001.bin", 10, 130) == payload(1)[10:140]
     assert copy.num_bytes == Reader(step_of(run)).num_bytes
     assert open_checkpoint(place).place == open_checkpoint(at(place)).place == at(place)
 
@@ -40,9 +40,9 @@ def test_every_range_of_a_copy_reads_as_written(run, place):
     copy_step(step_of(run), place, QUICK)
     copy = Reader(at(place))
     for start, num_bytes in ((0, 150), (0, 0), (149, 1), (63, 2), (64, 64), (1, 148), (150, 0)):
-        assert copy.read("rank_00001.bin", start, num_bytes) == payload(1)[start : start + num_bytes]
+        assert read_range(copy, "rank_00001.bin", start, num_bytes) == payload(1)[start : start + num_bytes]
     with pytest.raises(CheckpointError, match=r"rank_00001\.bin: ends before byte 151"):
-        copy.read("rank_00001.bin", 0, 151)
+        read_range(copy, "rank_00001.bin", 0, 151)
 
 
 def test_a_whole_copy_is_left_alone(run, bucket, moto):
@@ -226,9 +226,9 @@ def test_blocks_that_follow_each_other_come_in_one_request(run, bucket, moto):
     with s3_endpoint(proxy.url):
         copy = Reader(at("s3://runs/blocks"))
         proxy.requests.clear()
-        assert copy.read("rank_00001.bin", 0, 150) == payload(1)
+        assert read_range(copy, "rank_00001.bin", 0, 150) == payload(1)
         assert len(proxy.requests) == 1, "three blocks"
-        copy.read("rank_00001.bin", 100, 50)
+        read_range(copy, "rank_00001.bin", 100, 50)
         assert len(proxy.requests) == 1, "they are kept"
     proxy.close()
 

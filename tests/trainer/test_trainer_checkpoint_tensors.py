@@ -30,9 +30,9 @@ KEYS = ["master", "exp_avg"]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Make blocks and pieces small, so that ranges cross them."""
+    """Make blocks and pieces small, so that ranges cross them, and hold some whole."""
     with pytest.MonkeyPatch.context() as patch:
-        use_small_blocks(patch, 256)
+        use_small_blocks(patch, 32)
         patch.setattr(module, "PIECE_ELEMENTS", 7)
         yield
 
@@ -127,9 +127,10 @@ def test_any_layout_reads_any_other(data):
                 tp_rank, key = data.draw(st.integers(0, wanted_size - 1)), data.draw(st.sampled_from(KEYS))
                 whole = piece(values(table, name, key), row, tp_rank, wanted_size)
                 start = data.draw(st.integers(0, whole.size - 1))
-                target = torch.full((data.draw(st.integers(1, whole.size - start)),), torch.nan)
+                dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+                target = torch.full((data.draw(st.integers(1, whole.size - start)),), torch.nan, dtype=dtype)
                 tensors.fill(key, name, target, tp_rank, wanted_size, start)
-                np.testing.assert_array_equal(target.numpy(), whole[start : start + len(target)])
+                assert target.equal(torch.from_numpy(whole[start : start + len(target)]).to(dtype))
 
 
 TABLE = {
@@ -178,6 +179,24 @@ def test_damaged_bytes_are_found_where_they_are_read(saved):
         with pytest.raises(CheckpointError, match=r"rank_00000\.bin: bytes .* do not match their sha256"):
             for name in TABLE:
                 tensors.fill("exp_avg", name, torch.empty(TABLE[name].numel), 0, 1, 0)
+    finally:
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_damaged_block_is_found(saved, dtype):
+    """Those that go straight to where they are wanted, and those of which a part is."""
+    path = saved / "rank_00000.bin"
+    good = path.read_bytes()
+    try:
+        for at in range(0, len(good), 32):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            tensors = CheckpointTensors(Reader(saved), TABLE)
+            with pytest.raises(CheckpointError, match=rf"bytes {at}\.\.{min(at + 32, len(good))} do not match"):
+                for name in TABLE:
+                    for key in KEYS:
+                        target = torch.empty(TABLE[name].numel, dtype=dtype)
+                        tensors.fill(key, name, target, 0, 1, 0)
     finally:
         path.write_bytes(good)
 
@@ -242,6 +261,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an absurd start": (fragment(1, 0, start=1 << 62), "of a piece of 12"),
     "an absurd place in the file": (fragment(1, 0, first_byte=1 << 62), "embed: bytes .* of rank_00001.bin"),
     "one byte behind the file": (fragment(0, -1, first_byte=1), "norm: bytes .* of rank_00000.bin"),
+    "between two numbers": (fragment(0, 0, first_byte=2), "embed: bytes .* of rank_00000.bin"),
     "no such parameter": (fragment(0, 0, number=4), "rank_00000.bin holds parameter 4 of 4"),
     "another rank": (lambda index: index["ranks"][0].update(tp_rank=1), "gap or an overlap"),
     "no such rank": (lambda index: index["ranks"][3].update(tp_rank=2), "rank 2 of 2, others of 2"),

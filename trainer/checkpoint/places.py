@@ -33,6 +33,10 @@ class Directory(Protocol):
         """Read a range of a file; it may be shorter where the file is."""
         ...
 
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a file from `start` on."""
+        ...
+
     def at(self, name: str) -> str:
         """Give the place of a file for messages."""
         ...
@@ -72,6 +76,16 @@ class LocalDirectory:
             file.seek(start)
             return file.read(num_bytes)
 
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Read straight to where the bytes are wanted."""
+        with _storage_errors(self.at(name)), open(self._path / name, "rb", buffering=0) as file:
+            file.seek(start)
+            while len(out):
+                num_bytes = file.readinto(out)
+                if not num_bytes:
+                    raise CheckpointError(f"{self.at(name)}: ends {len(out)} bytes too early")
+                out = out[num_bytes:]
+
 
 class RemoteDirectory:
     """A directory of an object store, or of what else fsspec reads."""
@@ -102,6 +116,10 @@ class RemoteDirectory:
         """Ask for a range, several times where that may help."""
         with _storage_errors(self.at(name)):
             return self._reader.read(join(self.place, name), start, num_bytes)
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Ask for a range as `read` does."""
+        out[:] = self.read(name, start, len(out))
 
 
 def local_path(place: Path | str) -> Path | None:

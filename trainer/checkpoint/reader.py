@@ -133,18 +133,32 @@ class Reader:
             raise CheckpointError(f"{self.at(STATE)}: is damaged: holds no object")
         return state
 
-    def read(self, name: str, start: int, num_bytes: int) -> bytearray:
-        """Read bytes [start, start + num_bytes) of a rank file, verified."""
-        if start + num_bytes > self._ranks[name].bytes:
-            raise CheckpointError(f"{self.at(name)}: ends before byte {start + num_bytes}")
-        out = bytearray(num_bytes)
-        position, last = start, (start + num_bytes - 1) // BLOCK_BYTES
-        while position < start + num_bytes:
-            block, inside = divmod(position, BLOCK_BYTES)
-            part = memoryview(self._block(name, block, last))[inside : inside + start + num_bytes - position]
-            out[position - start : position - start + len(part)] = part
-            position += len(part)
-        return out
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a rank file from `start` on, verified.
+
+        Whole blocks, as many as one request is worth, go straight there. What others hold besides is kept, as the next
+        range may begin with it.
+
+        Raises:
+            CheckpointError: the file ends before, cannot be read, or bytes do not match their hashes; `out` may hold
+                some of them then.
+        """
+        num_bytes = self._ranks[name].bytes
+        if start + len(out) > num_bytes:
+            raise CheckpointError(f"{self.at(name)}: ends before byte {start + len(out)}")
+        last = (start + len(out) - 1) // BLOCK_BYTES
+        request_bytes = self._directory.blocks_at_once * BLOCK_BYTES
+        while len(out):
+            block, inside = divmod(start, BLOCK_BYTES)
+            if inside or len(out) < request_bytes or (name, block) in self._cache:
+                part = memoryview(self._block(name, block, last))[inside : inside + len(out)]
+                out[: len(part)] = part
+            else:
+                part = out[:request_bytes]
+                self._directory.read_into(name, start, part)
+                for first in range(0, request_bytes, BLOCK_BYTES):
+                    self._check_block(name, block + first // BLOCK_BYTES, part[first : first + BLOCK_BYTES])
+            start, out = start + len(part), out[len(part) :]
 
     def _block(self, name: str, block: int, last: int) -> bytes:
         """Give a block that matches its hash; from afar, those behind it up to `last` come along."""
@@ -159,17 +173,24 @@ class Reader:
         good: dict[tuple[str, int], bytes] = {}
         for number in range(count):
             part = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            if hashlib.sha256(part).hexdigest() == rank.blocks[block + number]:
+            if number == 0 or self._matches(name, block + number, part):
                 good[name, block + number] = part
-            elif number == 0:
-                raise CheckpointError(
-                    f"{self.at(name)}: bytes {first}..{first + len(part)} do not match their sha256"
-                )
+        self._check_block(name, block, good[key])
         with self._lock:
             self._cache.update(good)
             while len(self._cache) > CACHED_BLOCKS:
                 self._cache.popitem(last=False)
         return good[key]
+
+    def _matches(self, name: str, block: int, content: bytes | memoryview) -> bool:
+        return hashlib.sha256(content).hexdigest() == self._ranks[name].blocks[block]
+
+    def _check_block(self, name: str, block: int, content: bytes | memoryview) -> None:
+        if not self._matches(name, block, content):
+            first = block * BLOCK_BYTES
+            raise CheckpointError(
+                f"{self.at(name)}: bytes {first}..{first + len(content)} do not match their sha256"
+            )
 
     def verify(self, progress: Progress = lambda done, total: None) -> list[str]:
         """Read every byte; list what does not match, and files that are not of this checkpoint.

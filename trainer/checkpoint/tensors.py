@@ -7,8 +7,11 @@ Loading intersects the two. Where the layouts agree the boxes do too, and whole 
 from __future__ import annotations
 
 import math
+import mmap
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +44,7 @@ class CheckpointTensors:
                 whose fragments leave its pieces, or do not cover them exactly.
         """
         self._reader, self._table = reader, table
+        self._kept = threading.local()  # each thread's own block, for what cannot be read straight to its place
         self.keys: list[str] = reader.index.tensors
         if problem := model_problem(reader, table):
             raise CheckpointError(problem)
@@ -81,7 +85,7 @@ class CheckpointTensors:
         piece, num_bytes = math.prod(row.local_shape(rank.tp_size)), numel * len(self.keys) * FP32_BYTES
         if start + numel > piece:
             raise self._damage(f"{row.name}: elements {start}..{start + numel} of a piece of {piece}")
-        if first_byte + num_bytes > rank.bytes:
+        if first_byte % FP32_BYTES or first_byte + num_bytes > rank.bytes:
             raise self._damage(f"{row.name}: bytes {first_byte}..{first_byte + num_bytes} of {rank.file}")
 
     def _check_cover(self, spans: dict[tuple[str, int], list[tuple[int, int]]], tp_size: int) -> None:
@@ -133,16 +137,47 @@ class CheckpointTensors:
     def _copy(
         self, view: Tensor, wanted: Box, item: _Saved, shared: tuple[int, int, int, int], which: int
     ) -> None:
-        box = item.box
-        first_byte = item.first_byte + which * item.numel * FP32_BYTES
-        for row, col, num_rows, num_cols in _pieces(shared, box.num_cols):
-            # Of several rows whole ones are read, as bytes follow each other; other columns are left behind.
-            left, width = (col, num_cols) if num_rows == 1 else (box.col, box.num_cols)
-            start = box.offset + (row - box.row) * box.num_cols + left - box.col
-            data = self._reader.read(item.file, first_byte + start * FP32_BYTES, num_rows * width * FP32_BYTES)
-            source = torch.frombuffer(data, dtype=torch.float32).view(num_rows, width)
-            target = view.narrow(0, row - wanted.row, num_rows).narrow(1, col - wanted.col, num_cols)
-            target.copy_(source.narrow(1, col - left, num_cols))
+        box, (row, col, num_rows, num_cols) = item.box, shared
+        target = view.narrow(0, row - wanted.row, num_rows).narrow(1, col - wanted.col, num_cols)
+        # Of several rows whole ones are read, as their bytes follow each other; other columns are left behind.
+        left, width = (col, num_cols) if num_rows == 1 else (box.col, box.num_cols)
+        start = which * item.numel + box.offset + (row - box.row) * box.num_cols + left - box.col
+        first_byte = item.first_byte + start * FP32_BYTES
+        if width == num_cols and target.is_contiguous():
+            self._read_flat(item.file, first_byte, target.view(-1))
+        else:
+            self._read_rows(item.file, first_byte, width, col - left, target)
+
+    def _read_flat(self, file: str, first_byte: int, target: Tensor) -> None:
+        """Read elements that follow each other in the file and in `target`: straight there, if nothing is rounded."""
+        if target.dtype == torch.float32:
+            self._reader.read_into(file, first_byte, _bytes_of(target))
+            return
+        while target.numel():  # up to a block's end each time: whole blocks are read at once
+            in_block = (BLOCK_BYTES - first_byte % BLOCK_BYTES) // FP32_BYTES
+            source = self._read_kept(file, first_byte, min(in_block, PIECE_ELEMENTS, target.numel()))
+            target[: source.numel()].copy_(source)
+            first_byte, target = first_byte + source.nbytes, target[source.numel() :]
+
+    def _read_rows(self, file: str, first_byte: int, width: int, skipped: int, target: Tensor) -> None:
+        """Read rows of `width` elements, of which `target` has some columns, from the one after `skipped` on."""
+        rows_at_once = PIECE_ELEMENTS // width
+        if not rows_at_once:
+            for number, row in enumerate(target):
+                self._read_flat(file, first_byte + (number * width + skipped) * FP32_BYTES, row)
+            return
+        for part in target.split(rows_at_once):
+            source = self._read_kept(file, first_byte, len(part) * width)
+            part.copy_(source.view(len(part), width).narrow(1, skipped, part.shape[1]))
+            first_byte += source.nbytes
+
+    def _read_kept(self, file: str, first_byte: int, numel: int) -> Tensor:
+        """Read to this thread's kept block, which the next call reads over."""
+        if not hasattr(self._kept, "block"):
+            self._kept.block = torch.empty(PIECE_ELEMENTS)
+        block: Tensor = self._kept.block[:numel]
+        self._reader.read_into(file, first_byte, _bytes_of(block))
+        return block
 
     def names(self) -> Iterable[str]:
         """Give the global names in the order of the forward pass."""
@@ -151,7 +186,7 @@ class CheckpointTensors:
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Give a parameter's whole fp32 master, rounded to `dtype`, in its global shape; threads may share this."""
         row = self._table[name]
-        out = torch.empty(row.numel, dtype=dtype)
+        out = _empty(row.numel, dtype)
         self.fill("master", name, out, 0, 1, 0)
         return out.view(row.shape)
 
@@ -177,14 +212,13 @@ def model_problem(reader: Reader, table: dict[str, Parameter]) -> str | None:
     return f"{reader.at()} holds another model: {'; '.join(problems[:8])}" if problems else None
 
 
-def _pieces(shared: tuple[int, int, int, int], width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a share (row, col, rows, cols) of a box into pieces that are read without holding more than a block."""
-    row, col, num_rows, num_cols = shared
-    rows_at_once = PIECE_ELEMENTS // width
-    if num_rows > 1 and rows_at_once:
-        for first in range(row, row + num_rows, rows_at_once):
-            yield first, col, min(rows_at_once, row + num_rows - first), num_cols
-        return
-    for one in range(row, row + num_rows):
-        for first in range(col, col + num_cols, PIECE_ELEMENTS):
-            yield one, first, 1, min(PIECE_ELEMENTS, col + num_cols - first)
+def _empty(numel: int, dtype: torch.dtype) -> Tensor:
+    """Make a 1-D tensor in pages of its own: large ones, as each costs time, and given back once it is dropped."""
+    pages = mmap.mmap(-1, numel * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without large pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().numpy()).cast("B")
