@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_export import SAMPLES, Weights, assert_nothing_left, hf_trace
 
-from basestone.data.errors import DataStorageError
+from basestone.data.errors import DataConfigError, DataStorageError
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.hub import export as export_module
 from basestone.trainer.hub.card import CardFacts
@@ -79,7 +79,7 @@ def test_a_target_made_meanwhile_is_not_touched(export, config, weights, tmp_pat
         (tmp_path / "out").mkdir(exist_ok=True)
         yield from right(ids)
 
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(DataConfigError, match="exists already"):
         export(trace=trace)
     assert list((tmp_path / "out").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

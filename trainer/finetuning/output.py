@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ...data.errors import DataStorageError
-from ...data.storage import rename_directory, storage_errors, write_atomic
-from ..errors import ConfigError, NumericsError
+from ...data.storage import make_readable, storage_errors, write_atomic
+from ..errors import NumericsError
 from .directory import LICENCE_FILES, TOKENIZER_FILES, read_config, stored_dtype, tuned_config
 from .settings import FinetuneSettings
 from .tokens import Prepared
 from .training import Tuning, load_model, with_adapter
 
 MAX_SHARD = "5GB"
-
-
-@contextlib.contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """Give a directory beside `out` under a temporary name, which is gone after the block unless it was renamed."""
-    with storage_errors(f"writing {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(
@@ -111,22 +97,17 @@ def _write_adapter(partial: Path, model: Any, weights: dict[str, Tensor], settin
     adapter.save_pretrained(partial)
 
 
-def publish(partial: Path, out: Path, files: dict[str, bytes]) -> None:
-    """Add the last files, make all durable and readable by others, and give the directory its name."""
+def finish(partial: Path, out: Path, files: dict[str, bytes]) -> None:
+    """Add the last files, and make all durable and readable by others."""
     with _storage(out):
         for name, content in files.items():
             write_atomic(partial / name, content)
-        for path in partial.iterdir():
-            path.chmod(0o644)
-            descriptor = os.open(path, os.O_RDONLY)
+        for name in make_readable(partial):
+            descriptor = os.open(partial / name, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        partial.chmod(0o755)
-        if out.exists() or out.is_symlink():  # made by somebody else meanwhile
-            raise ConfigError(f"finetune: {out} exists already; remove it or give another --out")
-        rename_directory(partial, out)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import re
 import sys
 from typing import Any
 
+from ...data.storage import new_directory
 from ..errors import ConfigError
 from .directory import directory_problems, num_positions, read_config, stored_dtype
 from .examples import (
@@ -48,7 +49,7 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
         from ..engine import switch_off_shm_op
 
         switch_off_shm_op()
-    from .output import publish, unfinished, write_model
+    from .output import finish, write_model
     from .training import Tuning
 
     # Elsewhere the Trainer would spread one process over all GPUs that it sees.
@@ -65,7 +66,7 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
 
     say(_beginning(settings, prepared, figures, num_processes))
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(unfinished(settings.out)) if speaks else settings.out.parent
+        partial = stack.enter_context(new_directory(settings.out)) if speaks else settings.out.parent
         tuning = Tuning(settings, prepared, partial, num_processes=num_processes, on_cpu=on_cpu, say=say)
         outcome = tuning.run()
         weights = tuning.weights()
@@ -78,8 +79,9 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
             }
             content = json.dumps(figures, indent=1, ensure_ascii=False)
             files = {"metrics.json": content.encode(), "README.md": tuned_card(settings, figures).encode()}
-            publish(partial, settings.out, files)
-            print(content if as_json else "\n".join(summary(settings, figures)), flush=True)
+            finish(partial, settings.out, files)
+    if speaks:
+        print(content if as_json else "\n".join(summary(settings, figures)), flush=True)
     if not alone:
         torch.distributed.destroy_process_group()
 

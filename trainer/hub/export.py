@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 
 from ...data.hf_tokenizer import write_hf_tokenizer
-from ...data.storage import rename_directory, storage_errors, write_atomic
+from ...data.storage import make_readable, new_directory, storage_errors, write_atomic
 from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
 from ...model.hf.adapter import Adapter, adapter_for
+from ...model.hf.rules import HFTensor
 from ...model.layout import decoder_layout
 from ..errors import ConfigError
 from ..reference import Trace
@@ -66,8 +67,7 @@ def export_checkpoint(
     Args:
         num_processes: that write weights; each takes whole files.
         sequence_length: the longest that the model was trained on.
-        trace: gives what the trainer makes of ids, with weights rounded to `dtype`; None leaves the export unverified.
-            It is not called before the weights are written.
+        trace: what the trainer makes of ids, rounded to `dtype`; asked for behind the weights. None: not verified.
         samples: held-out ids [batch, sequence]; one random sequence is always added.
         tell: is told (bytes written, bytes in all) after every tensor.
 
@@ -78,18 +78,13 @@ def export_checkpoint(
         ConversionError: weights that are missing or not finite, logits that differ by more than `tolerance`.
         DataStorageError: a full disk.
     """
-    adapter = adapter_for(config)
-    tokens = Tokenizer(tokenizer)
+    adapter, tokens = adapter_for(config), Tokenizer(tokenizer)
     _check_before(source, config, tokens, out, verify=trace is not None)
     tensors = list(adapter.tensors(config))
-    num_bytes = sum(torch.Size(tensor.shape).numel() for tensor in tensors) * DTYPES[dtype].itemsize
-    with storage_errors(f"writing the export {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(out, num_bytes)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        with storage_errors(f"writing the export {out}"):
-            write_weights(
+    with new_directory(out) as partial:
+        with storage_errors(f"writing {out}"):
+            _check_space(out, tensors, DTYPES[dtype])
+            num_bytes = write_weights(
                 source,
                 adapter,
                 config,
@@ -99,19 +94,14 @@ def export_checkpoint(
                 num_processes=num_processes,
                 tell=tell,
             )
-            _write_configs(adapter, config, tokens, partial, DTYPES[dtype])
-            write_hf_tokenizer(tokenizer, partial, model_max_length=sequence_length)
-        verification = None
-        if trace is not None:
-            ids = ids_to_compare(config, samples, sequence_length)
-            verification = verify(partial, config, trace, ids, tolerance, command="export")
-        with storage_errors(f"writing the export {out}"):
-            card = model_card(config, facts, dtype=dtype, verification=verification)
+            _write_configs(adapter, config, tokens, partial, DTYPES[dtype], sequence_length)
+        ids = ids_to_compare(config, samples, sequence_length)
+        verified = None if trace is None else verify(partial, config, trace, ids, tolerance, command="export")
+        with storage_errors(f"writing {out}"):
+            card = model_card(config, facts, dtype=dtype, verification=verified)
             write_atomic(partial / "README.md", card.encode())
-            files = _publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already where the export got its name
-    return ExportReport(out, files, len(tensors), num_bytes, dtype, verification)
+            files = make_readable(partial)
+    return ExportReport(out, files, len(tensors), num_bytes, dtype, verified)
 
 
 def _check_before(
@@ -148,7 +138,8 @@ def check_transformers(command: str) -> None:
         )
 
 
-def _check_space(out: Path, num_bytes: int) -> None:
+def _check_space(out: Path, tensors: Iterable[HFTensor], dtype: torch.dtype) -> None:
+    num_bytes = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
     free, needed = shutil.disk_usage(out.parent).free, num_bytes + SPARE_BYTES
     if free < needed:
         raise ConfigError(
@@ -158,8 +149,14 @@ def _check_space(out: Path, num_bytes: int) -> None:
 
 
 def _write_configs(
-    adapter: Adapter, config: ModelConfig, tokens: Tokenizer, out: Path, dtype: torch.dtype
+    adapter: Adapter,
+    config: ModelConfig,
+    tokens: Tokenizer,
+    out: Path,
+    dtype: torch.dtype,
+    sequence_length: int,
 ) -> None:
+    """Write all but the weights and the card."""
     specials = {"bos": tokens.bos, "eos": tokens.eos, "pad": tokens.pad}
     generation = {"_from_model_config": True, **{f"{name}_token_id": value for name, value in specials.items()}}
     for name, values in (
@@ -167,6 +164,7 @@ def _write_configs(
         ("generation_config.json", generation),
     ):
         write_atomic(out / name, (json.dumps(values, indent=2) + "\n").encode())
+    write_hf_tokenizer(tokens.path, out, model_max_length=sequence_length)
 
 
 def ids_to_compare(config: ModelConfig, samples: torch.Tensor | None, sequence_length: int) -> torch.Tensor:
@@ -176,14 +174,3 @@ def ids_to_compare(config: ModelConfig, samples: torch.Tensor | None, sequence_l
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(config.vocab_size, (1, length), generator=generator)
     return random if samples is None else torch.cat((random, samples))
-
-
-def _publish(partial: Path, out: Path) -> tuple[str, ...]:
-    """Give the finished directory its name, readable by others; list its files."""
-    for path in partial.iterdir():
-        path.chmod(0o644)
-    partial.chmod(0o755)
-    if out.exists() or out.is_symlink():  # made by somebody else meanwhile
-        raise ConfigError(f"export: {out} exists already; remove it or name another directory")
-    rename_directory(partial, out)
-    return tuple(sorted(path.name for path in out.iterdir()))

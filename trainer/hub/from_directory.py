@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...data.storage import rename_directory, storage_errors, write_atomic
+from ...data.storage import new_directory, storage_errors, write_atomic
 from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
 from ...model.hf.adapter import Adapter, adapter_for_hf
@@ -83,26 +81,21 @@ def import_directory(
     mapped = _mapped(directory, adapter, model)
     tensors = global_tensors(directory, mapped, model, f"{directory / 'config.json'}")
     verification = None
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with storage_errors(f"writing {out}"):
-            (partial / CHECKPOINTS).mkdir(parents=True)
-            step = partial / CHECKPOINTS / step_name(0)
-            write_step(
-                step,
-                run,
-                tensors,
-                imported_from=directory.resolve().name,
-                tokenizer_sha256=tokens.sha256,
-                versions=versions,
-            )
-            if compare:
-                verification = _compared(directory, step, model, tolerance)
-            write_atomic(partial / run.data.tokenizer, tokens.content)
-            write_atomic(partial / RUN_FILE, run_to_toml(_sections(run), COMMENTS).encode())
-            rename_directory(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already where it got its name
+    with new_directory(out) as partial, storage_errors(f"writing {out}"):
+        (partial / CHECKPOINTS).mkdir()
+        step = partial / CHECKPOINTS / step_name(0)
+        write_step(
+            step,
+            run,
+            tensors,
+            imported_from=directory.resolve().name,
+            tokenizer_sha256=tokens.sha256,
+            versions=versions,
+        )
+        if compare:
+            verification = _compared(directory, step, model, tolerance)
+        write_atomic(partial / run.data.tokenizer, tokens.content)
+        write_atomic(partial / RUN_FILE, run_to_toml(_sections(run), COMMENTS).encode())
     return model, verification
 
 
