@@ -170,10 +170,10 @@ class SafetensorsReader:
         """
         index = directory / INDEX_NAME
         single = directory / "model.safetensors"
-        if single.exists():  # beside an index, too: transformers takes this one
+        if single.is_file():  # beside an index, too: transformers takes this one
             with _opened(single) as file:
                 self._weight_map = dict.fromkeys(file.keys(), single.name)
-        elif index.exists():
+        elif index.is_file():
             self._weight_map = _weight_map(index)
         else:
             raise SafetensorsError(f"{directory} holds neither {single.name} nor {INDEX_NAME}")

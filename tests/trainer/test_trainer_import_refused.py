@@ -200,8 +200,8 @@ def test_dropouts_that_differ_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "config.json: cannot be read"),
-        ("[1]", "config.json: holds no object, but list"),
+        ("{", "config.json cannot be read as JSON"),
+        ("[1]", "config.json is no JSON object, but list"),
         ("{}", "has model_type None"),
         ('{"model_type": "swin"}', "has model_type 'swin'"),
         ('{"model_type": "llama"}', "has no field"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..hub.config_file import read_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,20 +54,24 @@ def directory_problems(path: Path) -> list[str]:
             if pickled
             else f"{path} has no weights (*.safetensors)"
         )
+    found += _damaged_files(path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         found.append(f"{path} has no tokenizer (tokenizer.json); copy the model's own into it")
     return found
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json. Raises ConfigError where it is no JSON object."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}/config.json cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}/config.json is no JSON object")
-    return config
+def _damaged_files(path: Path) -> list[str]:
+    """Say which files' headers are wrong; transformers would fail at the first, behind all other checks."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            found.append(f"{file} cannot be read as safetensors: {error}; copy it again")
+    return found
 
 
 def stored_dtype(path: Path) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...data.errors import DataStorageError
 from ...data.storage import make_readable, storage_errors, write_atomic
 from ..errors import NumericsError
-from .directory import LICENCE_FILES, TOKENIZER_FILES, read_config, stored_dtype, tuned_config
+from ..hub.config_file import read_config
+from .directory import LICENCE_FILES, TOKENIZER_FILES, stored_dtype, tuned_config
 from .settings import FinetuneSettings
 from .tokens import Prepared
 from .training import Tuning, load_model, with_adapter

@@ -6,6 +6,7 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+from ..hub.config_file import name_of
 from .directory import licence_lines
 from .scores import score_rows
 from .settings import FinetuneSettings
@@ -19,7 +20,7 @@ def summary(settings: FinetuneSettings, figures: dict[str, Any]) -> list[str]:
     losses, heldout = figures["losses"], figures["heldout"]
     lines = []
     text = (
-        f"{settings.out}: {settings.source.name} on {figures['examples']} examples of {settings.data.name}, "
+        f"{settings.out}: {name_of(settings.source)} on {figures['examples']} examples of {settings.data.name}, "
         f"{len(losses)} steps, loss {losses[0][1]:.4f} -> {losses[-1][1]:.4f}"
     )
     if heldout and "accuracy" in heldout:
@@ -47,7 +48,7 @@ def tuned_card(settings: FinetuneSettings, figures: dict[str, Any]) -> str:
     front = [
         f"library_name: {'peft' if settings.keep_adapter else 'transformers'}",
         f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
-        f"base_model: {json.dumps(settings.source.name, ensure_ascii=False)}",
+        f"base_model: {json.dumps(name_of(settings.source), ensure_ascii=False)}",
         f"base_model_relation: {'adapter' if settings.keep_adapter else 'finetune'}",
         *licence_lines(settings.source),
         "tags:",
@@ -58,7 +59,7 @@ def tuned_card(settings: FinetuneSettings, figures: dict[str, Any]) -> str:
     if settings.lora is not None and not settings.keep_adapter:
         way += ", merged into the weights"
     facts = [
-        ["tuned from", _cell(settings.source.name)],
+        ["tuned from", _cell(name_of(settings.source))],
         ["task", kind],
         ["what was tuned", way],
         ["data", f"{_cell(settings.data.name)}, {figures['examples']} examples"],
@@ -75,7 +76,7 @@ def tuned_card(settings: FinetuneSettings, figures: dict[str, Any]) -> str:
     sections = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {_cell(settings.out.name)}",
-        f"{_cell(settings.source.name)}, fine-tuned with Basestone.",
+        f"{_cell(name_of(settings.source))}, fine-tuned with Basestone.",
         _table(["", ""], facts),
         "## Held-out results\n\n" + _results(figures),
         "## Versions\n\n" + _table(["package", "version"], [[name, version(name)] for name in PACKAGES]),

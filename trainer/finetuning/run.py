@@ -12,7 +12,8 @@ from typing import Any
 
 from ...data.storage import new_directory
 from ..errors import ConfigError
-from .directory import directory_problems, num_positions, read_config, stored_dtype
+from ..hub.config_file import name_of, read_config
+from .directory import directory_problems, num_positions, stored_dtype
 from .examples import (
     Conversation,
     label_problems,
@@ -134,7 +135,7 @@ def prepare(settings: FinetuneSettings, num_processes: int, *, on_cpu: bool) -> 
     _refuse(wrong + (named_lines(settings.heldout, held.wrong) if settings.heldout else []))
     figures = {
         "task": settings.task,
-        "source": settings.source.name,
+        "source": name_of(settings.source),
         "data": settings.data.name,
         "data_sha256": hashlib.sha256(settings.data.read_bytes()).hexdigest(),
         "examples": len(encoded.rows),

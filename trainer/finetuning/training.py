@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
@@ -18,8 +19,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..ds_config import finetune_config
 from ..errors import ConfigError, NumericsError
+from ..hub.config_file import read_config
 from ..runtime import announce_deepspeed
-from .directory import read_config
 from .examples import shuffled
 from .scores import classification_scores
 from .settings import FinetuneSettings
@@ -174,7 +175,7 @@ def load_model(settings: FinetuneSettings, prepared: Prepared) -> Any:
             loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
                 settings.source, num_labels=len(prepared.labels), ignore_mismatched_sizes=True, **common
             )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"finetune: transformers cannot load {settings.source} for {settings.task}: {first}"

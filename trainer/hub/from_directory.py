@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..load import run_to_toml, validate_run
 from ..reference import trace_of
 from .card import Verification
 from .compare import verify
+from .config_file import name_of, read_config
 from .export import check_transformers, ids_to_compare
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first is what transformers takes
@@ -36,6 +36,7 @@ COMMENTS = (
     "Goes on with the weights beside it: name your shards in data.train, choose steps, batch and learning rate, then",
     "basestone train continue.toml",
 )
+MOST_PARAMETERS_PER_BYTE = 1000  # fewer are compared, and told by their names
 LONGEST_SEQUENCE = 4096  # that the run file begins with
 
 
@@ -88,7 +89,7 @@ def import_directory(
             step,
             run,
             tensors,
-            imported_from=directory.resolve().name,
+            imported_from=name_of(directory),
             tokenizer_sha256=tokens.sha256,
             versions=versions,
         )
@@ -103,7 +104,10 @@ def _compared(directory: Path, step: Path, model: ModelConfig, tolerance: float)
     tensors = CheckpointTensors(Reader(step), decoder_layout(model))
     trace = trace_of(model, tensors, processes.start(), rounded_to=torch.float32)
     ids = ids_to_compare(model, None, model.max_sequence_length)
-    return verify(directory, model, trace, ids, tolerance, command="import")
+    try:
+        return verify(directory, model, trace, ids, tolerance, command="import")
+    except RecursionError as error:
+        raise ConfigError(f"{directory / 'config.json'}: is nested too deeply for transformers") from error
 
 
 def _model_of(directory: Path) -> tuple[Adapter, ModelConfig]:
@@ -112,16 +116,11 @@ def _model_of(directory: Path) -> tuple[Adapter, ModelConfig]:
         raise ConfigError(
             f"{directory}: is a run directory, and needs no import; name it where a CKPT is wanted"
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"{directory}: holds no config.json; name the directory of a model as the Hugging Face hub has it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds no object, but {type(config).__name__}")
+        )
+    config = read_config(directory)
     try:
         adapter = adapter_for_hf(config)
         model = adapter.model_config(config)
@@ -156,6 +155,7 @@ def _mapped(directory: Path, adapter: Adapter, model: ModelConfig) -> dict[str, 
             f"{directory}: its weights are pickles ({', '.join(pickles[:3])}), which may run code and are not opened; "
             "take the model's safetensors files, or `basestone checkpoint import`, which goes by torch's allow-list"
         ) from error
+    _check_size(directory, model)
     known = {tensor.name for tensor in adapter.tensors(model)}
     trunks = {name.partition(".")[0] for name in known}
     names: dict[str, str] = {}
@@ -166,6 +166,20 @@ def _mapped(directory: Path, adapter: Adapter, model: ModelConfig) -> dict[str, 
             raise ConfigError(f"{directory}: holds {whole} twice, as {names[whole]} and as {name}; remove one")
         names[whole] = name
     return {whole: reader.read(name) for whole, name in names.items()}
+
+
+def _check_size(directory: Path, model: ModelConfig) -> None:
+    """Refuse a model beyond all that could be in the files, before its parameters are listed one by one."""
+    there = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    assert model.vocab_size is not None  # `_model_of` has seen to it
+    rows = model.vocab_size + (model.max_sequence_length if model.position == "learned" else 0)
+    of_layer = model.num_attention_heads * model.head_dim + model.ffn_hidden_size
+    wanted = model.hidden_size * (rows + model.num_layers * of_layer)  # there are more: it bounds them
+    if wanted > MOST_PARAMETERS_PER_BYTE * there:
+        raise ConfigError(
+            f"{directory / 'config.json'}: describes more than {wanted:.1e} parameters, and the weights have "
+            f"{there:,} bytes; take the config.json that belongs to them"
+        )
 
 
 def _run_of(model: ModelConfig, directory: Path) -> RunConfig:
