@@ -12,9 +12,11 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -68,15 +70,33 @@ def run_ranks(
                 process: BaseProcess = context.Process(
                     target=_be_rank, args=(function, rank, size, threads, store, child, args)
                 )
-                process.start()
+                with _stop_waits():
+                    process.start()
+                    children.append(process)
                 child.close()
                 pipes.append(parent)
-                children.append(process)
             return _collect(pipes, children, timeout_s)
         finally:
             for process in children:
                 process.kill()
                 process.join()
+
+
+@contextmanager
+def _stop_waits() -> Iterator[None]:
+    """Handle a SIGTERM behind the block: what its handler raises is lost in the hooks that Python calls at a fork."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGTERM, lambda *got: came.append(got))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if came:
+        handler(*came[0])
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -96,6 +116,7 @@ def _be_rank(
     args: Sequence[Any],
 ) -> None:
     die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is for the parent
     become_rank(rank, size, store)
     torch.set_num_threads(threads)
     try:

@@ -6,6 +6,7 @@ Arguments come from our own command line (launch/), which has checked them; this
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -14,10 +15,11 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import EXIT_FAULT, EXIT_STOPPED, exit_code_of, lost_contact, message_of
+from .errors import EXIT_FAULT, EXIT_STOPPED, Stopped, exit_code_of, lost_contact, message_of
 
 warnings.filterwarnings("ignore")  # of libraries, at import; what users must know is said by ourselves
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -228,9 +230,8 @@ def export(arguments: argparse.Namespace) -> None:
         os.nice(10)  # the run that it belongs to goes first
     from .inference import OpenCheckpoint
 
-    opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
-    print(
-        opened.export(
+    with _stoppable("export", arguments.out):
+        told = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer).export(
             arguments.out,
             dtype=arguments.dtype,
             verify=not arguments.no_verify,
@@ -239,7 +240,7 @@ def export(arguments: argparse.Namespace) -> None:
             max_shard_bytes=round(arguments.max_shard_gb * 1e9),
             num_processes=arguments.processes,
         )
-    )
+    print(told)
 
 
 def import_directory(arguments: argparse.Namespace) -> None:
@@ -248,13 +249,14 @@ def import_directory(arguments: argparse.Namespace) -> None:
     from .hub.from_directory import RUN_FILE, import_directory
     from .provenance import versions
 
-    model, verification = import_directory(
-        arguments.directory,
-        arguments.out,
-        tokenizer=arguments.tokenizer,
-        versions=versions(),
-        compare=not arguments.no_verify,
-    )
+    with _stoppable("import", arguments.out):
+        model, verification = import_directory(
+            arguments.directory,
+            arguments.out,
+            tokenizer=arguments.tokenizer,
+            versions=versions(),
+            compare=not arguments.no_verify,
+        )
     checked = "not verified"
     if verification is not None:
         checked = f"logits equal transformers' within {verification.relative_error:.1e} (relative)"
@@ -285,16 +287,28 @@ def import_file(arguments: argparse.Namespace) -> None:
 
 def finetune(arguments: argparse.Namespace) -> None:
     """Fine-tune a Hugging Face directory, as one of the processes that do."""
-    from .errors import Stopped
     from .finetuning.run import finetune as tune
     from .finetuning.settings import FinetuneSettings
 
-    # An exception, so that the unfinished directory goes; of a kind that no library catches on its way.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+    settings = FinetuneSettings(**arguments.settings)
+    with _stoppable("finetune", settings.out):
+        tune(settings, as_json=arguments.json)
+
+
+@contextlib.contextmanager
+def _stoppable(command: str, out: Path) -> Iterator[None]:
+    """Turn SIGTERM into `Stopped`, by way of an exception that no library catches, so that what is unfinished goes."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the removal short
+        sys.exit(EXIT_STOPPED)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
-        tune(FinetuneSettings(**arguments.settings), as_json=arguments.json)
+        yield
     except SystemExit:
-        raise Stopped("finetune: stopped on request; nothing was written") from None
+        left = f"{out} is whole" if out.exists() else "nothing was written"
+        raise Stopped(f"{command}: stopped on request; {left}") from None
 
 
 if __name__ == "__main__":
