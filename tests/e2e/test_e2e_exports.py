@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,23 @@ from basestone.trainer.hub import exporter
 
 pytestmark = pytest.mark.dist
 EXPORT = ("export.every_steps=4", "export.licence=mit", "data.heldout={}")
+
+
+def quick(_: int) -> None:
+    """Let a process that copies the manifest stand for an export, which would import everything anew."""
+
+    def started(self: Any, path: Path) -> subprocess.Popen[bytes]:
+        script = 'mkdir -p "$2" && cp "$1/MANIFEST.json" "$2/model.safetensors" && echo "$2, copied"'
+        self._log(path).parent.mkdir(exist_ok=True)
+        with open(self._log(path), "wb") as log:
+            return subprocess.Popen(["sh", "-c", script, "sh", path, self._out / path.name], stdout=log)
+
+    exporter.Exporter._start = started  # type: ignore[method-assign]
+
+
+EXPORTS = pytest.mark.parametrize(
+    "export", [pytest.param(quick, id="quick"), pytest.param(None, id="whole", marks=pytest.mark.slow)]
+)
 
 
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -74,8 +92,9 @@ def test_an_export_that_fails_is_an_event(corpus, tmp_path):
     assert (run_dir / "COMPLETE").exists()
 
 
+@EXPORTS
 @pytest.mark.faults
-def test_a_stop_leaves_an_export_to_the_next_start(corpus, tmp_path):
+def test_a_stop_leaves_an_export_to_the_next_start(corpus, tmp_path, export):
     run_dir = tmp_path / "run"
 
     def stop(_: int) -> None:
@@ -87,12 +106,13 @@ def test_a_stop_leaves_an_export_to_the_next_start(corpus, tmp_path):
     assert (
         event["message"] == "hf/step_00000004: is left to the next start of the run" and exported(run_dir) == []
     )
-    train(corpus, run_dir, *EXPORT)
+    train(corpus, run_dir, *EXPORT, fault=export)
     assert exported(run_dir) == ["step_00000004", "step_00000008"]
 
 
+@EXPORTS
 @pytest.mark.faults
-def test_an_export_dies_with_its_run_and_is_made_up_for(corpus, tmp_path):
+def test_an_export_dies_with_its_run_and_is_made_up_for(corpus, tmp_path, export):
     run_dir, told = tmp_path / "run", tmp_path / "pid"
 
     def kill(_: int) -> None:
@@ -111,7 +131,7 @@ def test_an_export_dies_with_its_run_and_is_made_up_for(corpus, tmp_path):
     assert not alive(int(told.read_text())) and exported(run_dir) == []
     (run_dir / "hf").mkdir(exist_ok=True)
     (run_dir / "hf" / ".step_00000004.x.partial").mkdir()
-    train(corpus, run_dir, *EXPORT)
+    train(corpus, run_dir, *EXPORT, fault=export)
     assert sorted(path.name for path in (run_dir / "hf").iterdir()) == ["step_00000004", "step_00000008"]
 
 
@@ -123,13 +143,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_an_export_of_a_line_that_was_left_is_replaced(corpus, tmp_path):
+@EXPORTS
+def test_an_export_of_a_line_that_was_left_is_replaced(corpus, tmp_path, export):
     run_dir = tmp_path / "run"
-    train(corpus, run_dir, *EXPORT, "train.steps=4")
+    train(corpus, run_dir, *EXPORT, "train.steps=4", fault=export)
     file = run_dir / "hf" / "step_00000004" / "model.safetensors"
     before_it = file.read_bytes()
     step = run_dir / "checkpoints" / "step_00000002"
-    train(corpus, run_dir, *EXPORT, "train.steps=4", "optimizer.lr=1e-2", resume=step)
+    train(corpus, run_dir, *EXPORT, "train.steps=4", "optimizer.lr=1e-2", resume=step, fault=export)
     assert exported(run_dir) == ["step_00000004"] and file.read_bytes() != before_it
 
 
