@@ -12,6 +12,7 @@ from typing import Any
 
 import whole_run
 from commands import steps_of
+from faults import before, kill_self
 from legal_layouts import laid_out
 from small_corpus import make_corpus
 
@@ -68,12 +69,12 @@ def _fault(chance: random.Random, size: int) -> whole_run.Fault:
     def prepare(rank: int) -> None:
         if rank not in ranks:
             return
-        timer = threading.Timer(delays_s[rank], whole_run.kill_self)
+        timer = threading.Timer(delays_s[rank], kill_self)
         timer.daemon = True
         if step == 0:
             timer.start()
         else:
-            whole_run.before(engine.Engine, "forward_backward", timer.start, step)
+            before(engine.Engine, "forward_backward", timer.start, step)
 
     return prepare
 

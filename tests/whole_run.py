@@ -5,9 +5,7 @@ The ranks are real processes, killed by real signals; forking after the imports 
 
 from __future__ import annotations
 
-import functools
 import os
-import signal
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -61,41 +59,3 @@ def killed(corpus: Path, run_dir: Path, *changes: str, **more: Any) -> bool:
     except RankDied:
         return True
     return False
-
-
-def kill_self() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def before(
-    owner: Any, name: str, act: Callable[[], None], number: int = 1, when: Callable[..., bool] = lambda *_: True
-) -> None:
-    """Let `act` happen before the `number`-th call of a function whose arguments `when` likes."""
-    _around(owner, name, act, number, when, after=False)
-
-
-def after(
-    owner: Any, name: str, act: Callable[[], None], number: int = 1, when: Callable[..., bool] = lambda *_: True
-) -> None:
-    """Let `act` happen after that call."""
-    _around(owner, name, act, number, when, after=True)
-
-
-def _around(
-    owner: Any, name: str, act: Callable[[], None], number: int, when: Callable[..., bool], *, after: bool
-) -> None:
-    real, calls = getattr(owner, name), 0
-
-    @functools.wraps(real)
-    def call(*args: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += bool(when(*args))
-        due = calls == number and when(*args)
-        if due and not after:
-            act()
-        result = real(*args, **more)
-        if due and after:
-            act()
-        return result
-
-    setattr(owner, name, call)

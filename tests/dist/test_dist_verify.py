@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 
 import pytest
+from faults import kill_self
 from proofs import GROUPS, assert_equal, named
 
 from basestone.trainer import verify
@@ -122,16 +121,12 @@ def _refuse() -> None:
     raise NumericsError("step 2: the loss is not finite on rank(s) [1]")
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "fail", "message"),
     [
         ("pp2-z1", _refuse, "failed: NumericsError: step 2: the loss is not finite on rank(s) [1]"),
-        ("tp2-z1", _die, "failed: RankDied: rank 1 died without an answer (exit code -9)"),
+        ("tp2-z1", kill_self, "failed: RankDied: rank 1 died without an answer (exit code -9)"),
     ],
 )
 def test_a_rank_that_fails_is_a_verdict_and_the_next_layout_runs(proof, name, fail, message, monkeypatch):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_run import after, killed, train
+from faults import after, kill_self
+from whole_run import killed, train
 
 from basestone.trainer import engine
 from basestone.trainer.checkpoint.format import steps_in
@@ -120,7 +121,7 @@ def test_an_export_dies_with_its_run_and_is_made_up_for(corpus, tmp_path, export
 
         def started(self: Any, path: Path) -> Any:
             told.write_text(str(start(self, path).pid))
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_self()
 
         exporter.Exporter._start = started  # type: ignore[method-assign]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import whole_run
 from commands import losses_of
-from whole_run import after, before, kill_self, killed, train
+from faults import after, before, kill_self
+from whole_run import killed, train
 
 from basestone.trainer import engine, feed
 from basestone.trainer.checkpoint import saver, share, tensors, writer

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from commands import losses_of
+from faults import before, kill_self
 from servers import S3Proxy, s3_endpoint, serving_s3
-from whole_run import before, kill_self, killed, train
+from whole_run import killed, train
 
 from basestone.trainer import engine
 from basestone.trainer.checkpoint import copier, restorer

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from commands import losses_of
-from whole_run import Fault, after, before, train
+from faults import after, before
+from whole_run import Fault, train
 
 from basestone.trainer import engine, evaluate, feed, saving
 from basestone.trainer.checkpoint import places, saver, share, writer

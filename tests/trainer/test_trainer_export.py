@@ -1,17 +1,16 @@
 """Export: whole or not at all, and never wrong."""
 
+import importlib.util
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from faults import killed_before
 from small_export import SAMPLES, Weights, assert_nothing_left, hf_trace
 
 from basestone.data.errors import DataConfigError, DataStorageError
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.hub import export as export_module
+from basestone.trainer.hub import weights as weights_module
 from basestone.trainer.hub.card import CardFacts
 from basestone.trainer.hub.weights import ConversionError
 
@@ -122,59 +121,24 @@ def test_a_storage_failure_is_named_and_leaves_nothing(export, config, weights, 
     assert_nothing_left(tmp_path)
 
 
-def test_missing_transformers_is_said_before_anything_is_read(config, tokenizer, tmp_path):
-    """Run where transformers cannot be found."""
-    script = f"""
-import importlib.util, sys, torch
-from pathlib import Path
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
-from basestone.model.config import ModelConfig
-from basestone.trainer.hub.export import export_checkpoint
-try:
-    export_checkpoint(None, ModelConfig.model_validate_json(sys.argv[1]), Path({str(tokenizer)!r}),
-        Path({str(tmp_path / "out")!r}), facts=None, sequence_length=8, trace=lambda ids: ids, samples=None)
-except ValueError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
-    root = Path(export_module.__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script, config.model_dump_json()], cwd=root, capture_output=True, text=True
+def test_missing_transformers_is_said_before_anything_is_read(export, tmp_path, monkeypatch):
+    """As where transformers cannot be found."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "transformers" else find(name, *rest),
     )
-    assert done.returncode == 64, done.stderr
-    assert "pip install 'basestone[hf]'" in done.stdout
+    with pytest.raises(ConfigError, match=r"pip install 'basestone\[hf\]'") as caught:
+        export(source=None, facts=None, trace=lambda ids: ids)
+    assert caught.value.exit_code == 64
     assert_nothing_left(tmp_path)
 
 
 @pytest.mark.faults
-def test_a_killed_export_leaves_no_target(config, tokenizer, tmp_path):
+def test_a_killed_export_leaves_no_target(export, tmp_path):
     """Kill -9 in the middle of the weights: what lies there does not bear the name."""
-    script = f"""
-import os, signal, sys, torch
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from small_export import FACTS, Weights
-from basestone.model.config import ModelConfig
-from basestone.trainer.hub import weights
-from basestone.trainer.hub.export import export_checkpoint
-config = ModelConfig.model_validate_json(sys.argv[1])
-write, count = weights.BlockFile.write, 0
-def die(self, data):
-    global count
-    count += 1
-    if count == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, data)
-weights.BlockFile.write = die
-export_checkpoint(Weights(config), config, Path({str(tokenizer)!r}), Path({str(tmp_path / "out")!r}), facts=FACTS,
-    sequence_length=8, trace=None, samples=None)
-"""
-    root = Path(export_module.__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", script, config.model_dump_json()], cwd=root, capture_output=True
-    )
-    assert done.returncode == -9, done.stderr
+    assert killed_before(weights_module.BlockFile, "write", 9, export)
     assert not (tmp_path / "out").exists()
     assert [path.name.endswith(".partial") for path in tmp_path.iterdir()] == [True]
     assert os.listdir(next(tmp_path.iterdir())) != []

@@ -6,18 +6,16 @@ import argparse
 import os
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import environment
+from faults import killed_before
 from foreign_files import own_states, refused, resolved_run
 
-from basestone.trainer import foreign, runtime
+from basestone.trainer import foreign, importing, runtime
 from basestone.trainer.checkpoint.inspection import problems_of
 from basestone.trainer.errors import ConfigError
 
@@ -157,28 +155,12 @@ def test_only_one_module_opens_files_of_torch():
 @pytest.mark.faults
 def test_a_killed_import_leaves_no_target(tmp_path):
     torch.save(own_states(resolved_run()), tmp_path / "weights.pt")
-    script = f"""
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from foreign_files import resolved_run
-from basestone.trainer import foreign, importing
-write, count = importing.RankWriter.write, 0
-def die(self, data):
-    global count
-    count += 1
-    if count == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, data)
-importing.RankWriter.write = die
-foreign.import_weights(Path(sys.argv[1]), Path(sys.argv[2]), resolved_run(), tokenizer_sha256="", versions={{}})
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "weights.pt", tmp_path / "out"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-    )
-    assert done.returncode == -9, done.stderr
+
+    def work() -> None:
+        foreign.import_weights(
+            tmp_path / "weights.pt", tmp_path / "out", resolved_run(), tokenizer_sha256="", versions={}
+        )
+
+    assert killed_before(importing.RankWriter, "write", 7, work)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 2 and names[0].startswith(".tmp-out-") and names[1] == "weights.pt"

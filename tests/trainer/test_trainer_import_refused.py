@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import killed_before
 from hub_directories import VOCAB, bring_in, refused, write_model
 from safetensors.torch import load_file, save_file
 
+from basestone.trainer import importing
 from basestone.trainer.hub import from_directory
 from basestone.trainer.hub.weights import ConversionError
 from basestone.trainer.inference import OpenCheckpoint
 
 pytestmark = pytest.mark.usefixtures("own_group")
-ROOT = Path(from_directory.__file__).resolve().parents[2]
 
 
 def change_weights(directory: Path, **changes: torch.Tensor | None) -> None:
@@ -235,22 +234,9 @@ def test_other_directories_are_refused(good, copied, tmp_path):
 
 @pytest.mark.faults
 def test_a_killed_import_leaves_no_target(good, tmp_path):
-    script = f"""
-import os, signal, sys
-from pathlib import Path
-from basestone.trainer import importing
-from basestone.trainer.hub.from_directory import import_directory
-write, count = importing.RankWriter.write, 0
-def die(self, data):
-    global count
-    count += 1
-    if count == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, data)
-importing.RankWriter.write = die
-import_directory(Path({str(good)!r}), Path({str(tmp_path / "out")!r}), tokenizer=None, versions={{}})
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-    assert done.returncode == -9, done.stderr
+    def work() -> None:
+        from_directory.import_directory(good, tmp_path / "out", tokenizer=None, versions={})
+
+    assert killed_before(importing.RankWriter, "write", 9, work)
     assert not (tmp_path / "out").exists()
     bring_in(good, tmp_path / "out")
