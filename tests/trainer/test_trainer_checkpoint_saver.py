@@ -209,6 +209,7 @@ def test_saves_keep_what_the_policy_says(tmp_path):
 
 def test_a_commit_that_hung_and_wakes_changes_nothing(run, monkeypatch):
     """It was given up, and a later save was committed: the late one neither takes its name nor prunes the later one."""
+    others = threading.enumerate()
     run.saver.limit_s = 0.2
     go = hold(monkeypatch, saver, "index_of")
     begin(run, 6)
@@ -216,9 +217,10 @@ def test_a_commit_that_hung_and_wakes_changes_nothing(run, monkeypatch):
     monkeypatch.undo()
     assert run.save(8).path == run.step(8)
     go.set()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(5)
+    late = [thread for thread in threading.enumerate() if thread not in others]
+    for thread in late:
+        thread.join(5)
+    assert late and not any(thread.is_alive() for thread in late)
     assert run.steps == [8] and (run.path / "latest").read_text() == "step_00000008\n"
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_00000008"]
 

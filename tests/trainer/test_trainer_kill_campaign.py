@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import kill_campaign
 import pytest
 from commands import environment
 
+from basestone.trainer.checkpoint import saver, share
+
 pytestmark = pytest.mark.faults
-PROGRAM = Path(__file__).parent.parent / "kill_campaign.py"
+PROGRAM = Path(kill_campaign.__file__)
 
 
-def start(out: Path, *arguments: object, before: str = "") -> subprocess.Popen[str]:
-    """Start a campaign; `before` is a fault that is planted in it."""
-    line = [str(PROGRAM)]
-    if before:
-        imports = "import sys; from basestone.trainer.checkpoint import saver, share; import kill_campaign"
-        line = ["-c", f"{imports}\n{before}\nsys.exit(kill_campaign.main(sys.argv[1:]))"]
+def start(out: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Start a campaign by its command line."""
     return subprocess.Popen(
-        [sys.executable, *line, str(out), *map(str, arguments)],
+        [sys.executable, str(PROGRAM), str(out), *map(str, arguments)],
         env=environment(),
         cwd=PROGRAM.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
+
+
+def fork(out: Path, *arguments: object, fault: Callable[[], None] = lambda: None) -> BaseProcess:
+    """Fork a campaign from this process, which has imported everything; it writes to OUT/output.txt."""
+
+    def campaign() -> None:
+        fault()
+        with open(out / "output.txt", "w") as file, contextlib.redirect_stdout(file):
+            code = kill_campaign.main([str(out), *map(str, arguments)])
+        sys.exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=campaign)
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess, out: Path) -> tuple[int | None, str]:
+    """Wait for a forked campaign; give its exit code and its output."""
+    process.join()
+    return process.exitcode, (out / "output.txt").read_text()
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -46,42 +69,48 @@ def lives(pid: str) -> bool:
 
 def test_a_campaign_that_is_killed_itself_goes_on_and_finds_nothing_wrong(tmp_path):
     arguments = ("--storage", 15, "--runs", 0)
-    first = start(tmp_path, *arguments)
-    while len(records(tmp_path)) < 4 and first.poll() is None:
+    first = fork(tmp_path, *arguments)
+    while len(records(tmp_path)) < 4 and first.is_alive():
         time.sleep(0.02)
     children = []
-    while not children and first.poll() is None:
+    while not children and first.is_alive():
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     first.kill()
-    first.wait()
+    first.join()
     done = records(tmp_path)
     assert 4 <= len(done) < 15
-    again = start(tmp_path, *arguments)
-    output = again.communicate()[0]
-    assert again.returncode == 0, output
+    code, output = ended(fork(tmp_path, *arguments), tmp_path)
+    assert code == 0, output
     every = records(tmp_path)
     assert every[: len(done)] == done and [record["number"] for record in every] == list(range(15))
     assert output.splitlines()[-1].startswith("15 storage kills: ") and "; 0 with problems" in output
     assert sum(record["in_flight"] for record in every) > 0
-    start(tmp_path, *arguments).wait()
+    once_more = start(tmp_path, *arguments)
+    assert once_more.communicate()[0] == output and once_more.returncode == 0
     assert records(tmp_path) == every, "nothing is left to do"
     assert children and not any(Path(f"/proc/{child}").exists() for child in children), (
         "it outlived its campaign"
     )
 
 
-TOO_SOON = """
-import time
-real = share.Staging._copy
-def copy(self, *arguments):
-    self._copied.set()
-    time.sleep(0.02)
-    return real(self, *arguments)
-share.Staging._copy = copy
-"""
+def go_on_too_soon() -> None:
+    real = share.Staging._copy
+
+    def copy(self: Any, *arguments: Any) -> Any:
+        self._copied.set()
+        time.sleep(0.02)
+        return real(self, *arguments)
+
+    share.Staging._copy = copy  # type: ignore[method-assign]
+
+
+def prune_all() -> None:
+    saver.kept = lambda *_: set()  # type: ignore[assignment]
+
+
 PLANTED = {
-    "training goes on before all is copied": (TOO_SOON, "is not of step"),
-    "a prune that leaves nothing": ("saver.kept = lambda *_: set()", "the newest step is 0"),
+    "training goes on before all is copied": (go_on_too_soon, "is not of step"),
+    "a prune that leaves nothing": (prune_all, "the newest step is 0"),
 }
 
 
@@ -89,9 +118,8 @@ PLANTED = {
 def test_a_campaign_finds_what_is_planted(tmp_path, name):
     fault, text = PLANTED[name]
     # A seed by which all six are asynchronous, and live for several saves.
-    process = start(tmp_path, "--storage", 6, "--runs", 0, "--seed", 211, before=fault)
-    output = process.communicate()[0]
-    assert process.returncode == 1, output
+    code, output = ended(fork(tmp_path, "--storage", 6, "--runs", 0, "--seed", 211, fault=fault), tmp_path)
+    assert code == 1, output
     found = "\n".join(problem for record in records(tmp_path) for problem in record["problems"])
     assert text in found
     assert list(tmp_path.glob("bad-storage-*")), "what was wrong stays to be looked at"
