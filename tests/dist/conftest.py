@@ -1,4 +1,4 @@
-"""Verifications of small runs, made once in a file."""
+"""Verifications of small runs, whose references are recorded once."""
 
 from __future__ import annotations
 
@@ -30,9 +30,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def proof(folder: Path) -> Iterator[Callable[..., Proof]]:
+@pytest.fixture
+def proof(recorded: Callable[..., Proof], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Proof]:
     """Verifications by (family, processes, dtype); a layout that hangs is over after a minute."""
+    monkeypatch.setattr(verify, "run_ranks", functools.partial(run_ranks, timeout_s=60))
+    return recorded
+
+
+@pytest.fixture(scope="session")
+def recorded(folder: Path) -> Iterator[Callable[..., Proof]]:
+    """Verifications as above, for all files."""
     made: list[Proof] = []
 
     @functools.cache
@@ -40,8 +47,6 @@ def proof(folder: Path) -> Iterator[Callable[..., Proof]]:
         made.append(Proof(folder, family, processes, dtype))
         return made[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "run_ranks", functools.partial(run_ranks, timeout_s=60))
-        yield make
-        for one in made:
-            one.close()
+    yield make
+    for one in made:
+        one.close()
