@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import forked_commands
 import pytest
 from commands import command, environment, losses_of
 from small_corpus import make_corpus
@@ -22,6 +23,12 @@ def basestone() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same by forks of this process, where a start of its own is not what is tested."""
+    return forked_commands.run
 
 
 @pytest.fixture(scope="session")

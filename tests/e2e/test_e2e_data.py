@@ -27,17 +27,17 @@ def mixed(first, second, **more: str) -> list[str]:
     return [f"data.sources={sources}", 'data.packing="best_fit"', 'data.attention="document"', *more]
 
 
-def test_a_mix_over_a_network_that_fails_trains_like_local_files(tmp_path, corpus, basestone):
+def test_a_mix_over_a_network_that_fails_trains_like_local_files(tmp_path, corpus, forked):
     shards = corpus / "shards"
     run = corpus / "run.toml"
     local = mixed(shards / "train", shards / "heldout")
-    done = basestone("train", run, "--run-dir", tmp_path / "local", *words(*ONE, "train.steps=6", *local))
+    done = forked("train", run, "--run-dir", tmp_path / "local", *words(*ONE, "train.steps=6", *local))
     assert done.returncode == 0, done.stderr
     with serving(shards, fault_rate=0.3, faults=("status 500", "flip", "short")) as server:
         remote = mixed(f"{server.url}/train", f"{server.url}/heldout")
         changes = ("parallel.tensor=1", "parallel.zero=2", "evaluate.every_steps=0", "train.steps=6", *remote)
         cache = (f"reading.cache={tmp_path / 'cache'}", "reading.cache_gib=0.1")
-        done = basestone("train", run, "--run-dir", tmp_path / "remote", *words(*changes, *cache))
+        done = forked("train", run, "--run-dir", tmp_path / "remote", *words(*changes, *cache))
         assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "remote") == pytest.approx(losses_of(tmp_path / "local"), rel=1e-5)
     last = steps_of(tmp_path / "remote")[6]
@@ -49,7 +49,7 @@ def test_a_mix_over_a_network_that_fails_trains_like_local_files(tmp_path, corpu
     # the weights change, and the first source has another name now: it is known by its content and goes on
     again = mixed(shards / "heldout", shards / "train")
     again[0] = again[0].replace("{ a =", "{ b =").replace(", b =", ", c =")
-    done = basestone("train", run, "--run-dir", tmp_path / "local", *words(*ONE, "train.steps=8", *again))
+    done = forked("train", run, "--run-dir", tmp_path / "local", *words(*ONE, "train.steps=8", *again))
     assert done.returncode == 0, done.stderr
     assert not [event for event in events_of(tmp_path / "local") if event["event"] == "data"]
     shares = steps_of(tmp_path / "local")[8]["data_shares"]
@@ -73,7 +73,7 @@ def damage(shards, out) -> dict:
 
 
 @pytest.mark.faults
-def test_quarantine_passes_over_the_damaged_chunk_says_so_and_has_a_limit(tmp_path, corpus, basestone):
+def test_quarantine_passes_over_the_damaged_chunk_says_so_and_has_a_limit(tmp_path, corpus, forked):
     bad = damage(corpus / "shards" / "train", tmp_path / "damaged")
     run = corpus / "run.toml"
     changes = (
@@ -84,12 +84,12 @@ def test_quarantine_passes_over_the_damaged_chunk_says_so_and_has_a_limit(tmp_pa
     )
     quarantine = ("reading.on_bad_chunk=quarantine", f"reading.max_bad_fraction={bad['fraction'] * 1.01}")
 
-    done = basestone("train", run, "--run-dir", tmp_path / "limit", *words(*changes, quarantine[0]))
+    done = forked("train", run, "--run-dir", tmp_path / "limit", *words(*changes, quarantine[0]))
     assert done.returncode == 76
     assert "more than reading.max_bad_fraction = 0.001; mend the shards" in done.stderr
 
     run_dir = tmp_path / "run"
-    done = basestone("train", run, "--run-dir", run_dir, *words(*changes, *quarantine, "data.workers=2"))
+    done = forked("train", run, "--run-dir", run_dir, *words(*changes, *quarantine, "data.workers=2"))
     assert done.returncode == 0, done.stderr
     (line,) = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
     assert (line["source"], line["chunk"], line["bytes"]) == ("train", bad["chunk"], bad["bytes"])
@@ -99,6 +99,6 @@ def test_quarantine_passes_over_the_damaged_chunk_says_so_and_has_a_limit(tmp_pa
     assert last["data_bad_chunks"] == 1 and last["data_bad_bytes"] == bad["bytes"]
 
     # nothing is counted twice, by whichever reader or attempt: one more such chunk would be too many
-    done = basestone("train", run, "--run-dir", run_dir, *words(*changes[:2], "train.steps=90", *quarantine))
+    done = forked("train", run, "--run-dir", run_dir, *words(*changes[:2], "train.steps=90", *quarantine))
     assert done.returncode == 0, done.stderr
     assert steps_of(run_dir)[90]["data_bad_chunks"] == 1

@@ -60,9 +60,9 @@ def test_classes_are_tuned_and_the_outcome_is_told(exported, tmp_path, capfd):
     assert set(figures["heldout"]["classes"]) == {"colour", "fruit", "neither"} and figures["examples"] == 37
 
 
-def test_a_run_must_be_exported_first_and_is_told_once(trained, tmp_path, basestone):
+def test_a_run_must_be_exported_first_and_is_told_once(trained, tmp_path, forked):
     data = write_lines(tmp_path / "bad.jsonl", [{"prompt": "a"}])
-    done = basestone("finetune", trained, data, "--out", tmp_path / "out", "--processes", "2")
+    done = forked("finetune", trained, data, "--out", tmp_path / "out", "--processes", "2")
     assert (done.returncode, done.stdout) == (64, "")
     lines = done.stderr.splitlines()
     assert (

@@ -22,31 +22,32 @@ def test_evaluate_equals_the_training_runs_own(trained, basestone):
         assert result[name] == pytest.approx(last[name], rel=1e-5)
 
 
-def test_evaluate_needs_the_held_out_shards_alone(trained, corpus, basestone):
+def test_evaluate_needs_the_held_out_shards_alone(trained, corpus, forked):
     shards = corpus / "shards" / "train"
     shards.rename(corpus / "away")
     try:
-        done = basestone("evaluate", trained, "--max-tokens", "500")
+        done = forked("evaluate", trained, "--max-tokens", "500")
     finally:
         (corpus / "away").rename(shards)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("topics: loss ")
 
 
-def test_generate_continues_a_prompt(trained, basestone):
+def test_generate_continues_a_prompt(trained, basestone, forked):
     words = ("generate", trained, "--prompt", "The following", "--max-new-tokens", "12")
-    first, again = basestone(*words), basestone(*words)
+    first, again = basestone(*words), forked(*words)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("The following") and first.stdout == again.stdout
-    assert basestone(*words, "--seed", "5").stdout != first.stdout
+    assert forked(*words, "--seed", "5").stdout != first.stdout
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_export_is_what_transformers_loads(tmp_path, trained, basestone, dtype):
+def test_export_is_what_transformers_loads(tmp_path, trained, basestone, forked, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "hf"
-    done = basestone("export", trained, out, "--dtype", dtype, "--licence", "apache-2.0")
+    export = {"bf16": basestone, "fp32": forked}[dtype]
+    done = export("export", trained, out, "--dtype", dtype, "--licence", "apache-2.0")
     assert done.returncode == 0, done.stderr
     error = float(done.stdout.split("within ")[1].split()[0])
     assert error < 1e-5
@@ -60,46 +61,46 @@ def test_export_is_what_transformers_loads(tmp_path, trained, basestone, dtype):
     assert text.startswith("The following")
     card = (out / "README.md").read_text()
     assert ("apache-2.0" in card and "joule" in card.lower()) or "kWh" in card
-    assert basestone("export", trained, out).returncode == 64, "an existing directory must be refused"
+    assert forked("export", trained, out).returncode == 64, "an existing directory must be refused"
 
 
-def test_export_refuses_another_tokenizer(tmp_path, trained, corpus, basestone):
+def test_export_refuses_another_tokenizer(tmp_path, trained, corpus, forked):
     other = tmp_path / "other.model"
-    done = basestone("tokenizer", "train", corpus / "shards/train", "--out", other, "--vocab-size", "520")
+    done = forked("tokenizer", "train", corpus / "shards/train", "--out", other, "--vocab-size", "520")
     assert done.returncode == 0, done.stderr
-    done = basestone("export", trained, tmp_path / "hf", "--tokenizer", other)
+    done = forked("export", trained, tmp_path / "hf", "--tokenizer", other)
     assert done.returncode == 64
     assert "is not the tokenizer" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "hf").exists()
 
 
-def test_report_and_checkpoint_commands(trained, basestone):
-    done = basestone("report", trained)
+def test_report_and_checkpoint_commands(trained, forked):
+    done = forked("report", trained)
     assert done.returncode == 0 and (trained / "report.html").stat().st_size > 5000
-    listed = json.loads(basestone("checkpoint", "ls", trained, "--json").stdout)
+    listed = json.loads(forked("checkpoint", "ls", trained, "--json").stdout)
     assert [row["step"] for row in listed] == [16, 12, 8] and all(row["problem"] is None for row in listed)
-    verified = basestone("checkpoint", "verify", trained, "--all")
+    verified = forked("checkpoint", "verify", trained, "--all")
     assert verified.returncode == 0 and verified.stdout.count("every byte matches") == 3
-    facts = json.loads(basestone("checkpoint", "show", trained, "--json").stdout)
+    facts = json.loads(forked("checkpoint", "show", trained, "--json").stdout)
     layout = {"processes": 2, "tensor": 2, "pipeline": 1, "zero": 1}
     assert (facts["step"], facts["optimizer_steps"], facts["layout"]) == (16, 16, layout)
     assert not facts["weights_only"] and facts["parameters"] > 0 and "torch" in facts["versions"]
 
 
-def test_a_pruned_run_goes_on_from_what_is_left(tmp_path, trained, basestone):
+def test_a_pruned_run_goes_on_from_what_is_left(tmp_path, trained, forked):
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
-    done = basestone("checkpoint", "prune", run_dir, "--keep-last", "1")
+    done = forked("checkpoint", "prune", run_dir, "--keep-last", "1")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000016"]
-    done = basestone("train", run_dir / "run.toml", "--run-dir", run_dir, "--set", "train.steps=18")
+    done = forked("train", run_dir / "run.toml", "--run-dir", run_dir, "--set", "train.steps=18")
     assert done.returncode == 0 and "resuming at step 16" in done.stdout + done.stderr
-    steps = [row["step"] for row in json.loads(basestone("checkpoint", "ls", run_dir, "--json").stdout)]
+    steps = [row["step"] for row in json.loads(forked("checkpoint", "ls", run_dir, "--json").stdout)]
     assert steps == [18, 16]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_torch_file_comes_in_and_leaves_as_what_it_was(tmp_path, corpus, basestone, family):
+def test_a_torch_file_comes_in_and_leaves_as_what_it_was(tmp_path, corpus, basestone, forked, family):
     """transformers -> torch.save -> import -> export -> transformers: the same logits."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -120,17 +121,17 @@ def test_a_torch_file_comes_in_and_leaves_as_what_it_was(tmp_path, corpus, bases
     section = "\n".join(key.removeprefix("model.").replace("=", " = ") for key in keys)
     (corpus / f"{family}.toml").write_text(text.replace("[model]\n", f"[model]\n{section}\n"))
     imported, out = tmp_path / "imported", tmp_path / "hf"
-    done = basestone(
+    done = {"llama": basestone, "gpt2": forked}[family](
         *("checkpoint", "import", tmp_path / "pytorch_model.bin", imported, "--run", corpus / f"{family}.toml")
     )
     assert done.returncode == 0, done.stderr
     tokenizer = corpus / "tokenizer.model"
     assert done.stdout == f"{imported}: weights of pytorch_model.bin; its tokenizer is {tokenizer}\n"
-    assert "every byte matches" in basestone("checkpoint", "verify", imported).stdout
-    done = basestone("export", imported, out, "--dtype", "fp32", "--tokenizer", tokenizer)
+    assert "every byte matches" in forked("checkpoint", "verify", imported).stdout
+    done = forked("export", imported, out, "--dtype", "fp32", "--tokenizer", tokenizer)
     assert done.returncode == 0, done.stderr
     ids = torch.arange(64)[None] * 7 % 512
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
-    done = basestone("generate", imported, "--prompt", "The", "--max-new-tokens", "2", "--tokenizer", tokenizer)
+    done = forked("generate", imported, "--prompt", "The", "--max-new-tokens", "2", "--tokenizer", tokenizer)
     assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr

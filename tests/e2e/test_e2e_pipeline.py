@@ -21,13 +21,13 @@ def evaluations(run_dir):
     return [line["loss"] for line in lines if line["kind"] == "eval"]
 
 
-def test_a_pipeline_takes_up_a_tensor_parallel_run(tmp_path, corpus, trained, basestone):
+def test_a_pipeline_takes_up_a_tensor_parallel_run(tmp_path, corpus, trained, forked):
     run_dir = tmp_path / "run"
     process = start("train", corpus / "run.toml", "--run-dir", run_dir)
     wait_for_step(process, run_dir, 6)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, *PIPELINE)
+    done = forked("train", corpus / "run.toml", "--run-dir", run_dir, *PIPELINE)
     assert done.returncode == 0, done.stderr
     assert "1F1B over layers 1 | 1, bubble 20%" in done.stderr
     assert losses_of(run_dir) == pytest.approx(losses_of(trained), rel=1e-5)

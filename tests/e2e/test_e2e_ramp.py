@@ -25,10 +25,10 @@ def words(*changes: str) -> list[str]:
 
 
 @pytest.mark.faults
-def test_killed_in_the_second_phase_another_layout_goes_on(tmp_path, corpus, basestone):
+def test_killed_in_the_second_phase_another_layout_goes_on(tmp_path, corpus, forked):
     alone = ("run.processes=1", "parallel.tensor=1", "parallel.zero=0")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = basestone("train", corpus / "run.toml", "--run-dir", whole, *words(*alone))
+    done = forked("train", corpus / "run.toml", "--run-dir", whole, *words(*alone))
     assert done.returncode == 0, done.stderr
     steps = steps_of(whole)
     assert [steps[step]["global_batch"] for step in sorted(steps)] == BATCHES
@@ -48,7 +48,7 @@ def test_killed_in_the_second_phase_another_layout_goes_on(tmp_path, corpus, bas
         "data.workers=0",
         "train.micro_batch=1",
     ]
-    done = basestone("train", corpus / "run.toml", "--run-dir", killed, *words(*other))
+    done = forked("train", corpus / "run.toml", "--run-dir", killed, *words(*other))
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stderr
     steps = steps_of(killed)

@@ -14,11 +14,11 @@ from basestone.data.errors import DataError
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-def run_on_a_full_disk(name: str, corpus: Path, run_dir: Path, basestone) -> None:
+def run_on_a_full_disk(name: str, corpus: Path, run_dir: Path, forked) -> None:
     """Train where every write to one file of the run directory finds no space."""
     run_dir.mkdir()
     (run_dir / name).symlink_to("/dev/full")
-    done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, "--set", "meter.tensorboard=false")
+    done = forked("train", corpus / "run.toml", "--run-dir", run_dir, "--set", "meter.tensorboard=false")
     assert done.returncode == 74, done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -28,17 +28,17 @@ def run_on_a_full_disk(name: str, corpus: Path, run_dir: Path, basestone) -> Non
     assert "No space left on device" in (run_dir / "FAILED").read_text()
 
 
-def test_a_full_disk_at_a_record(tmp_path, corpus, basestone):
+def test_a_full_disk_at_a_record(tmp_path, corpus, forked):
     run_dir = tmp_path / "run"
-    run_on_a_full_disk("metrics.jsonl", corpus, run_dir, basestone)
+    run_on_a_full_disk("metrics.jsonl", corpus, run_dir, forked)
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", "fail"]
     assert "metrics.jsonl" in events[-1]["message"]
     assert json.loads((run_dir / "ledger.json").read_text())["attempts"] == 1
 
 
-def test_a_full_disk_at_the_ledger(tmp_path, corpus, basestone):
-    run_on_a_full_disk(".ledger.json", corpus, tmp_path / "run", basestone)
+def test_a_full_disk_at_the_ledger(tmp_path, corpus, forked):
+    run_on_a_full_disk(".ledger.json", corpus, tmp_path / "run", forked)
 
 
 def batches(shards: Path, tokenizer: Path, seed: int, reader: int) -> int:
@@ -60,7 +60,7 @@ def batches(shards: Path, tokenizer: Path, seed: int, reader: int) -> int:
     return 400
 
 
-def test_the_rank_that_knows_why_is_heard(tmp_path, corpus, basestone):
+def test_the_rank_that_knows_why_is_heard(tmp_path, corpus, forked):
     """Rank 1 reads a damaged shard; rank 0, which owns the records, only loses contact with it."""
     damaged, run_dir = tmp_path / "train", tmp_path / "run"
     shutil.copytree(corpus / "shards" / "train", damaged)
@@ -76,7 +76,7 @@ def test_the_rank_that_knows_why_is_heard(tmp_path, corpus, basestone):
     )
     words = [f"data.train={damaged}", "parallel.tensor=1", "train.steps=400", f"run.seed={seed}"]
     words = [word for change in words for word in ("--set", change)]
-    done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, *words)
+    done = forked("train", corpus / "run.toml", "--run-dir", run_dir, *words)
     assert done.returncode == 76, done.stderr
     assert "rank 1 failed first" in done.stderr and shard.name in done.stderr.splitlines()[-1]
     text = (run_dir / "FAILED").read_text()

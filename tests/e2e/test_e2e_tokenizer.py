@@ -32,9 +32,9 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_takes_its_tokenizer_along(basestone, folder: Path) -> None:
+def test_a_run_takes_its_tokenizer_along(forked, folder: Path) -> None:
     changes = ("--set", "train.steps=4", "--set", "run.processes=1", "--set", "parallel.tensor=1")
-    done = basestone("train", folder / "run.toml", "--run-dir", folder / "run", *changes)
+    done = forked("train", folder / "run.toml", "--run-dir", folder / "run", *changes)
     assert done.returncode == 0, done.stderr
     assert len(losses_of(folder / "run")) == 4
     original = Tokenizer(folder / "ranks/gpt2.tiktoken")
@@ -42,9 +42,9 @@ def test_a_run_takes_its_tokenizer_along(basestone, folder: Path) -> None:
     kept = Tokenizer(folder / "run/tokenizer.model")
     assert kept.sha256 == original.sha256 and kept.vocab_size == 601
 
-    done = basestone("generate", folder / "run", "--prompt", "The for statement", "--max-new-tokens", "3")
+    done = forked("generate", folder / "run", "--prompt", "The for statement", "--max-new-tokens", "3")
     assert done.returncode == 0 and "The for statement" in done.stdout, done.stderr
-    done = basestone("export", folder / "run", folder / "hf")
+    done = forked("export", folder / "run", folder / "hf")
     assert done.returncode == 0, done.stderr
     transformers = pytest.importorskip("transformers")
     exported = transformers.AutoTokenizer.from_pretrained(folder / "hf")

@@ -75,7 +75,7 @@ def test_killed_and_resumed_gives_the_same_losses(tmp_path, corpus, trained, bas
 
 
 @pytest.mark.faults
-def test_sigterm_saves_and_another_layout_goes_on(tmp_path, corpus, trained, basestone):
+def test_sigterm_saves_and_another_layout_goes_on(tmp_path, corpus, trained, forked):
     run_dir = tmp_path / "run"
     process = start("train", corpus / "run.toml", "--run-dir", run_dir, "--set", "checkpoint.every_steps=0")
     wait_for_step(process, run_dir, 5)
@@ -85,7 +85,7 @@ def test_sigterm_saves_and_another_layout_goes_on(tmp_path, corpus, trained, bas
     assert "stopped after step" in output and "Traceback" not in output
     assert (run_dir / "RESUME").exists()
     other = ["--set", "parallel.tensor=1", "--set", "parallel.zero=2", "--set", "data.workers=0"]
-    done = basestone("train", corpus / "run.toml", "--run-dir", run_dir, *other)
+    done = forked("train", corpus / "run.toml", "--run-dir", run_dir, *other)
     assert done.returncode == 0, done.stderr
     assert not (run_dir / "RESUME").exists()
     assert losses_of(run_dir) == pytest.approx(losses_of(trained), rel=1e-5)
