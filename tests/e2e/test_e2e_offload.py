@@ -15,10 +15,10 @@ def sets(*changes: str) -> list[str]:
     return [word for change in changes for word in ("--set", change)]
 
 
-def test_a_run_goes_on_offloaded_to_the_host(tmp_path, corpus, trained, basestone):
+def test_a_run_goes_on_offloaded_to_the_host(tmp_path, corpus, trained, forked):
     resume = ("--resume", trained / "checkpoints" / "step_00000008")
     layout = sets("parallel.tensor=1", "parallel.zero=3", "parallel.offload=cpu")
-    done = basestone("train", corpus / "run.toml", "--run-dir", tmp_path / "run", *resume, *layout)
+    done = forked("train", corpus / "run.toml", "--run-dir", tmp_path / "run", *resume, *layout)
     assert done.returncode == 0, done.stderr
     assert sorted(steps_of(tmp_path / "run")) == list(range(9, 17))
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(trained)[8:], rel=1e-5)

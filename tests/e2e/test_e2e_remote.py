@@ -45,7 +45,9 @@ def worker(tmp_path) -> Worker:
     return run
 
 
-def test_what_is_done_with_a_copy_equals_what_is_done_with_the_run(trained, copied, worker, tmp_path):
+def test_what_is_done_with_a_copy_equals_what_is_done_with_the_run(
+    trained, copied, worker, forked, cache, tmp_path
+):
     done = worker("evaluate", f"{copied}/checkpoints/step_00000008", "--json")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -53,7 +55,7 @@ def test_what_is_done_with_a_copy_equals_what_is_done_with_the_run(trained, copi
     result = json.loads(done.stdout)["topics"]
     assert result == pytest.approx({name: own[name] for name in result}, rel=1e-5)
     for place, out in ((trained, tmp_path / "here"), (copied, tmp_path / "there")):
-        done = worker("export", place, out, "--name", "one", "--no-verify")
+        done = forked("export", place, out, "--name", "one", "--no-verify")
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{out}: step_00000016, bf16, not verified\n"
     names = {path.name for path in (tmp_path / "here").iterdir()}

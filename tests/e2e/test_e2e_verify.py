@@ -14,17 +14,18 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture
-def verify(corpus, basestone):
+def verify(corpus, forked):
     """Run the command with two processes and two steps, where nothing else is said."""
 
     def run(*words: object):
-        return basestone("verify", corpus / "run.toml", "--processes", "2", "--steps", "2", *words)
+        return forked("verify", corpus / "run.toml", "--processes", "2", "--steps", "2", *words)
 
     return run
 
 
-def test_equal_layouts_are_a_table(verify):
-    done = verify("--layouts", "tp2-z1,pp2-z1")
+def test_equal_layouts_are_a_table(corpus, basestone):
+    words = ("--processes", "2", "--steps", "2", "--layouts", "tp2-z1,pp2-z1")
+    done = basestone("verify", corpus / "run.toml", *words)
     assert done.returncode == 0, done.stderr
     head, *rows, last = done.stdout.splitlines()
     assert head.split() == ["layout", "loss", "norm", "gradient", "update", "verdict", "seconds"]
@@ -38,12 +39,13 @@ def test_equal_layouts_are_a_table(verify):
     assert "error" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_difference_is_named_and_leaves_with_76(verify, tmp_path):
+def test_a_difference_is_named_and_leaves_with_76(corpus, basestone, tmp_path):
     """A DeepSpeed file that sends fp32 gradients as bf16 does so where there are data-parallel ranks."""
     config = {"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     changes = ("--set", f"parallel.ds_config={tmp_path / 'ds.json'}", "--set", "parallel.zero=2")
-    done = verify("--layouts", "dp2-z2,dp2-z1", "--json", *changes)
+    words = ("--processes", "2", "--steps", "2", "--layouts", "dp2-z2,dp2-z1", "--json")
+    done = basestone("verify", corpus / "run.toml", *words, *changes)
     assert done.returncode == 76, done.stdout + done.stderr
     differs, equal = json.loads(done.stdout)
     assert set(equal) == {"layout", "equal", "loss", "norm", "gradient", "update", "first", "seconds"}
