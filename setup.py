@@ -16,5 +16,6 @@ if __name__ == "__main__":  # a checkout makes `basestone.setup` importable; imp
             "basestone": ["py.typed"],
             "basestone.ds_configs": ["*.json"],
             "basestone.recipes": ["*.toml"],
+            "basestone.trainer.meters": ["*.csv"],
         },
     )

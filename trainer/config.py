@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .ramp import BatchSchedule, Phase
 from .sections import (
     OFFLOAD_STAGES,
+    BudgetSection,
     CheckpointSection,
     EvaluateSection,
     ExportSection,
@@ -41,6 +42,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     meter: MeterSection = MeterSection()
+    budget: BudgetSection = BudgetSection()
 
     def resolve(self, world_size: int, vocab_size: int) -> ResolvedRun:
         """Derive everything that follows from the world size and the tokenizer's vocabulary.
@@ -166,6 +168,10 @@ class RunConfig(Section):
                 f"checkpoint.keep_best = {saves.keep_best} needs a held-out loss at every save: data.heldout, "
                 f"checkpoint.every_steps and evaluate.every_steps that divides it, got {saves.every_steps} and "
                 f"{evaluations}"
+            )
+        if self.budget.cost is not None and self.meter.price_per_kwh is self.meter.price_per_gpu_hour is None:
+            problems.append(
+                "budget.cost needs a price; set meter.price_per_kwh, meter.price_per_gpu_hour or both"
             )
         if parallel.zero == 0 and self.train.dtype != "fp32":
             problems.append(

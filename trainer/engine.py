@@ -45,6 +45,7 @@ from .ds_config import deepspeed_config, nvme_sections
 from .engine_state import MASTER, EngineState
 from .errors import ConfigError
 from .gradients import Fp32Accumulation, add_over, gradient_of
+from .meters.phases import Phases, ScheduleTimers
 from .plan import swapped_bytes
 from .runtime import Mpu, Runtime, run_schedule
 from .swap import SwapFolder, swap_folder_problem
@@ -91,6 +92,9 @@ class Engine:
             self._engine, self._deepspeed_optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=config, mpu=Mpu()
             )
+        self.phases = Phases(on_cpu=runtime.on_cpu)
+        for chunk in self.module.chunks:
+            chunk.config.timers = ScheduleTimers(self.phases)
         self.state = EngineState(self.module, self._deepspeed_optimizer, runtime.dp_group)
         if self._zero == 3:
             self._initialise_stage3(run.run.seed)
@@ -194,11 +198,14 @@ class Engine:
         scale = len(micro_batches) * self.runtime.dp_size / num_tokens
         if self._through_engine:
             self._chunks[0].begin_step(len(micro_batches))
-        one_reduction = self._zero > 0 and not self._through_engine
-        with self._engine.coalesce_grad_reduction() if one_reduction else contextlib.nullcontext():
+            return self._run(micro_batches, scale)
+        with contextlib.ExitStack() as reduction:
+            if self._zero > 0:
+                reduction.enter_context(self._engine.coalesce_grad_reduction())
             total = self._run(micro_batches, scale)
-            if not self._through_engine:
+            with self.phases.device("gradient_sync"):
                 self._finish_gradients()
+                reduction.close()
         return total
 
     def _run(self, micro_batches: Sequence[MicroBatch], scale: float, *, forward_only: bool = False) -> Tensor:
@@ -242,16 +249,19 @@ class Engine:
         """Clip, step and give the global gradient norm before clipping."""
         for group in self._deepspeed_optimizer.param_groups:
             group["lr"] = lr
-        norm = self._reduce_plain() if self._zero == 0 else None
-        self._engine.step()
-        reported = norm if norm is not None else self._engine.get_global_grad_norm()
-        return float(reported)
+        if self._zero == 0:
+            with self.phases.device("gradient_sync"):
+                self._engine.set_gradient_accumulation_boundary(True)
+                self._engine.allreduce_gradients()
+        with self.phases.device("optimizer"):
+            norm = self._clip_plain() if self._zero == 0 else None
+            self._engine.step()
+            reported = norm if norm is not None else self._engine.get_global_grad_norm()
+            return float(reported)
 
-    def _reduce_plain(self) -> float:
-        """ZeRO-0: average the gradients, compute their norm over all ranks, clip."""
+    def _clip_plain(self) -> float:
+        """ZeRO-0: compute the gradients' norm over all ranks, clip."""
         runtime = self.runtime
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.allreduce_gradients()
         square = torch.zeros((), dtype=torch.float64, device=runtime.device)
         for parameter in self.module.parameters():
             if parameter.owned and parameter.grad is not None:  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from ..data.errors import DataError
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.layout import decoder_layout
+from .accounts import Accounts
 from .checkpoint.copier import Copier
 from .checkpoint.format import steps_in
 from .checkpoint.remote import check_place
@@ -37,7 +37,6 @@ from .evaluate import HeldOut
 from .feed import Feed
 from .hub.exporter import Exporter, check_exports
 from .load import fixed_differences
-from .meters import Meters
 from .places import DataPlaces
 from .record import Recorder
 from .rundir import RunDirectory, tell_failure
@@ -114,13 +113,14 @@ class Trainer:
         self._feed.start(state["data"] if state else None, workers=resolved.run.data.workers)
         self._training_step = TrainingStep(self._engine, resolved, runtime, self._feed, self._saver.wait_copied)
         self._held_out = self._open_held_out()
-        self._meters = Meters(resolved, runtime)
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
+        self._accounts = Accounts(resolved, runtime, self._directory, self._console)
         self._saving = Saving(self._saver, copier, resolved.run, self._directory, self._console, exporter)
         self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
             self._begin_records(state, begun_with, restorer.origin)
+        self._accounts.begin()
         if exporter is not None:
             exporter.offer_missing(self._saver.directory, self.step)
 
@@ -162,7 +162,6 @@ class Trainer:
         directory.save_ledger()
         if state:
             self._console.say(f"resuming {where} (attempt {directory.attempt})")
-        self._console.say(f"energy: {self._meters.energy_note}")
 
     def _differences(self, state: dict[str, Any]) -> list[str]:
         """List what makes a checkpoint that of another model, tokenizer or dataset."""
@@ -210,7 +209,6 @@ class Trainer:
         """
         run, last = self._resolved.run, self._resolved.steps
         evaluated = -1
-        self._meters.restart()
         with self._signals():
             while self.step < last:
                 figures = self._train_step()
@@ -231,7 +229,8 @@ class Trainer:
                     self._save("save", wait=done)
                 if stop:
                     self._saving.close(self.step, stopped=True)
-                    raise Stopped(f"stopped after step {self.step}, saved; the same command goes on")
+                    self._accounts.finish()
+                    raise Stopped(self._accounts.stop_message(self.step))
             if evaluated != self.step:
                 self._evaluate()
         self._finish()
@@ -239,7 +238,8 @@ class Trainer:
     def _train_step(self) -> StepFigures:
         self._heldout_losses = {}
         try:
-            figures = self._training_step.run(self.step, (self._stop_signals > 0, *self._saving.flags()))
+            stop = self._stop_signals > 0 or self._accounts.used_up is not None
+            figures = self._training_step.run(self.step, (stop, *self._saving.flags()))
         except NumericsError as error:  # on every rank
             self._end_save()
             steps = steps_in(self._saver.directory)
@@ -249,11 +249,7 @@ class Trainer:
                 "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step; "
                 "--resume goes on from an older checkpoint"
             ) from error
-        self._meters.phase("data", figures.data_s)
-        self._meters.phase("forward_backward", figures.forward_backward_s)
-        self._meters.phase("checkpoint", figures.checkpoint_s)
-        self._meters.phase("optimizer", figures.optimizer_s)
-        self._meters.step(figures.num_tokens)
+        self._accounts.meters.step(figures.num_tokens, figures.phase_s)
         self._tokens += figures.num_tokens
         try:
             news = self._feed.add_counts(figures.data_counts)
@@ -274,8 +270,6 @@ class Trainer:
     # ---- between steps --------------------------------------------------------------------------------------
 
     def _log(self, figures: StepFigures) -> None:
-        ledger = self._directory.ledger if self._directory is not None else None
-        line = self._meters.line(ledger)
         record = {
             "kind": "step",
             "step": self.step,
@@ -284,23 +278,21 @@ class Trainer:
             "lr": figures.lr,
             "global_batch": self._resolved.batches.global_batch(self.step - 1),
             "tokens": self._tokens,
-            **line,
+            **self._accounts.line(self.step),
             **self._feed.record(),
         }
         self._recorder.step(record)
 
     def _evaluate(self) -> None:
-        started_s = time.perf_counter()
-        for held_out in self._held_out:
-            result = held_out.measure(self._engine, self._resolved.run.train.micro_batch)
-            self._heldout_losses[held_out.name] = result.loss
-            self._recorder.evaluation(
-                {"kind": "eval", "step": self.step, "name": held_out.name, **result.record()}
-            )
-        self._meters.phase("evaluate", time.perf_counter() - started_s)
+        with self._engine.phases.host("evaluate"):
+            for held_out in self._held_out:
+                result = held_out.measure(self._engine, self._resolved.run.train.micro_batch)
+                self._heldout_losses[held_out.name] = result.loss
+                self._recorder.evaluation(
+                    {"kind": "eval", "step": self.step, "name": held_out.name, **result.record()}
+                )
 
     def _save(self, cause: str, *, wait: bool) -> None:
-        started_s = time.perf_counter()
         state = {
             "step": self.step,
             "tokens": self._tokens,
@@ -315,10 +307,10 @@ class Trainer:
             "ledger": self._directory.ledger.useful() if self._directory is not None else {},
             "versions": self._versions,
         }
-        self._saving.save(self.step, state, cause=cause, wait=wait)
+        with self._engine.phases.host("checkpoint"):
+            self._saving.save(self.step, state, cause=cause, wait=wait)
         if self._directory is not None and cause == "stop":
             self._directory.mark("RESUME", f"step {self.step}")
-        self._meters.phase("checkpoint", time.perf_counter() - started_s)
 
     def _finish(self) -> None:
         if self._directory is not None:
@@ -328,6 +320,7 @@ class Trainer:
                 f"complete after {self.step} steps and {self._tokens:,} tokens: {self._directory.path}"
             )
         self._saving.close(self.step, stopped=False)
+        self._accounts.finish()
 
     def fail(self, error: Exception) -> None:
         """Record a failure; no collective, as other ranks may be gone.
@@ -346,7 +339,7 @@ class Trainer:
         self._saving.give_up_exports()
         self._console.close()
         self._recorder.close()
-        self._meters.close()
+        self._accounts.close()
         self._feed.close()
         self._engine.close()
         if self._directory is not None:

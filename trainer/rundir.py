@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..data.storage import naming, write_atomic
 from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
+from .meters.ledger import Ledger
 from .run_lock import RunLock, open_lock
 
 log = logging.getLogger(__name__)
@@ -35,41 +35,6 @@ FILES = (
     "latest",
     *MARKERS,
 )
-
-
-@dataclass
-class Ledger:
-    """What a run has used over all its attempts; `wasted_*` is the part whose work was lost."""
-
-    attempts: int = 0
-    joules: float | None = None
-    joules_source: str = "none"
-    wasted_joules: float = 0.0
-    train_s: float = 0.0
-    wasted_s: float = 0.0
-    tokens: int = 0
-    wasted_tokens: int = 0
-
-    def useful(self) -> dict[str, float]:
-        """Give what led to the present weights; a checkpoint carries it."""
-        return {
-            "joules": (self.joules or 0.0) - self.wasted_joules,
-            "train_s": self.train_s - self.wasted_s,
-            "tokens": self.tokens - self.wasted_tokens,
-        }
-
-    def resume_from(self, useful: dict[str, float]) -> None:
-        """Book everything after the checkpoint, whose `useful()` this is, as wasted.
-
-        Where the ledger was lost, or the checkpoint comes from another run directory, the totals begin there.
-        """
-        if useful.get("joules", 0.0) > (self.joules or 0.0):
-            self.joules = useful["joules"]
-        self.train_s = max(self.train_s, useful.get("train_s", 0.0))
-        self.tokens = max(self.tokens, int(useful.get("tokens", 0)))
-        self.wasted_joules = max(0.0, (self.joules or 0.0) - useful.get("joules", 0.0))
-        self.wasted_s = max(0.0, self.train_s - useful.get("train_s", 0.0))
-        self.wasted_tokens = max(0, int(self.tokens - useful.get("tokens", 0)))
 
 
 def make_run_directory(path: Path) -> None:
@@ -128,7 +93,7 @@ class RunDirectory:
         if not isinstance(values, dict):
             return Ledger()
         known = {field.name: values[field.name] for field in dataclasses.fields(Ledger) if field.name in values}
-        if bad := [f"{name} = {json.dumps(value)}" for name, value in known.items() if not _fits(name, value)]:
+        if bad := [f"{name} = {json.dumps(known[name])}" for name in Ledger.misfits(known)]:
             raise ConfigError(
                 f"{path}: {', '.join(bad)} is no figure of a ledger; put it right, or move the file away: the totals "
                 "then begin at the checkpoint's"
@@ -215,15 +180,6 @@ class RunDirectory:
         for one in lines:
             os.close(one.descriptor)
         self._lock.close()
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Tell whether a value of ledger.json can stand in the ledger."""
-    if name == "joules_source":
-        return isinstance(value, str)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return name == "joules" and value is None
-    return isinstance(value, int) or name not in ("attempts", "tokens", "wasted_tokens")
 
 
 def tell_failure(run_dir: Path, rank: int, step: int, error: Exception) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.reading.transport import shown
+from .meters.tariff import grid_intensity
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
@@ -247,5 +248,50 @@ class MeterSection(Section):
     attention_flops: Literal["causal", "full"] = Field(
         "causal", description="how attention is counted in FLOPs", json_schema_extra=FREE
     )
-    g_co2e_per_kwh: float | None = Field(None, ge=0, description="grid intensity", json_schema_extra=FREE)
+    idle_s: float = Field(
+        0.0,
+        ge=0,
+        description="measure what the devices draw idle, so long, before the first step",
+        json_schema_extra=FREE,
+    )
+    pue: float = Field(
+        1.0, ge=1, description="what the building draws over what its computers draw", json_schema_extra=FREE
+    )
+    grid: str | None = Field(
+        None,
+        description="country whose mean grid intensity counts, as an ISO 3166 alpha-3 code, e.g. FRA",
+        json_schema_extra=FREE,
+    )
+    g_co2e_per_kwh: float | None = Field(
+        None, ge=0, description="grid intensity, in place of a country's", json_schema_extra=FREE
+    )
+    price_per_kwh: float | None = Field(None, ge=0, description="of electricity", json_schema_extra=FREE)
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="of one GPU", json_schema_extra=FREE)
+    currency: str = Field("USD", description="of the prices", json_schema_extra=FREE)
     tensorboard: bool = Field(True, description="write TensorBoard events", json_schema_extra=FREE)
+
+    @field_validator("grid")
+    @classmethod
+    def _known_country(cls, code: str | None) -> str | None:
+        if code is not None and code not in grid_intensity():
+            raise ValueError(
+                f"no country of the table has the code {code!r} (ISO 3166 alpha-3, e.g. DEU, USA); or give "
+                "meter.g_co2e_per_kwh"
+            )
+        return code
+
+    @model_validator(mode="after")
+    def _one_intensity(self) -> MeterSection:
+        if self.grid is not None and self.g_co2e_per_kwh is not None:
+            raise ValueError("grid and g_co2e_per_kwh are both given; give one of them")
+        return self
+
+
+class BudgetSection(Section):
+    """`[budget]`: the run stops, saved, at the first log line that reaches one; over all attempts."""
+
+    kwh: float | None = Field(
+        None, gt=0, description="energy, with the building's share (meter.pue)", json_schema_extra=FREE
+    )
+    cost: float | None = Field(None, gt=0, description="money, in meter.currency", json_schema_extra=FREE)
+    hours: float | None = Field(None, gt=0, description="wall time", json_schema_extra=FREE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +23,7 @@ class StepFigures:
     """What a step gave, the same on every rank but for the seconds.
 
     `loss` in nats a token, `grad_norm` before clipping, `num_tokens` the predictions that counted. A flag is true where
-    any rank raised it. `data_counts` are those of Feed.take_counts over all ranks. `checkpoint_s` was waited for the
-    copy of a save.
+    any rank raised it. `data_counts` are those of Feed.take_counts over all ranks. `phase_s` has seconds by phase.
     """
 
     loss: float
@@ -34,10 +32,7 @@ class StepFigures:
     num_tokens: int
     flags: tuple[bool, ...]
     data_counts: tuple[float, ...]
-    data_s: float
-    forward_backward_s: float
-    checkpoint_s: float
-    optimizer_s: float
+    phase_s: dict[str, float]
 
 
 class TrainingStep:
@@ -61,13 +56,12 @@ class TrainingStep:
         Raises:
             NumericsError: the loss or the gradient norm is not finite, on every rank; nothing was updated for the loss.
         """
-        run, runtime = self._resolved.run, self._runtime
-        started_s = time.perf_counter()
-        tokens, marks = self._feed.read(step)
-        # Tokens that count, flags, what the readers met: one small reduction over all ranks.
-        counted = float((marks % 2).sum()) if runtime.reads_data else 0.0
-        num_tokens, *sums = self._sum_over_ranks(counted, *map(float, flags), *self._feed.take_counts())
-        read_s = time.perf_counter()
+        run, runtime, phases = self._resolved.run, self._runtime, self._engine.phases
+        with phases.host("data"):
+            tokens, marks = self._feed.read(step)
+            # Tokens that count, flags, what the readers met: one small reduction over all ranks.
+            counted = float((marks % 2).sum()) if runtime.reads_data else 0.0
+            num_tokens, *sums = self._sum_over_ranks(counted, *map(float, flags), *self._feed.take_counts())
         seed_step(run.run.seed, step, runtime)
         batches = cut(tokens, marks, run.train.micro_batch, documents_apart=run.data.attention == "document")
         own = float(self._engine.forward_backward(batches, max(1.0, num_tokens)))
@@ -75,9 +69,8 @@ class TrainingStep:
         loss = total / max(1.0, num_tokens)
         if not math.isfinite(loss):
             self._refuse(step, "loss", own)
-        forward_s = time.perf_counter()
-        self._before_update()
-        free_s = time.perf_counter()
+        with phases.host("checkpoint"):
+            self._before_update()
         lr = learning_rate(step, self._resolved.steps, run.optimizer.lr, run.schedule)
         norm = self._engine.update(lr)
         if not math.isfinite(norm) and run.train.dtype != "fp16":  # fp16 skips the step and lowers its scale
@@ -89,10 +82,7 @@ class TrainingStep:
             num_tokens=int(num_tokens),
             flags=tuple(count > 0 for count in sums[: len(flags)]),
             data_counts=tuple(sums[len(flags) :]),
-            data_s=read_s - started_s,
-            forward_backward_s=forward_s - read_s,
-            checkpoint_s=free_s - forward_s,
-            optimizer_s=time.perf_counter() - free_s,
+            phase_s=phases.take(),
         )
 
     def _sum_over_ranks(self, *values: float) -> list[float]:

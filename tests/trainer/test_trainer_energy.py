@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from basestone.trainer.energy import CounterMeter, EnergyMeter, PowerMeter
+from basestone.trainer.meters.energy import CounterMeter, EnergyMeter, PowerMeter
 
 HOST = socket.gethostname()
 NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED

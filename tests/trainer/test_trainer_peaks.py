@@ -2,7 +2,7 @@
 
 import pytest
 
-from basestone.trainer.peaks import TABLE, peak_tflops
+from basestone.trainer.meters.peaks import TABLE, peak_tflops
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basestone.trainer.errors import ConfigError, NumericsError, exit_code_of, message_of
-from basestone.trainer.rundir import Ledger, RunDirectory, make_run_directory, tell_failure
+from basestone.trainer.meters.ledger import Ledger
+from basestone.trainer.rundir import RunDirectory, make_run_directory, tell_failure
 
 
 def test_a_refused_run_changes_nothing(tmp_path):

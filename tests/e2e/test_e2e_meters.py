@@ -1,0 +1,128 @@
+"""What whole runs cost: phases that add up to the steps, joules over restarts, money, and budgets that end a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import losses_of
+from whole_run import before, kill_self, killed, train
+
+from basestone.trainer import engine
+from basestone.trainer.errors import ConfigError, Stopped
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def unmetered(tmp_path_factory, corpus) -> Path:
+    """The corpus with a run file that gives no watts."""
+    folder = tmp_path_factory.mktemp("unmetered") / "corpus"
+    shutil.copytree(corpus, folder)
+    text = (corpus / "run.toml").read_text()
+    assert "watts = 100\n" in text
+    (folder / "run.toml").write_text(text.replace("watts = 100\n", ""))
+    return folder
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "step"]
+
+
+def ledger_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "ledger.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "phases"),
+    [
+        (("parallel.zero=1",), {"data", "forward", "backward", "checkpoint", "optimizer"}),
+        (
+            ("parallel.zero=0", "train.dtype=fp32"),
+            {"data", "forward", "backward", "gradient_sync", "checkpoint", "optimizer"},
+        ),
+        (
+            ("parallel.zero=1", "parallel.pipeline=2", "parallel.tensor=1"),
+            {"data", "forward", "backward", "bubble", "gradient_sync", "checkpoint", "optimizer"},
+        ),
+    ],
+    ids=["zero1", "zero0", "pipeline"],
+)
+def test_phases_add_up_to_the_steps(tmp_path, corpus, changes, phases):
+    train(corpus, tmp_path / "run", *changes, "data.heldout={}")
+    lines = lines_of(tmp_path / "run")
+    for line in lines[1:]:
+        in_steps = {name: s for name, s in line["phase_s"].items() if name not in ("checkpoint", "evaluate")}
+        assert set(line["phase_s"]) == phases
+        assert all(seconds > 0 for seconds in line["phase_s"].values())
+        assert sum(in_steps.values()) <= line["step_s"] * 1.001  # timers of one clock; the rest is between them
+    whole = [sum(line["phase_s"].values()) / line["step_s"] for line in lines[2:]]
+    assert max(whole) > 0.5, "most of a step is in a phase"
+
+
+def test_joules_hours_and_money_add_up_over_a_kill(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    prices = ("meter.price_per_kwh=0.36", "meter.grid=FRA", "meter.pue=1.5")
+
+    def prepare(rank: int) -> None:
+        if rank == 0:
+            before(engine.Engine, "update", kill_self, 6)
+
+    assert killed(corpus, run_dir, *prices, fault=prepare)
+    first = ledger_of(run_dir)
+    assert first["wasted_tokens"] == 0 and first["joules_source"] == "user-watts"
+    train(corpus, run_dir, *prices)
+    lines, last = lines_of(run_dir), ledger_of(run_dir)
+    assert last["attempts"] == 2
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    (resumed,) = [event["step"] for event in events if event["event"] == "resume"]
+    assert last["wasted_tokens"] == lines[4]["tokens"] - lines[resumed - 1]["tokens"] > 0
+    assert 0 < last["wasted_joules"] < first["joules"] < last["joules"]
+    assert 0 < last["wasted_s"] < first["train_s"] < last["train_s"] < last["wall_s"]
+    assert last["joules"] == pytest.approx(sum(last["joules_by_device"].values()))
+    assert all(name.endswith("/user-watts") for name in last["joules_by_device"])
+    assert (last["hosts"], last["all_hosts"], last["gpu_s"]) == (1, 1, 0.0)
+    line = lines[-1]
+    kwh = 1.5 * line["joules"] / 3.6e6
+    assert line["cost"] == pytest.approx(0.36 * kwh)
+    assert line["g_co2e"] == pytest.approx(56.0 * kwh)
+    assert 0 < line["goodput"] < 1
+    assert line["watts"] == pytest.approx(100, rel=0.05)
+    assert line["mfu"] is line["hfu"] is line["reserved_gib"] is None, "not known on a CPU, and not 0"
+
+
+def test_what_is_not_known_is_null(tmp_path, unmetered):
+    train(unmetered, tmp_path / "run", "train.steps=2", "meter.peak_tflops=0.5", "train.recompute=true")
+    line = lines_of(tmp_path / "run")[-1]
+    for name in ("joules", "watts", "joules_per_token", "g_co2e", "cost"):
+        assert line[name] is None
+    assert line["mfu"] < line["hfu"] < 4 / 3 * line["mfu"]
+
+
+def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, corpus, reference):
+    run_dir, few = tmp_path / "run", 1e-6  # kWh: 3.6 J, which no step can do without
+    with pytest.raises(
+        Stopped, match=r"stopped after step \d, saved: budget\.kwh = 1e-06 is used up: .* raise it"
+    ):
+        train(corpus, run_dir, f"budget.kwh={few}")
+    assert (run_dir / "RESUME").exists()
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert any(event["event"] == "budget" and event["step"] < 8 for event in events)
+    with pytest.raises(ConfigError, match=r"budget\.kwh = 1e-06 is used up: .*raise it to go on"):
+        train(corpus, run_dir, f"budget.kwh={few}")
+    train(corpus, run_dir, "budget.kwh=1")
+    assert losses_of(run_dir) == reference
+
+
+def test_a_budget_that_nothing_measures_is_refused(tmp_path, unmetered):
+    with pytest.raises(ConfigError, match=r"\[budget\] needs joules, and nothing here reads any"):
+        train(unmetered, tmp_path / "run", "budget.kwh=1")
+
+
+def test_the_idle_draw_is_measured_before_the_first_step(tmp_path, corpus):
+    train(corpus, tmp_path / "run", "train.steps=1", "meter.idle_s=0.5")
+    assert ledger_of(tmp_path / "run")["idle_w"] == pytest.approx(100, rel=0.1)

@@ -1,0 +1,91 @@
+"""The books of a run: what its meters read goes to the ledger, and a budget that is used up ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import ResolvedRun
+from .console import RunConsole
+from .errors import ConfigError
+from .meters.budget import used_up
+from .meters.ledger import Ledger
+from .meters.meters import Meters
+from .rundir import RunDirectory
+from .runtime import Runtime
+
+
+class Accounts:
+    """Every rank has one; rank 0's has the ledger."""
+
+    def __init__(
+        self, resolved: ResolvedRun, runtime: Runtime, directory: RunDirectory | None, console: RunConsole
+    ) -> None:
+        """Open the meters."""
+        self._run, self._runtime = resolved.run, runtime
+        self._directory, self._console = directory, console
+        self.meters = Meters(resolved, runtime)
+        self.used_up: str | None = None  # what of the budget; rank 0 knows
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The totals, on rank 0."""
+        return self._directory.ledger if self._directory is not None else None
+
+    def begin(self) -> None:
+        """Say what is metered and how, and measure the idle devices where that is asked for; every rank calls this.
+
+        Raises:
+            ConfigError: the budget is used up already, or asks for energy that nothing here reads.
+        """
+        problem = self._runtime.broadcast(self._problem())
+        if problem:
+            raise ConfigError(problem)
+        self._console.say(f"energy: {self.meters.energy_note}")
+        self._console.say(f"FLOPs: {self.meters.flops_note}")
+        if (idle_s := self._run.meter.idle_s) > 0:
+            self._console.say(f"measuring the idle devices for {idle_s:g} s")
+            watts = self.meters.measure_idle(idle_s)
+            if self.ledger is not None:
+                self.ledger.idle_w = watts
+            self._console.say("idle: n/a" if watts is None else f"idle: {watts:.0f} W")
+        self.meters.restart()
+
+    def _problem(self) -> str | None:
+        if self._directory is None:
+            return None
+        needs_energy = self._run.budget.kwh is not None or (
+            self._run.budget.cost is not None and self._run.meter.price_per_kwh is not None
+        )
+        if needs_energy and self.meters.reads_nothing:
+            return (
+                f"[budget] needs joules, and nothing here reads any ({self.meters.energy_note}); set meter.watts to "
+                "what a host draws, or leave budget.kwh and meter.price_per_kwh out"
+            )
+        if reason := used_up(self._run.budget, self._directory.ledger, self.meters.tariff):
+            return f"{reason} by {self._directory.path}; raise it to go on"
+        return None
+
+    def line(self, step: int) -> dict[str, Any]:
+        """Give the figures since the last line, book them, and look at the budget; every rank calls this."""
+        figures = self.meters.line(self.ledger)
+        if self._directory is not None and self.used_up is None:
+            self.used_up = used_up(self._run.budget, self._directory.ledger, self.meters.tariff)
+            if self.used_up is not None:
+                self._directory.event(step, "budget", self.used_up)
+                self._console.say(f"{self.used_up}: stopping after the next step, saved")
+        return figures
+
+    def finish(self) -> None:
+        """Book what came after the last line; every rank calls this."""
+        self.meters.finish(self.ledger)
+        self.used_up = self._runtime.broadcast(self.used_up)
+
+    def stop_message(self, step: int) -> str:
+        """Say why the run stops before its end, and how it goes on."""
+        if self.used_up is None:
+            return f"stopped after step {step}, saved; the same command goes on"
+        return f"stopped after step {step}, saved: {self.used_up}; raise it and the same command goes on"
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self.meters.close()

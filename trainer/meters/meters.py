@@ -1,0 +1,236 @@
+"""Throughput, FLOP/s, memory and energy of a run, from one log line to the next."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from ...model.flops import decoder_flops_per_token, recomputed_flops_per_token
+from ..config import ResolvedRun
+from ..runtime import Runtime, visible_gpus
+from .energy import EnergyMeter, Source
+from .ledger import Ledger
+from .peaks import peak_tflops
+from .tariff import Tariff
+
+GIB = 1 << 30
+SOURCES: tuple[Source, ...] = ("nvml-counter", "nvml-samples", "rapl", "user-watts", "none")  # the best first
+OUTSIDE_STEPS = ("checkpoint", "evaluate")
+
+
+class _Reading(NamedTuple):
+    """What one rank brings to a log line."""
+
+    host: str
+    gpus: tuple[str, ...]
+    joules: dict[str, float]
+    source: Source
+    elapsed_s: float
+    phases_s: dict[str, float]
+    memory_gib: tuple[float | None, float | None, float]  # allocated, reserved, of the host
+
+
+class Meters:
+    """Counts between log lines; every rank has one, and they meet when a line is due."""
+
+    def __init__(self, resolved: ResolvedRun, runtime: Runtime) -> None:
+        run, section = resolved.run, resolved.run.meter
+        self._runtime, self._gpus = runtime, tuple(visible_gpus())
+        self._energy = EnergyMeter(gpus=self._gpus, watts=section.watts)
+        self.tariff = Tariff(section)
+        self._convention = section.attention_flops
+        shape = (run.model, run.data.sequence_length, section.attention_flops)
+        self.flops_per_token = decoder_flops_per_token(*shape)
+        self._recomputed_flops = recomputed_flops_per_token(*shape) if run.train.recompute else 0.0
+        self._peak, self.peak_note = self._find_peak(resolved)
+        self._joules: dict[str, float] = {}
+        self._counted_s = psutil.Process().create_time()  # the start of the process costs, too
+        self.restart()
+
+    def _find_peak(self, resolved: ResolvedRun) -> tuple[float | None, str]:
+        """Give the peak TFLOP/s of a device, and whose figure it is or why there is none."""
+        dtype, given = resolved.run.train.dtype, resolved.run.meter.peak_tflops
+        if given is not None:
+            return given, "given in the run file"
+        if self._runtime.on_cpu:
+            return None, "no MFU: a CPU has no peak to go by; meter.peak_tflops sets one"
+        name = torch.cuda.get_device_name()
+        if found := peak_tflops(name, dtype):
+            return found
+        return None, f"no MFU: no peak is known for {name} in {dtype}; meter.peak_tflops sets one"
+
+    @property
+    def reads_nothing(self) -> bool:
+        """Tell whether this rank has no source of joules."""
+        return self._energy.source == "none"
+
+    @property
+    def energy_note(self) -> str:
+        """Say where this rank's joules come from, or why there are none."""
+        source = self._energy.source
+        return source if not self._energy.note else f"{source} ({self._energy.note})"
+
+    @property
+    def flops_note(self) -> str:
+        """Say how FLOPs are counted, and what MFU is a share of."""
+        peak = self.peak_note if self._peak is None else f"peak {self._peak:g} TFLOP/s ({self.peak_note})"
+        return f"{self.flops_per_token:.4g} a token, attention {self._convention}; {peak}"
+
+    def measure_idle(self, seconds: float) -> float | None:
+        """Wait so long, and give the watts that all devices drew; None where nothing can be read."""
+        before = self._gather()
+        time.sleep(seconds)
+        used = _used(_merged(before), _merged(self._gather()))
+        return sum(used.values()) / seconds if used else None
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self._start_s = time.perf_counter()
+        self._phases_s: dict[str, float] = {}
+        self._steps, self._tokens = 0, 0
+
+    def step(self, tokens: int, phases_s: dict[str, float]) -> None:
+        """Count a finished step, and seconds by phase since the one before."""
+        self._steps += 1
+        self._tokens += tokens
+        for name, seconds in phases_s.items():
+            self._phases_s[name] = self._phases_s.get(name, 0.0) + seconds
+
+    def finish(self, ledger: Ledger | None) -> None:
+        """Book what came after the last line: evaluations and saves."""
+        readings = self._gather()
+        used = self._used(readings)
+        if ledger is not None:
+            self._book(ledger, readings, used, 0.0)
+
+    def line(self, ledger: Ledger | None) -> dict[str, Any]:
+        """Close the interval: give its figures on every rank, and book them in the ledger where there is one.
+
+        Rates are those of the steps, without evaluations and what a save kept them from.
+        """
+        readings, steps = self._gather(), max(1, self._steps)
+        elapsed_s = sum(reading.elapsed_s for reading in readings) / len(readings)
+        phases_s, used = _mean_phases(readings), self._used(readings)
+        in_steps_s = elapsed_s - sum(phases_s.get(name, 0.0) for name in OUTSIDE_STEPS)
+        if ledger is not None:
+            self._book(ledger, readings, used, in_steps_s)
+        rate = self._tokens / in_steps_s
+        tflops = rate * self.flops_per_token / self._runtime.world_size / 1e12
+        hardware = rate * (self.flops_per_token + self._recomputed_flops) / self._runtime.world_size / 1e12
+        joules = sum(used.values()) if used else None
+        figures = {
+            "tokens_per_s": rate,
+            "tokens_per_s_per_device": rate / self._runtime.world_size,
+            "step_s": in_steps_s / steps,
+            "phase_s": {name: seconds / steps for name, seconds in phases_s.items()},
+            "tflops_per_device": tflops,
+            "mfu": tflops / self._peak if self._peak else None,
+            "hfu": hardware / self._peak if self._peak else None,
+            "watts": joules / elapsed_s if joules is not None else None,
+            "joules_per_token": joules / self._tokens if joules is not None and self._tokens else None,
+            **_memory(readings),
+            **self._totals(ledger),
+        }
+        self.restart()
+        return figures
+
+    def _gather(self) -> list[_Reading]:
+        return self._runtime.gather_all(
+            _Reading(
+                socket.gethostname(),
+                self._gpus,
+                self._energy.read(),
+                self._energy.source,
+                time.perf_counter() - self._start_s,
+                self._phases_s,
+                self._memory_gib(),
+            )
+        )
+
+    def _used(self, readings: Sequence[_Reading]) -> dict[str, float]:
+        """Give the joules of every device since the last line."""
+        now = _merged(readings)
+        used, self._joules = _used(self._joules, now), {**self._joules, **now}
+        return used
+
+    def _book(
+        self, ledger: Ledger, readings: Sequence[_Reading], used: dict[str, float], in_steps_s: float
+    ) -> None:
+        now_s = time.time()
+        elapsed_s, self._counted_s = max(0.0, now_s - self._counted_s), now_s
+        ledger.wall_s += elapsed_s
+        ledger.gpu_s += elapsed_s * len({gpu for reading in readings for gpu in reading.gpus})
+        ledger.train_s += in_steps_s
+        ledger.tokens += self._tokens
+        ledger.joules_source = max((reading.source for reading in readings), key=SOURCES.index)
+        ledger.hosts = len({reading.host for reading in readings if reading.joules})
+        ledger.all_hosts = len({reading.host for reading in readings})
+        if used:
+            ledger.joules = (ledger.joules or 0.0) + sum(used.values())
+        for device, joules in used.items():
+            ledger.joules_by_device[device] = ledger.joules_by_device.get(device, 0.0) + joules
+
+    def _totals(self, ledger: Ledger | None) -> dict[str, Any]:
+        """Give what the run has come to, over all its attempts."""
+        if ledger is None:
+            return {}
+        footprint = self.tariff.footprint(ledger.joules, ledger.gpu_s)
+        return {
+            "joules": ledger.joules,
+            "g_co2e": footprint.g_co2e,
+            "cost": footprint.cost,
+            "goodput": ledger.goodput,
+        }
+
+    def _memory_gib(self) -> tuple[float | None, float | None, float]:
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        if self._runtime.on_cpu:
+            return None, None, host
+        return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB, host
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self._energy.close()
+
+
+def _merged(readings: Sequence[_Reading]) -> dict[str, float]:
+    """Give the joules by device: one that several ranks, or containers of a host, read counts once."""
+    merged: dict[str, tuple[str, float]] = {}
+    for reading in readings:
+        for key, joules in reading.joules.items():
+            device = key.partition("/")[2]
+            identity = device if device.startswith("GPU-") else key
+            name, most = merged.get(identity, (key, 0.0))
+            merged[identity] = name, max(most, joules)
+    return dict(merged.values())
+
+
+def _used(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    return {device: max(0.0, joules - before.get(device, 0.0)) for device, joules in now.items()}
+
+
+def _mean_phases(readings: Sequence[_Reading]) -> dict[str, float]:
+    """Give the mean over the ranks of each phase's seconds; one that a rank does not have took it none."""
+    names = dict.fromkeys(name for reading in readings for name in reading.phases_s)
+    return {
+        name: sum(reading.phases_s.get(name, 0.0) for reading in readings) / len(readings) for name in names
+    }
+
+
+def _memory(readings: Sequence[_Reading]) -> dict[str, float | None]:
+    """Give the most that a rank held, in GiB: what counts on its device first, of a CPU the host's."""
+    allocated, reserved, host = (
+        max((value for value in column if value is not None), default=None)
+        for column in zip(*(reading.memory_gib for reading in readings), strict=True)
+    )
+    return {
+        "memory_gib": host if allocated is None else allocated,
+        "reserved_gib": reserved,
+        "host_gib": host,
+    }
