@@ -10,6 +10,8 @@ from .errors import ConfigError
 from .meters.budget import used_up
 from .meters.ledger import Ledger
 from .meters.meters import Meters
+from .meters.nvml import NvmlError
+from .meters.power_limit import PowerLimit
 from .rundir import RunDirectory
 from .runtime import Runtime
 
@@ -25,6 +27,8 @@ class Accounts:
         self._directory, self._console = directory, console
         self.meters = Meters(resolved, runtime)
         self.used_up: str | None = None  # what of the budget; rank 0 knows
+        self._limit: PowerLimit | None = None
+        self._limit_waits = False
 
     @property
     def ledger(self) -> Ledger | None:
@@ -35,10 +39,12 @@ class Accounts:
         """Say what is metered and how, and measure the idle devices where that is asked for; every rank calls this.
 
         Raises:
-            ConfigError: the budget is used up already, or asks for energy that nothing here reads.
+            ConfigError: the budget is used up already, or asks for energy that nothing here reads; or the GPUs do not
+                take the power limit.
         """
-        problem = self._runtime.broadcast(self._problem())
-        if problem:
+        problems = self._runtime.gather_all((self._problem(), self._limit_problem()))
+        if problem := next((one for pair in problems for one in pair if one), None):
+            self.close()
             raise ConfigError(problem)
         self._console.say(f"energy: {self.meters.energy_note}")
         self._console.say(f"FLOPs: {self.meters.flops_note}")
@@ -48,7 +54,40 @@ class Accounts:
             if self.ledger is not None:
                 self.ledger.idle_w = watts
             self._console.say("idle: n/a" if watts is None else f"idle: {watts:.0f} W")
+        self._set_limit(0)
         self.meters.restart()
+
+    def _limit_problem(self) -> str | None:
+        """Prepare the power limit of the GPUs that no rank before this one has; say why there can be none."""
+        watts = self._run.meter.power_limit_w
+        if watts is None:
+            return None
+        ranks: list[tuple[str, ...]] = self._runtime.gather_all(self.meters.gpus)
+        if not any(ranks):
+            return f"meter.power_limit_w = {watts:g}: there is no GPU; leave it out"
+        before = {gpu for gpus in ranks[: self._runtime.rank] for gpu in gpus}
+        try:
+            self._limit = PowerLimit([gpu for gpu in self.meters.gpus if gpu not in before], watts)
+        except ConfigError as error:
+            return str(error)
+        self._limit_waits = True
+        return None
+
+    def _set_limit(self, step: int) -> None:
+        """Set the power limit once its step has come."""
+        if self._limit is None or not self._limit_waits or step < self._run.meter.power_limit_from_step:
+            return
+        self._limit_waits = False
+        try:
+            told = self._limit.set()
+        except NvmlError as error:
+            told = f"power limit not set: {error}"
+        self._tell(step, "power", told)
+
+    def _tell(self, step: int, event: str, message: str) -> None:
+        if self._directory is not None:
+            self._directory.event(step, event, message)
+            self._console.say(message)
 
     def _problem(self) -> str | None:
         if self._directory is None:
@@ -71,8 +110,8 @@ class Accounts:
         if self._directory is not None and self.used_up is None:
             self.used_up = used_up(self._run.budget, self._directory.ledger, self.meters.tariff)
             if self.used_up is not None:
-                self._directory.event(step, "budget", self.used_up)
-                self._console.say(f"{self.used_up}: stopping after the next step, saved")
+                self._tell(step, "budget", f"{self.used_up}: stopping after the next step, saved")
+        self._set_limit(step)
         return figures
 
     def finish(self) -> None:
@@ -87,5 +126,8 @@ class Accounts:
         return f"stopped after step {step}, saved: {self.used_up}; raise it and the same command goes on"
 
     def close(self) -> None:
-        """Stop sampling."""
+        """Stop sampling, and give the GPUs their own limits back."""
+        if self._limit is not None:
+            self._limit.close()
+            self._limit = None
         self.meters.close()

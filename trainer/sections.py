@@ -248,6 +248,15 @@ class MeterSection(Section):
     attention_flops: Literal["causal", "full"] = Field(
         "causal", description="how attention is counted in FLOPs", json_schema_extra=FREE
     )
+    power_limit_w: float | None = Field(
+        None, gt=0, description="what a GPU may draw while the run lasts; needs root", json_schema_extra=FREE
+    )
+    power_limit_from_step: int = Field(
+        0,
+        ge=0,
+        description="set the limit after the first log line from this step on, to compare with the lines before",
+        json_schema_extra=FREE,
+    )
     idle_s: float = Field(
         0.0,
         ge=0,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import losses_of
+from fake_nvml import FakeNvml, install
 from whole_run import before, kill_self, killed, train
 
 from basestone.trainer import engine
 from basestone.trainer.errors import ConfigError, Stopped
+from basestone.trainer.meters import meters
 
 pytestmark = pytest.mark.dist
 
@@ -126,3 +130,55 @@ def test_a_budget_that_nothing_measures_is_refused(tmp_path, unmetered):
 def test_the_idle_draw_is_measured_before_the_first_step(tmp_path, corpus):
     train(corpus, tmp_path / "run", "train.steps=1", "meter.idle_s=0.5")
     assert ledger_of(tmp_path / "run")["idle_w"] == pytest.approx(100, rel=0.1)
+
+
+def _gpus_of(*names: str, **errors: int) -> Callable[[int], None]:
+    """Give rank i the GPU of the i-th name, under a driver whose counters are those of the machine's clock."""
+
+    def prepare(rank: int) -> None:
+        library = FakeNvml(time.monotonic, [300.0, 400.0])
+        install(library)
+        meters.visible_gpus = lambda: [names[rank]]
+        if errors:
+            library.errors.update(
+                {(name.replace("_", " "), device): code for name, code in errors.items() for device in (0, 1)}
+            )
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("names", "watts", "num_gpus"),
+    [(("GPU-0", "GPU-1"), 700, 2), (("GPU-1", "GPU-1"), 400, 1)],
+    ids=["two", "shared"],
+)
+def test_every_gpu_of_two_ranks_counts_once(tmp_path, corpus, names, watts, num_gpus):
+    run_dir = tmp_path / "run"
+    train(corpus, run_dir, "meter.price_per_gpu_hour=3.6", fault=_gpus_of(*names))
+    lines, ledger = lines_of(run_dir), ledger_of(run_dir)
+    assert ledger["joules_source"] == "nvml-counter" and len(ledger["joules_by_device"]) == num_gpus
+    assert ledger["gpu_s"] == pytest.approx(num_gpus * ledger["wall_s"])
+    for line in lines[1:]:
+        assert line["watts"] == pytest.approx(watts, rel=0.05)
+        assert line["power_limit_w"] == 700.0
+    assert lines[-1]["cost"] == pytest.approx(0.001 * num_gpus * ledger["wall_s"], rel=0.5)
+
+
+def test_a_power_limit_is_set_at_its_step_and_given_back(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    limits = ("meter.power_limit_w=450", "meter.power_limit_from_step=4")
+    train(corpus, run_dir, *limits, fault=_gpus_of("GPU-0", "GPU-1"))
+    seen = {line["step"]: line["power_limit_w"] for line in lines_of(run_dir)}
+    assert seen[4] == 700.0 and seen[5] == seen[8] == 450.0
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    ((step, message),) = [(event["step"], event["message"]) for event in events if event["event"] == "power"]
+    assert step == 4 and message.startswith("power limit 450 W, was 700 W")
+
+
+def test_a_power_limit_that_one_rank_may_not_set_is_refused_by_all(tmp_path, corpus):
+    with pytest.raises(ConfigError, match=r"power_limit_w = 450: Insufficient Permissions; run as root"):
+        train(
+            corpus, tmp_path / "run", "meter.power_limit_w=450", fault=_gpus_of("GPU-0", "GPU-1", set_limit=4)
+        )
+    with pytest.raises(ConfigError, match=r"power_limit_w = 450: there is no GPU; leave it out"):
+        train(corpus, tmp_path / "other", "meter.power_limit_w=450")

@@ -1,91 +1,17 @@
 """The energy meter over a fake NVML (real nvidia-ml-py on a library in Python) and RAPL files in a directory."""
 
-import ctypes
 import re
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import pynvml
 import pytest
+from fake_nvml import NOT_SUPPORTED, Clock, FakeNvml, install
 
 from basestone.trainer.meters.energy import CounterMeter, EnergyMeter, PowerMeter
 
 HOST = socket.gethostname()
-NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
-MIG_OFFSET = 100
-
-
-class Clock:
-    """Seconds that a test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class FakeNvml(SimpleNamespace):
-    """A driver of devices whose counters follow the clock; `errors` maps (function, device) to error codes."""
-
-    def __init__(self, clock: Clock, watts: list[float]) -> None:
-        super().__init__()
-        self.clock, self.watts = clock, watts
-        self.errors: dict[tuple[str, int], int] = {}
-        self.boot_s = [0.0] * len(watts)
-        self.frozen = [False] * len(watts)
-        self.num_shutdowns = 0
-
-    def nvmlInitWithFlags(self, flags):
-        return self.errors.get(("init", 0), 0)
-
-    def nvmlShutdown(self):
-        self.num_shutdowns += 1
-        return 0
-
-    def nvmlErrorString(self, code):
-        return {NOT_SUPPORTED: b"Not Supported", 4: b"Insufficient Permissions"}.get(code, b"Unknown Error")
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index, ref):
-        return self._give(index.value, ref)
-
-    def nvmlDeviceGetHandleByUUID(self, uuid, ref):
-        text = (uuid if isinstance(uuid, bytes) else uuid.value).decode()
-        shift = MIG_OFFSET if text.startswith("MIG-") else 0
-        return self._give(int(text.rpartition("-")[2]) + shift, ref)
-
-    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle, ref):
-        return self._give(self._device(handle) - MIG_OFFSET, ref)
-
-    def nvmlDeviceGetUUID(self, handle, buffer, length):
-        buffer.value = f"GPU-{self._device(handle)}".encode()
-        return 0
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, ref):
-        device = self._device(handle)
-        if code := self.errors.get(("energy", device)):
-            return code
-        elapsed_s = 50.0 if self.frozen[device] else self.clock() - self.boot_s[device]
-        ref._obj.value = int(self.watts[device] * 1000 * elapsed_s)
-        return 0
-
-    def nvmlDeviceGetPowerUsage(self, handle, ref):
-        device = self._device(handle)
-        if code := self.errors.get(("power", device)):
-            return code
-        ref._obj.value = int(self.watts[device] * 1000)
-        return 0
-
-    def _give(self, device, ref):
-        if device % MIG_OFFSET >= len(self.watts):
-            return pynvml.NVML_ERROR_INVALID_ARGUMENT
-        ctypes.cast(ref, ctypes.POINTER(ctypes.c_void_p))[0] = device + 1  # NULL would be no handle
-        return 0
-
-    def _device(self, handle):
-        return ctypes.cast(handle, ctypes.c_void_p).value - 1
 
 
 @pytest.fixture
@@ -97,9 +23,9 @@ def clock():
 def nvml(clock, monkeypatch):
     """Two GPUs of 300 W and 410 W under real pynvml."""
     library = FakeNvml(clock, [300.0, 410.0])
-    monkeypatch.setattr(pynvml, "nvmlLib", library)
-    pynvml._nvmlGetFunctionPointer_cache.clear()
-    yield library
+    with monkeypatch.context() as patch:
+        install(library, patch)
+        yield library
     pynvml._nvmlGetFunctionPointer_cache.clear()
 
 

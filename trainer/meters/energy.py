@@ -1,8 +1,7 @@
 """Energy in joules: the GPUs' counters, else their power samples, else RAPL, else watts the user gave, else none.
 
 What is not known is never 0: a device without a reading is left out, and with nothing to read the source is
-`none` and `read()` is empty. NVML: nvmlDeviceGetTotalEnergyConsumption counts mJ since the driver was loaded;
-nvmlDeviceGetPowerUsage gives mW. RAPL: /sys/class/powercap counts microjoules and wraps.
+`none` and `read()` is empty. RAPL: /sys/class/powercap counts microjoules and wraps.
 """
 
 from __future__ import annotations
@@ -11,9 +10,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from .nvml import MILLI, Gpu, Nvml, NvmlError
 
 Source = Literal["nvml-counter", "nvml-samples", "rapl", "user-watts", "none"]
 
@@ -22,7 +24,7 @@ RAPL_INTERVAL_S = 60.0  # a package at 350 W wraps after 749 s, and a save or an
 DEAD_AFTER_S = 5.0  # a counter that stood still for so long under load counts nothing
 MAX_PACKAGE_W = 1000.0  # tells a wrap from a reset
 BOUND_SLACK = 1.5
-MILLI, MICRO = 1e3, 1e6  # NVML counts mJ and mW, RAPL microjoules
+MICRO = 1e6  # RAPL counts microjoules
 
 
 class Meter:
@@ -161,7 +163,8 @@ class EnergyMeter:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._nvml: Any = None
+        self._nvml: Nvml | None = None
+        self._boards: dict[str, Gpu] = {}
         self._openers = iter((self._open_gpus, self._open_rapl, self._open_watts))
         self._open_next()
 
@@ -191,14 +194,23 @@ class EnergyMeter:
             self._update()
             return {key: meter.joules for key, meter in self._meters.items() if meter.is_known}
 
+    def power_limits_w(self) -> dict[str, float]:
+        """Give what each GPU may draw; one that does not say is left out."""
+        limits = {}
+        for key, gpu in self._boards.items():
+            with suppress(NvmlError):
+                limits[key] = gpu.power_limit_w()
+        return limits
+
     def close(self) -> None:
         """Stop sampling and let NVML go; a second call does nothing."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._boards = {}
         if self._nvml is not None:
-            self._nvml.nvmlShutdown()
+            self._nvml.close()
             self._nvml = None
 
     def _update(self) -> None:
@@ -223,41 +235,35 @@ class EnergyMeter:
         if not self._gpus:
             return
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-        except Exception as error:  # no package, no library, no driver: pynvml has a class for each
+            self._nvml = Nvml()
+        except NvmlError as error:
             self._notes[f"NVML: {error}"] = None
             return
-        self._nvml = pynvml
-        for gpu in self._gpus:
+        for name in self._gpus:
             try:
-                handle = _gpu_handle(pynvml, gpu)
-                key = f"{self._host}/{pynvml.nvmlDeviceGetUUID(handle)}"
-            except pynvml.NVMLError as error:
-                self._notes[f"GPU {gpu}: {error}"] = None
+                gpu = self._nvml.gpu(name)
+            except NvmlError as error:
+                self._notes[f"GPU {name}: {error}"] = None
                 continue
-            self._open_gpu(key, handle)
+            self._open_gpu(f"{self._host}/{gpu.uuid}", gpu)
 
-    def _open_gpu(self, key: str, handle: Any) -> None:
-        nvml = self._nvml
+    def _open_gpu(self, key: str, gpu: Gpu) -> None:
+        self._boards[key] = gpu
         try:
-            nvml.nvmlDeviceGetPowerUsage(handle)
-            self._power_readers[key] = lambda: nvml.nvmlDeviceGetPowerUsage(handle) / MILLI
-        except nvml.NVMLError as error:
+            gpu.power_w()
+            self._power_readers[key] = gpu.power_w
+        except NvmlError as error:
             without_power = str(error)
         try:
-            nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except nvml.NVMLError as error:
+            gpu.energy_mj()
+        except NvmlError as error:
             self._notes[f"{key}: no energy counter: {error}"] = None
             if key in self._power_readers:
                 self._add_power_meter(key)
             else:
                 self._notes[f"{key}: no power reading: {without_power}"] = None
             return
-        self._meters[key] = CounterMeter(
-            lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle), 1 / MILLI, self._clock
-        )
+        self._meters[key] = CounterMeter(gpu.energy_mj, 1 / MILLI, self._clock)
 
     def _add_power_meter(self, key: str) -> None:
         self._meters[key] = PowerMeter(self._power_readers[key], self._clock)
@@ -292,16 +298,6 @@ class EnergyMeter:
         while not self._stop.wait(interval_s):
             with self._lock:
                 self._update()
-
-
-def _gpu_handle(nvml: Any, gpu: str) -> Any:
-    """Find the board that an NVML index, a UUID or a MIG slice's UUID means."""
-    if gpu.isdigit():
-        return nvml.nvmlDeviceGetHandleByIndex(int(gpu))
-    handle = nvml.nvmlDeviceGetHandleByUUID(gpu)
-    if gpu.startswith("MIG-"):  # counters are those of boards
-        return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-    return handle
 
 
 def _rapl_zones(powercap: Path) -> Iterator[tuple[str, Path]]:

@@ -30,6 +30,7 @@ class _Reading(NamedTuple):
     host: str
     gpus: tuple[str, ...]
     joules: dict[str, float]
+    power_limits_w: dict[str, float]
     source: Source
     elapsed_s: float
     phases_s: dict[str, float]
@@ -41,8 +42,8 @@ class Meters:
 
     def __init__(self, resolved: ResolvedRun, runtime: Runtime) -> None:
         run, section = resolved.run, resolved.run.meter
-        self._runtime, self._gpus = runtime, tuple(visible_gpus())
-        self._energy = EnergyMeter(gpus=self._gpus, watts=section.watts)
+        self._runtime, self.gpus = runtime, tuple(visible_gpus())
+        self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts)
         self.tariff = Tariff(section)
         self._convention = section.attention_flops
         shape = (run.model, run.data.sequence_length, section.attention_flops)
@@ -90,8 +91,11 @@ class Meters:
         return sum(used.values()) / seconds if used else None
 
     def restart(self) -> None:
-        """Begin a new interval."""
-        self._start_s = time.perf_counter()
+        """Begin a new interval now."""
+        self._begin(time.perf_counter())
+
+    def _begin(self, start_s: float) -> None:
+        self._start_s = start_s
         self._phases_s: dict[str, float] = {}
         self._steps, self._tokens = 0, 0
 
@@ -133,21 +137,24 @@ class Meters:
             "mfu": tflops / self._peak if self._peak else None,
             "hfu": hardware / self._peak if self._peak else None,
             "watts": joules / elapsed_s if joules is not None else None,
+            "power_limit_w": _lowest_limit(readings),
             "joules_per_token": joules / self._tokens if joules is not None and self._tokens else None,
             **_memory(readings),
             **self._totals(ledger),
         }
-        self.restart()
+        self._begin(self._read_s)  # what a line itself takes is the next one's
         return figures
 
     def _gather(self) -> list[_Reading]:
+        self._read_s = time.perf_counter()
         return self._runtime.gather_all(
             _Reading(
                 socket.gethostname(),
-                self._gpus,
+                self.gpus,
                 self._energy.read(),
+                self._energy.power_limits_w(),
                 self._energy.source,
-                time.perf_counter() - self._start_s,
+                self._read_s - self._start_s,
                 self._phases_s,
                 self._memory_gib(),
             )
@@ -221,6 +228,10 @@ def _mean_phases(readings: Sequence[_Reading]) -> dict[str, float]:
     return {
         name: sum(reading.phases_s.get(name, 0.0) for reading in readings) / len(readings) for name in names
     }
+
+
+def _lowest_limit(readings: Sequence[_Reading]) -> float | None:
+    return min((watts for reading in readings for watts in reading.power_limits_w.values()), default=None)
 
 
 def _memory(readings: Sequence[_Reading]) -> dict[str, float | None]:
