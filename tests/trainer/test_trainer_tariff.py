@@ -10,8 +10,9 @@ from run_files import run_of
 
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.meters.budget import used_up
+from basestone.trainer.meters.grid import grid_intensity
 from basestone.trainer.meters.ledger import Ledger
-from basestone.trainer.meters.tariff import Footprint, Tariff, grid_intensity
+from basestone.trainer.meters.tariff import Footprint, Tariff
 from basestone.trainer.sections import BudgetSection, MeterSection
 
 

@@ -221,4 +221,4 @@ def _empty(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().numpy()).cast("B")
+    return tensor.detach().numpy().data.cast("B")

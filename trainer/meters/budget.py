@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from ..sections import BudgetSection
 from .ledger import Ledger
 from .tariff import Tariff
 
 
-class Limits(Protocol):
-    """The fields of `[budget]`."""
-
-    kwh: float | None
-    cost: float | None
-    hours: float | None
-
-
-def used_up(limits: Limits, ledger: Ledger, tariff: Tariff) -> str | None:
+def used_up(limits: BudgetSection, ledger: Ledger, tariff: Tariff) -> str | None:
     """Say which limit a run has reached, over all its attempts; None while there is some left."""
     used = tariff.footprint(ledger.joules, ledger.gpu_s)
     rows = (

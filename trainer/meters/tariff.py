@@ -8,25 +8,13 @@ and so is every sum with it.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from ..sections import MeterSection
+from .grid import GRID_SOURCE, grid_intensity
 
 JOULES_PER_KWH = 3.6e6
-GRID_SOURCE = "Ember, by way of Our World in Data (CC BY 4.0)"
-
-
-class Rates(Protocol):
-    """The fields of `[meter]` that say what things cost."""
-
-    pue: float
-    grid: str | None
-    g_co2e_per_kwh: float | None
-    price_per_kwh: float | None
-    price_per_gpu_hour: float | None
-    currency: str
 
 
 class Footprint(NamedTuple):
@@ -43,7 +31,7 @@ class Footprint(NamedTuple):
 class Tariff:
     """Turns joules and GPU seconds into kWh, grams and money."""
 
-    rates: Rates
+    rates: MeterSection
 
     @property
     def intensity(self) -> tuple[float, str] | None:
@@ -71,16 +59,6 @@ class Tariff:
             gpu_cost=gpu_cost,
             cost=sum(known) if priced and len(known) == len(priced) else None,
         )
-
-
-@cache
-def grid_intensity() -> dict[str, tuple[str, int, float]]:
-    """Give (country, year, g CO2e a kWh) by ISO 3166 alpha-3 code: yearly means over the life cycle of the plants."""
-    with resources.files(__package__).joinpath("grid_intensity.csv").open(encoding="utf-8") as file:
-        return {
-            row["code"]: (row["country"], int(row["year"]), float(row["g_co2e_per_kwh"]))
-            for row in csv.DictReader(file)
-        }
 
 
 def _times(amount: float | None, rate: float | None) -> float | None:
