@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def environment() -> dict[str, str]:
-    """The test's environment without what a launcher would have set."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "BASESTONE_RENDEZVOUS")
+    """The test's environment without what a launcher would have set, and with buffers as a user has them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "BASESTONE_RENDEZVOUS", "PYTHONUNBUFFERED")
     return {name: value for name, value in os.environ.items() if name not in names} | {"OMP_NUM_THREADS": "1"}
 
 

@@ -45,9 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.debug or (code == EXIT_FAULT and not lost_contact(error)):
             traceback.print_exc()
         print(f"{'' if code == EXIT_STOPPED else 'error: '}{message_of(error)}", file=sys.stderr, flush=True)
-        os._exit(
-            code
-        )  # no collectives after an exception: atexit handlers of process groups would wait for others
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            sys.stdout.flush()
+        # No collectives after an exception: atexit handlers of process groups would wait for others.
+        os._exit(code)
     sys.stdout.flush()
 
 
