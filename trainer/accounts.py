@@ -35,8 +35,8 @@ class Accounts:
         """The totals, on rank 0."""
         return self._directory.ledger if self._directory is not None else None
 
-    def begin(self) -> None:
-        """Say what is metered and how, and measure the idle devices where that is asked for; every rank calls this.
+    def check(self) -> None:
+        """See before anything is written down that the run may go on; every rank calls this.
 
         Raises:
             ConfigError: the budget is used up already, or asks for energy that nothing here reads; or the GPUs do not
@@ -46,6 +46,9 @@ class Accounts:
         if problem := next((one for pair in problems for one in pair if one), None):
             self.close()
             raise ConfigError(problem)
+
+    def begin(self) -> None:
+        """Say what is metered and how, and measure the idle devices where that is asked for; every rank calls this."""
         self._console.say(f"energy: {self.meters.energy_note}")
         self._console.say(f"FLOPs: {self.meters.flops_note}")
         if (idle_s := self._run.meter.idle_s) > 0:

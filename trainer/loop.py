@@ -119,6 +119,8 @@ class Trainer:
         self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
+        self._accounts.check()
+        if self._directory is not None:
             self._begin_records(state, begun_with, restorer.origin)
         self._accounts.begin()
         if exporter is not None:

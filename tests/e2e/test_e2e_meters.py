@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from commands import losses_of
 from fake_nvml import FakeNvml, install
-from whole_run import before, kill_self, killed, train
+from faults import before, kill_self
+from whole_run import killed, train
 
 from basestone.trainer import engine
 from basestone.trainer.errors import ConfigError, Stopped
@@ -118,6 +119,7 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, corpus, referenc
     assert any(event["event"] == "budget" and event["step"] < 8 for event in events)
     with pytest.raises(ConfigError, match=r"budget\.kwh = 1e-06 is used up: .*raise it to go on"):
         train(corpus, run_dir, f"budget.kwh={few}")
+    assert (run_dir / "RESUME").exists(), "still where it stopped"
     train(corpus, run_dir, "budget.kwh=1")
     assert losses_of(run_dir) == reference
 
