@@ -34,6 +34,7 @@ def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         use_small_blocks(patch, 32)
         patch.setattr(module, "PIECE_ELEMENTS", 7)
+        patch.setattr(module, "LARGE_ELEMENTS", 20)
         yield
 
 

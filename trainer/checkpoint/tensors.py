@@ -11,6 +11,7 @@ import mmap
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from .reader import Reader
 
 FP32_BYTES = 4
 PIECE_ELEMENTS = BLOCK_BYTES // FP32_BYTES
+LARGE_ELEMENTS = 8 * PIECE_ELEMENTS  # of a parameter that several threads read
+THREADS = 2
 
 
 class _Saved(NamedTuple):
@@ -187,7 +190,16 @@ class CheckpointTensors:
         """Give a parameter's whole fp32 master, rounded to `dtype`, in its global shape; threads may share this."""
         row = self._table[name]
         out = _empty(row.numel, dtype)
-        self.fill("master", name, out, 0, 1, 0)
+        if row.numel < LARGE_ELEMENTS:
+            self.fill("master", name, out, 0, 1, 0)
+            return out.view(row.shape)
+        parts = out.chunk(THREADS)
+
+        def fill(number: int) -> None:
+            self.fill("master", name, parts[number], 0, 1, number * parts[0].numel())
+
+        with ThreadPoolExecutor(THREADS, "part") as pool:
+            list(pool.map(fill, range(len(parts))))
         return out.view(row.shape)
 
 
