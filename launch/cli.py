@@ -15,6 +15,7 @@ from . import environ, local
 from .checkpoint_commands import checkpoint_app
 from .data_commands import data_app, prepare, tokenizer_app
 from .finetune_command import finetune
+from .report_commands import report, watch
 
 EXIT_USER, EXIT_INTERRUPTED = 64, 130
 MAX_SEED = (1 << 63) - 1  # what torch's generators take
@@ -38,6 +39,8 @@ app.add_typer(checkpoint_app)
 app.command(
     epilog="Example: basestone finetune my-model questions.jsonl --out my-tuned-model --lora 16",
 )(finetune)
+app.command(epilog="Example: basestone report runs/quickstart/run")(report)
+app.command(epilog="Example: basestone watch runs/quickstart/run")(watch)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", show_default=False)]
 Checkpoint = Annotated[
@@ -276,20 +279,6 @@ def _one_worker(arguments: list[str], tokenizer: Path | None, debug: bool) -> No
         *(["--debug"] if debug else []),
     ]
     raise typer.Exit(local.run_workers(arguments, 1))
-
-
-@app.command(epilog="Example: basestone report runs/quickstart")
-def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="By default report.html in the run directory.")] = None,
-) -> None:
-    """Write one self-contained HTML page about a run."""
-    from ..trainer.errors import ConfigError
-    from ..trainer.report import write_report
-
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise ConfigError(f"{run_dir}: is no run directory (no metrics.jsonl)")
-    print(write_report(run_dir, out))
 
 
 @app.command(epilog="Example: basestone quickstart --out /tmp/quickstart")

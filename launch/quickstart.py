@@ -22,7 +22,7 @@ from rich.table import Table
 from ..data.builtin import prepare_builtin
 from ..trainer.errors import ConfigError
 from ..trainer.load import load_run
-from ..trainer.run_records import RunRecords, number, read_records
+from ..trainer.report.records import RunRecords, number, read_records
 from .environ import cache_dir, child_environment, num_gpus
 from .gpus import quickstart_keys
 

@@ -247,8 +247,9 @@ LIGHT = {
                 "checkpoint.writer",
                 "rundir",
                 "run_lock",
-                "run_records",
-                "report",
+                "report.records",
+                "report.page",
+                "report.live",
             )
         ),
     ],

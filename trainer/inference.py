@@ -34,7 +34,7 @@ from .hub.export import DTYPES, export_checkpoint
 from .load import validate_run
 from .places import locate_heldout
 from .reference import generate, load_decoder, logits_of, trace_of
-from .run_records import RunRecords, number, read_records
+from .report.records import RunRecords, number, read_records
 
 VERIFY_SEQUENCES = 2
 TOKENIZER = "tokenizer.model"  # of a run directory

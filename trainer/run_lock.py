@@ -116,6 +116,15 @@ def open_lock(run_dir: Path) -> int:
         raise ConfigError(f"{path}: is a link, and a lock must be a file; remove the link") from error
 
 
+def holder_of(run_dir: Path) -> str | None:
+    """Name the process that a run directory's lock names, without touching it; None where it is known to have ended.
+
+    Of another host's process nobody here knows whether it is still there.
+    """
+    holder = _parsed(_content(run_dir / LOCK) or b"")
+    return None if not holder or _is_dead(holder) else _named(holder)
+
+
 def _let_go(reference: weakref.ref[RunLock]) -> None:
     lock = reference()
     if lock is not None:

@@ -75,6 +75,7 @@ def test_there_are_all_commands():
             "export",
             "import",
             "report",
+            "watch",
             "quickstart",
             "prepare",
             "finetune",
@@ -140,7 +141,8 @@ def test_a_usage_error_is_one_line_and_a_hint(basestone, words, text):
 
 def test_errors_end_with_their_own_code(basestone, tmp_path):
     refused(basestone("train", tmp_path / "no.toml"), 64, "there is no such run file")
-    refused(basestone("report", tmp_path), 64, f"{tmp_path}: is no run directory (no metrics.jsonl)")
+    refused(basestone("report", tmp_path), 64, f"{tmp_path}: is no run directory (has none of metrics.jsonl, ")
+    refused(basestone("watch", tmp_path / "no"), 64, "is no run directory (there is no such directory); give")
     refused(basestone("checkpoint", "ls", tmp_path), 64, f"{tmp_path}: is no run directory (no checkpoints/)")
     refused(basestone("checkpoint", "verify", tmp_path / "no"), 64, "there is no such checkpoint directory")
     make_run_directory(tmp_path)

@@ -1,6 +1,5 @@
 """The report: whole with whole files, still there with torn and missing ones, and safe to open."""
 
-import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -9,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_runs import made_run
 
-from basestone.trainer.chart import Series, format_number, line_chart, nice_ticks, thin
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.report import write_report
-from basestone.trainer.run_records import read_records
+from basestone.trainer.report.page import write_report
+from basestone.trainer.report.records import RunReader, read_records
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -103,7 +102,7 @@ def run_dir(tmp_path):
 
 
 def test_headline_numbers(run_dir):
-    path = write_report(run_dir)
+    path = write_report([run_dir])
     assert path == run_dir / "report.html"
     text = path.read_text()
     Page(text)
@@ -117,7 +116,8 @@ def test_headline_numbers(run_dir):
     assert shown["lost to restarts"] == "1m 01s"
     assert shown["attempts"] == "2"
     assert shown["MFU, median"] == "n/a"
-    assert "Source: nvml-samples. Lost to restarts: 0.1 kWh." in text
+    assert "Source: nvml-samples: GPU boards only, from samples of their power;" in text
+    assert "Lost to restarts: 0.1 kWh." in text and "Restarts lost 81,920 tokens, 1m 01s of training." in text
 
 
 def test_the_last_line_of_a_step_counts(run_dir):
@@ -128,7 +128,7 @@ def test_the_last_line_of_a_step_counts(run_dir):
 
 
 def test_charts_are_there_and_well_formed(run_dir):
-    text = write_report(run_dir).read_text()
+    text = write_report([run_dir]).read_text()
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     labels = [chart.get("aria-label") for chart in charts]
     assert labels == [
@@ -137,7 +137,7 @@ def test_charts_are_there_and_well_formed(run_dir):
         "gradient norm over step",
         "tokens per second over step",
         "TFLOP/s per device over step",
-        "% of the step over step",
+        "% of the time over step",
         "GiB over step",
         "kWh over step",
     ]
@@ -152,7 +152,7 @@ def test_charts_are_there_and_well_formed(run_dir):
 
 
 def test_nothing_is_loaded_and_nothing_runs(run_dir):
-    page = Page(write_report(run_dir).read_text())
+    page = Page(write_report([run_dir]).read_text())
     assert not {"script", "link", "iframe", "img", "object"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
         assert not {"src", "href", "onload", "onclick"} & set(attributes)
@@ -167,15 +167,16 @@ def test_everything_is_escaped(tmp_path):
     lines.append({"kind": "eval", "step": 2, "name": evil, "loss": 1.0})
     events = [{"time": evil, "step": 1, "attempt": evil, "event": evil, "message": evil}]
     run = write_run(tmp_path / "a<b>&", lines, events=events, ledger={"joules_source": evil}, config=evil)
-    text = write_report(run).read_text()
+    text = write_report([run]).read_text()
     page = Page(text)
     assert "script" not in {tag for tag, _ in page.tags}
     assert "<script" not in text
     assert evil in "".join(page.text)  # shown as what it is
 
 
-def test_an_empty_directory_gives_a_report(tmp_path):
-    text = write_report(tmp_path, tmp_path / "other.html").read_text()
+def test_a_run_that_never_logged_gives_a_report(tmp_path):
+    (tmp_path / "lock").touch()
+    text = write_report([tmp_path], tmp_path / "other.html").read_text()
     Page(text)
     assert "no step has been recorded" in text
     assert set(tiles(text).values()) == {"n/a"}
@@ -198,7 +199,7 @@ def test_odd_records_do_no_harm(tmp_path):
     ]
     run = write_run(tmp_path / "run", lines, events=[{"event": None}, {"step": 2}], tail='[1]\n"x"\nnull\n')
     (run / "ledger.json").write_bytes(b'{"joules": 1e\xff')
-    text = write_report(run).read_text()
+    text = write_report([run]).read_text()
     Page(text)
     assert tiles(text)["MFU, median"] == "42.0%"
     assert "nan" not in text.lower()
@@ -207,14 +208,14 @@ def test_odd_records_do_no_harm(tmp_path):
 def test_unmeasured_energy_is_not_zero(tmp_path):
     ledger = {"joules": None, "joules_source": "none", "wasted_joules": 0.0}
     run = write_run(tmp_path / "run", [step_line(1, joules=None), step_line(2, joules=None)], ledger=ledger)
-    text = write_report(run).read_text()
+    text = write_report([run]).read_text()
     assert tiles(text)["energy, kWh"] == tiles(text)["joules per token"] == "n/a"
     assert "kWh over step" not in text and "Lost to restarts:" not in text
 
 
 def test_long_runs_stay_small(tmp_path):
     run = write_run(tmp_path / "run", [step_line(step) for step in range(1, 20_001)])
-    path = write_report(run)
+    path = write_report([run])
     assert path.stat().st_size < 600_000
     longest = max(len(points.split()) for points in re.findall(r'points="([^"]*)"', path.read_text()))
     assert 500 <= longest <= 1000
@@ -222,72 +223,168 @@ def test_long_runs_stay_small(tmp_path):
 
 def test_a_missing_run_directory_is_said(tmp_path):
     with pytest.raises(
-        ConfigError, match="is not a run directory; give the directory that `train` made"
+        ConfigError, match=r"is no run directory \(there is no such directory\); give the directory"
     ) as caught:
-        write_report(tmp_path / "nowhere")
+        write_report([tmp_path / "nowhere"])
     assert caught.value.exit_code == 64
 
 
-@given(
-    low=st.floats(-1e9, 1e9, allow_nan=False),
-    spread=st.floats(1e-6, 1e9, allow_nan=False),
-    num_ticks=st.integers(2, 10),
-)
-def test_ticks_are_inside_and_round(low, spread, num_ticks):
-    high = low + spread
-    if high - low < 1e-6 * max(abs(low), abs(high)):
-        return
-    ticks = nice_ticks(low, high, num_ticks)
-    slack = spread * 1e-6
-    assert all(low - slack <= tick <= high + slack for tick in ticks)
-    assert len(ticks) <= num_ticks + 1
-    steps = {f"{(b - a):.3g}" for a, b in itertools.pairwise(ticks)}
-    assert all(re.sub(r"[.0]|e.*", "", step) in {"1", "2", "5"} for step in steps) or spread < 1e-5 * abs(low)
+def notes(page_text):
+    return re.findall(r'<li class="(warning|note)"><b>(.*?)</b>(.*?) <span', page_text)
 
 
-def test_ticks_by_hand():
-    assert nice_ticks(0, 100, 5) == [0, 20, 40, 60, 80, 100]
-    assert nice_ticks(1.5, 4.2, 5) == [2, 3, 4]
-    assert nice_ticks(-3, 3, 3) == [-2, 0, 2]
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"is no run directory \(has none of metrics.jsonl, run.toml, "):
+        write_report([tmp_path])
+    with pytest.raises(ConfigError, match="is no run directory"):
+        write_report([tmp_path / "file"])
+    assert not (tmp_path / "report.html").exists()
 
 
-def test_thinning_keeps_spikes_ends_and_order():
-    points = [(float(i), 1.0) for i in range(10_000)]
-    points[3333] = (3333.0, 50.0)
-    points[7777] = (7777.0, -50.0)
-    kept = thin(points, 1000)
-    assert len(kept) <= 1000
-    assert (3333.0, 50.0) in kept and (7777.0, -50.0) in kept
-    assert kept == sorted(kept)
-    assert (kept[0], kept[-1]) == (points[0], points[-1])
-    assert thin(points[:1000], 1000) == points[:1000]
+def test_a_directory_is_no_page(run_dir, tmp_path):
+    (tmp_path / "pages").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"pages: is a directory; give the file to write, e\.g\. .*pages/report.html"
+    ):
+        write_report([run_dir], tmp_path / "pages")
 
 
-def test_numbers_for_people():
-    values = {0.0: "0", 3e-4: "0.0003", 2e-7: "2e-07", 2.5: "2.5", 1500.0: "1500", 12_000.0: "12k"}
-    values |= {2.5e6: "2.5M", 1.2e9: "1.2G", -4e12: "-4T"}
-    assert {value: format_number(value) for value in values} == values
+def test_what_cannot_be_read_is_said(tmp_path):
+    run = write_run(
+        tmp_path / "run", [step_line(1), step_line(2)], tail='{"kind":"st\n{"kind": "step", "step": 3'
+    )
+    (run / "run.toml").unlink()
+    (run / "events.jsonl").unlink()
+    (run / "events.jsonl").mkdir()
+    said = {title: evidence for _, title, evidence in notes(write_report([run]).read_text())}
+    assert said["Not all files of the run can be read"] == (
+        "metrics.jsonl: 1 line(s) are not whole; events.jsonl: Is a directory; ledger.json: is not there; "
+        "run.toml: is not there."
+    )
+    (run / "ledger.json").write_text("{")
+    assert "ledger.json: is not a JSON object" in write_report([run]).read_text()
 
 
-def test_a_logarithmic_axis_takes_powers_of_ten():
-    svg = line_chart([Series("g", [(1, 0.01), (2, 1e4), (3, 0.0)])], x_label="step", y_label="norm", log=True)
-    ticks = re.findall(r'text-anchor="end">([^<]*)<', svg)
-    assert ticks == ["0.01", "0.1", "1", "10", "100", "1000", "10k"]
+def test_numbers_of_any_size_do_no_harm(tmp_path):
+    big = 10**400
+    lines = [
+        step_line(1, loss=big, tokens=big, step_s=-1, phase_s={"data": -5.0, "forward": big}),
+        step_line(2, loss=1e308, tokens=1e308, watts=1e308, joules_per_token=1e-308, step_s=1e308),
+        step_line(3, loss=-1e308, data_shares={"web": 1e308, "code": None}, power_limit_w=0),
+        {"kind": "step", "step": -4, "loss": 1.0},
+        {"kind": "eval", "step": 2, "name": None, "loss": 1e308, "perplexity": big},
+    ]
+    ledger = {"joules": 1e308, "hosts": "two", "joules_by_device": {"": 5.0, "a/": -1.0, "b": {}}, "wall_s": 0}
+    deep = "[" * 100_000
+    run = write_run(tmp_path / "run", lines, ledger=ledger, config="meter = 3", tail=deep)
+    text = write_report([run]).read_text()
+    Page(text)
+    assert tiles(text)["steps"] == "3"
+    assert "nan" not in text.lower() and ">inf" not in text
 
 
-def test_a_constant_and_a_single_point_can_be_drawn():
-    for points in ([(1.0, 3.0)], [(1.0, 0.0), (2.0, 0.0)], [(5.0, -2.0)] * 2):
-        ElementTree.fromstring(line_chart([Series("x", points)], x_label="step", y_label="y"))
-    assert line_chart([Series("x", [(1.0, float("nan"))])], x_label="step", y_label="y") == ""
+def test_lines_are_read_once_and_a_file_begun_anew_is_seen(tmp_path):
+    run = write_run(tmp_path / "run", [step_line(1)], tail='{"kind": "step", "step": 2, "lo')
+    reader = RunReader(run)
+    assert len(reader.read().steps) == 1
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('ss": 7.0}\n')
+    assert reader.read().curve("loss") == [(1.0, 11.0), (2.0, 7.0)]
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"event": "save", "step": 2}')  # whole, without its end of line
+    assert [event["event"] for event in reader.read().events] == ["save"]
+    with (run / "events.jsonl").open("a") as file:
+        file.write('\n{"event": "stop", "step": 2}\n')
+    assert [event["event"] for event in reader.read().events] == ["save", "stop"]
+    write_run(run, [step_line(9)])
+    records = reader.read()
+    assert records.curve("loss") == [(9.0, 3.0)] and records.events == []
 
 
-def test_tick_labels_tell_near_values_apart():
-    points = [(1.0, 1_000_000.0), (2.0, 1_000_400.0)]
-    svg = line_chart([Series("x", points)], x_label="step", y_label="tokens per second")
-    ticks = re.findall(r'text-anchor="end">([^<]*)<', svg)
-    assert len(ticks) > 3 and len(set(ticks)) == len(ticks)
+@given(st.binary(max_size=400), st.integers(0, 400))
+def test_a_file_in_pieces_is_the_file_at_once(tmp_path_factory, noise, cut):
+    whole = b"".join(json.dumps(step_line(step)).encode() + b"\n" for step in (1, 2)) + noise
+    run = tmp_path_factory.mktemp("run")
+    (run / "metrics.jsonl").write_bytes(whole[: len(whole) - cut])
+    reader = RunReader(run)
+    reader.read()
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(whole[len(whole) - cut :])
+    assert reader.read().steps == read_records(run).steps
 
 
-def test_steps_have_whole_ticks():
-    svg = line_chart([Series("x", [(1.0, 1.0), (3.0, 2.0)])], x_label="step", y_label="y")
-    assert re.findall(r'text-anchor="middle">([0-9.]+)<', svg) == ["1", "2", "3"]
+def test_phases_are_stacked_and_what_no_phase_has_is_other(tmp_path):
+    phases = {"data": 0.01, "forward": 0.03, "backward": 0.05, "new_one": 0.004}
+    lines = [step_line(step, phase_s=phases) for step in range(2, 400, 2)]
+    lines.append(step_line(400, phase_s={**phases, "checkpoint": 9.9}))
+    text = write_report([write_run(tmp_path / "run", lines)]).read_text()
+    rows = {row[0]: row[1:] for row in rows_of(text)}
+    assert rows["data"] == ["0m 04s", "6.7%", "10.0% at step 2"]
+    assert rows["checkpoint"] == ["0m 20s", "33.1%", "99.0% at step 400"]
+    assert rows["other"][0] == "0m 02s" and rows["new one"][0] == "0m 02s"
+
+
+def rows_of(page_text):
+    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page_text)]
+
+
+def test_the_accounts_of_energy_and_cost(tmp_path):
+    text = write_report([made_run(tmp_path / "run", 600)]).read_text()
+    rows = {row[0]: row[1:] for row in rows_of(text) if len(row) == 3}
+    assert rows["hosts"][0] == "1 of 2 hosts metered"
+    assert rows["metered energy"] == [
+        "0.15 kWh",
+        "GPU boards only, by their energy counters; not the CPUs, the network, fans or power supplies",
+    ]
+    assert rows["energy at the building"][0] == "0.18 kWh"  # PUE 1.2
+    assert rows["idle draw"][0] == "130 W" and rows["PUE"][0] == "1.2"
+    assert rows["lost to restarts"][0] == "4.0%" and rows["goodput"][0] == "79.2%"
+    grams, where = rows["grid intensity"]
+    assert re.fullmatch(r"mean of France in 20\d\d: Ember, .*", where)
+    assert float(rows["CO2e"][0].split()[0]) == pytest.approx(0.18 * float(grams.split()[0]))
+    assert rows["cost of energy"] == ["0.04 EUR", "0.2 EUR per kWh"]
+    assert rows["cost of GPU hours"] == ["2.00 EUR", "48m 00s of GPUs; 2.5 EUR per GPU hour"]
+    assert rows["cost"][0] == "2.04 EUR"
+    assert rows["energy per token"][0] == "0.01373 J" and rows["tokens per kWh"][0] == "262.1M"
+    devices = [row for row in rows_of(text) if row[0] == "node-1"]
+    assert devices == [
+        ["node-1", "GPU-aaaa", "GPU board", "280.8k J", "52.0%"],
+        ["node-1", "GPU-bbbb", "GPU board", "259.2k J", "48.0%"],
+        ["node-1", "all", "", "0.15 kWh", "100.0%"],
+    ]
+    limits = [row for row in rows_of(text) if row[0] in ("500 W", "700 W")]
+    assert [row[1] for row in limits] == ["301", "299"]
+    assert float(limits[0][4]) > 1.15 * float(limits[1][4])  # tokens per joule
+
+
+def test_a_run_without_prices_has_no_costs(tmp_path):
+    run = write_run(tmp_path / "run", [step_line(1), step_line(2)], ledger={"joules": 4e6, "gpu_s": 7200.0})
+    (run / "run.toml").write_text("[meter]\npue = 1.1\n")
+    rows = {row[0]: row[1:] for row in rows_of(write_report([run]).read_text()) if len(row) == 3}
+    unknown = ("hosts", "idle draw", "grid intensity", "CO2e", "cost of energy", "cost of GPU hours", "cost")
+    assert {rows[name][0] for name in unknown} == {"n/a"}
+    assert rows["cost of GPU hours"][1] == "2h 00m of GPUs; no price per GPU hour is given"
+
+
+def test_memory_data_and_quarantine(tmp_path):
+    text = write_report([made_run(tmp_path / "run", 300)]).read_text()
+    assert all(f">{name}</span>" in text for name in ("allocated", "reserved", "host", "web", "code", "books"))
+    assert ["web", "3", "12,288"] in rows_of(text)
+    assert ["t", "8", "web", "1", "4096", "crc differs"] in rows_of(text)
+    on_cpu = write_report([write_run(tmp_path / "cpu", [step_line(1)])]).read_text()
+    assert ["device, allocated", "n/a"] in rows_of(on_cpu) and ["host", "3.5"] in rows_of(on_cpu)
+    assert ["chunks in quarantine", "n/a"] in rows_of(on_cpu)
+
+
+def test_a_very_long_run_keeps_its_spike(tmp_path):
+    path = write_report([made_run(tmp_path / "run", 12_000, num_events=2000, every=200)])
+    text = path.read_text()
+    assert path.stat().st_size < 1_000_000
+    assert "The last 500 of 2,000." in text
+    loss = ElementTree.fromstring(re.search(r"<svg.*?</svg>", text, re.DOTALL)[0])
+    pale = next(line for line in loss.iter("polyline") if "pale" in line.get("class"))
+    spike = min((pair.split(",") for pair in pale.get("points").split()[200:]), key=lambda pair: float(pair[1]))
+    ticks = [float(tick.get("x")) for tick in loss.iter("text") if tick.text == "8000"]
+    assert float(spike[0]) == pytest.approx(ticks[0], abs=0.5)  # step 8,000 of 12,000

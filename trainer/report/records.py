@@ -1,0 +1,229 @@
+"""Read what a run wrote about itself, as far as it is there and whole. Imports no torch.
+
+A reader goes on where it stopped, so that a run of any length can be watched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+Record = dict[str, Any]
+Curve = list[tuple[float, float]]
+SIGNS = ("metrics.jsonl", "run.toml", "events.jsonl", "ledger.json", "run_id", "lock")
+"""A directory that has one of these was made by a run."""
+LARGEST = 10**100  # sums and squares of what is smaller are finite
+MAX_STEP = 10**15
+ENDS = ("COMPLETE", "RESUME", "FAILED")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run directory's files. `steps` is in order of step; `evals` gives by name lines in order of step.
+
+    `end` is the marker that the last attempt left and its text, `problems` say what of the files cannot be read.
+    """
+
+    name: str
+    steps: list[Record]
+    evals: dict[str, list[Record]]
+    events: list[Record]
+    ledger: Record
+    config: str
+    quarantine: list[Record] = field(default_factory=list)
+    end: tuple[str, str] | None = None
+    problems: tuple[str, ...] = ()
+
+    def curve(self, field: str) -> Curve:
+        """Give (step, value) of a field, where it is a finite number."""
+        return [
+            (float(record["step"]), value)
+            for record in self.steps
+            if (value := number(record, field)) is not None
+        ]
+
+    def heldout(self, field: str = "loss") -> dict[str, Curve]:
+        """Give by held-out set (step, value) of a field, sorted by name."""
+        return {
+            name: [(float(line["step"]), value) for line in lines if (value := number(line, field)) is not None]
+            for name, lines in sorted(self.evals.items())
+        }
+
+    def settings(self) -> Record:
+        """Give the run file's sections; {} where it is not there or cannot be read."""
+        try:
+            return tomllib.loads(self.config)
+        except (tomllib.TOMLDecodeError, RecursionError):
+            return {}
+
+
+class RunReader:
+    """Reads a run directory again and again, and each line once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Read nothing yet."""
+        self._run_dir = run_dir
+        self._metrics = _Lines(run_dir / "metrics.jsonl")
+        self._events = _Lines(run_dir / "events.jsonl")
+        self._quarantine = _Lines(run_dir / "quarantine.jsonl")
+        self._steps: dict[int, Record] = {}
+        self._evals: dict[str, dict[int, Record]] = {}
+
+    def read(self) -> RunRecords:
+        """Give what is there now.
+
+        The last line of a step counts, for a resumed run repeats steps; torn lines do not.
+        """
+        new, begun_anew = self._metrics.take()
+        if begun_anew:
+            self._steps, self._evals = {}, {}
+        for record in new:
+            self._add(record)
+        self._metrics.lines.clear()  # kept by step
+        for lines in (self._events, self._quarantine):
+            lines.take()
+        problems = [one.problem for one in (self._metrics, self._events, self._quarantine)]
+        ledger, config = self._text("ledger.json", problems), self._text("run.toml", problems)
+        if ledger and not _json_object(ledger):
+            problems.append("ledger.json: is not a JSON object")
+        return RunRecords(
+            name=self._run_dir.resolve().name,
+            steps=[self._steps[step] for step in sorted(self._steps)],
+            evals={name: [lines[step] for step in sorted(lines)] for name, lines in self._evals.items()},
+            events=list(self._events.lines),
+            ledger=_json_object(ledger),
+            config=config,
+            quarantine=list(self._quarantine.lines),
+            end=_end(self._run_dir),
+            problems=tuple(problem for problem in problems if problem),
+        )
+
+    def _text(self, name: str, problems: list[str]) -> str:
+        try:
+            return (self._run_dir / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            problems.append(f"{name}: is not there")
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+        return ""
+
+    def _add(self, record: Record) -> None:
+        step = number(record, "step")
+        if step is None or not 0 <= step <= MAX_STEP:
+            return
+        if record.get("kind") == "step":
+            self._steps[int(step)] = record
+        elif record.get("kind") == "eval":
+            self._evals.setdefault(str(record.get("name")), {})[int(step)] = record
+
+
+class _Lines:
+    """A file of JSON lines; what follows the last newline is a line where it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.lines: list[Record] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.lines.clear()
+        self.problem = ""
+        self._torn = 0
+        self._file: int | None = None
+        self._offset = 0
+
+    def take(self) -> tuple[list[Record], bool]:
+        """Read what was added; give the new records, and whether the file is another one than before."""
+        begun_anew = False
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if self._file not in (None, status.st_ino) or status.st_size < self._offset:
+                    self._begin()
+                    begun_anew = True
+                self._file = status.st_ino
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return [], False
+        except OSError as error:
+            self.problem = f"{self._path.name}: {error.strerror}"
+            return [], False
+        *whole, tail = added.split(b"\n")
+        last = _json_object(_decoded(tail))
+        if last:
+            whole.append(tail)
+            self._offset += len(added)
+        else:
+            self._offset += len(added) - len(tail)
+        records = []
+        for line in whole:
+            if record := _json_object(_decoded(line)):
+                records.append(record)
+            elif line.strip():
+                self._torn += 1
+                self.problem = f"{self._path.name}: {self._torn:,} line(s) are not whole"
+        self.lines += records
+        return records, begun_anew
+
+
+def read_records(run_dir: Path) -> RunRecords:
+    """Read a run directory once."""
+    return RunReader(run_dir).read()
+
+
+def require_run(run_dir: Path) -> None:
+    """See that a run made a directory.
+
+    Raises:
+        ConfigError: none did.
+    """
+    if not run_dir.is_dir() or not any((run_dir / name).exists() for name in SIGNS):
+        what = f"has none of {', '.join(SIGNS)}" if run_dir.is_dir() else "there is no such directory"
+        raise ConfigError(f"{run_dir}: is no run directory ({what}); give the directory that `train` made")
+
+
+def number(record: Any, field: str) -> float | None:
+    """Give a field's value where the record has it and it is a number, finite and of a size that runs have."""
+    value = record.get(field) if isinstance(record, dict) else None
+    if type(value) is not float:  # nearly all are: a report asks for millions
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST:
+            return None
+        value = float(value)
+    return value if -LARGEST <= value <= LARGEST else None
+
+
+def numbers(record: Any, field: str) -> dict[str, float]:
+    """Give by name the finite numbers of a field that is a table."""
+    table = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(table, dict):
+        return {}
+    return {str(name): value for name in table if (value := number(table, name)) is not None}
+
+
+def _end(run_dir: Path) -> tuple[str, str] | None:
+    for name in ENDS:
+        if (run_dir / name).exists():
+            with suppress(OSError):
+                return name, (run_dir / name).read_text(encoding="utf-8", errors="replace").strip()
+    return None
+
+
+def _decoded(line: bytes) -> str:
+    return line.decode("utf-8", errors="replace")
+
+
+def _json_object(text: str) -> Record:
+    """Parse an object; gives {} for what a cut-off run left torn."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
