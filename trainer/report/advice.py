@@ -17,7 +17,7 @@ from .summary import Summary, summarise
 MIN_LINES = 30  # of a curve that is judged
 MIN_RISE = 0.005  # of the best held-out loss
 MIN_LATER = 2  # evaluations after the best
-MIN_PROGRESS = 0.001  # of the loss, between the halves of the last third
+MIN_PROGRESS = 0.001  # of the loss, between the halves of the last third, beyond the noise
 CLEAR_PROGRESS = 0.01  # what the noise must not be able to hide
 MIN_RATE = 0.1  # of the largest learning rate: below it a loss is meant to settle
 SURE = 2.0  # standard errors
@@ -113,7 +113,7 @@ def stall(train: Curve, rate: Curve) -> list[Advice]:
     first, second = losses[: len(losses) // 2], losses[len(losses) // 2 :]
     level, fall = statistics.fmean(first), statistics.fmean(first) - statistics.fmean(second)
     error = SURE * _error(first, second)
-    if fall >= MIN_PROGRESS * abs(level) or fall + error >= CLEAR_PROGRESS * abs(level):
+    if fall - error >= MIN_PROGRESS * abs(level) or fall + error >= CLEAR_PROGRESS * abs(level):
         return []
     shown = f" at a learning rate of {statistics.median(rates):.2g}" if rates else ""
     return [

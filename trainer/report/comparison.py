@@ -173,7 +173,7 @@ def differences(runs: Sequence[RunRecords]) -> list[list[str]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..meters.tariff import JOULES_PER_KWH
 from .charts import Series, line_chart
 from .elements import figures, part, section, table
-from .figures import JOULES_PER_KWH, NO_VALUE, duration, energy, format_number, ratio, shown
+from .figures import NO_VALUE, duration, energy, format_number, ratio, shown
 from .phases import OUTSIDE_STEPS
 from .records import Record, RunRecords, number, numbers
 from .summary import Summary

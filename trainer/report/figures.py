@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..meters.tariff import JOULES_PER_KWH
+
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-JOULES_PER_KWH = 3.6e6
 NO_VALUE = "n/a"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from ..meters.tariff import JOULES_PER_KWH
 from .advice import Advice
 from .charts import LONG_CURVE, Layer, Marker, Series, line_chart, stacked_chart, with_mean
 from .costs import wasted_text
@@ -57,7 +58,7 @@ def headline(records: RunRecords, summary: Summary) -> str:
             ("goodput", shown(summary.goodput, "{:.1%}")),
             ("attempts", shown(summary.attempts, "{:.0f}")),
             ("lost to restarts", duration(summary.wasted_s)),
-            ("energy, kWh", shown(None if summary.joules is None else summary.joules / 3.6e6)),
+            ("energy, kWh", shown(None if summary.joules is None else summary.joules / JOULES_PER_KWH)),
             ("joules per token", shown(summary.joules_per_token)),
             ("g CO2e", shown(footprint.g_co2e)),
             (f"cost, {summary.currency}" if summary.currency else "cost", shown(footprint.cost, "{:,.2f}")),

@@ -37,7 +37,8 @@ figcaption { font-weight: 600; font-size: 14px; } svg { width: 100%; height: aut
 .table { overflow-x: auto; margin-top: 8px; } .scroll { max-height: 420px; overflow: auto; }
 table { border-collapse: collapse; min-width: min(100%, 560px); font-size: 14px; }
 th, td { text-align: left; padding: 5px 26px 5px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 600; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: break-word; max-width: 40em; }
 td:first-child { min-width: 8em; } .scroll th { position: sticky; top: 0; background: var(--page); }
 .advice { list-style: none; margin: 16px 0 0; padding: 0; display: grid; gap: 8px; }
 .advice li { border: 1px solid var(--rule); border-left: 4px solid var(--soft); border-radius: 8px; padding: 8px 14px;

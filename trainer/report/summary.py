@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from ..meters.tariff import Footprint, Tariff
+from ..meters.tariff import JOULES_PER_KWH, Footprint, Tariff
 from ..sections import MeterSection
-from .figures import JOULES_PER_KWH, ratio
+from .figures import ratio
 from .phases import OUTSIDE_STEPS
 from .records import RunRecords, number, numbers
 
