@@ -1,4 +1,4 @@
-# Everything a checkout needs: `make quickstart`, `make test`, `make check`, `make bench`.
+# Everything a checkout needs: `make quickstart`, `make test`, `make test-system`, `make check`, `make bench`.
 # Each creates .venv and installs the tested versions from constraints.txt; the second run starts at once.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-slow check format bench clean
+.PHONY: quickstart test test-slow test-system check format bench clean
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Basestone needs Python 3.11 or later, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -24,6 +24,15 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# A test whose package is not there is skipped, and says which.
+test-system: $(STAMP)
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" != 0 ]; then echo "test-system: not root: Debian's chromium is not installed"; \
+	elif ! command -v apt-get >/dev/null; then echo "test-system: no apt-get: this is no Debian"; \
+	elif ! { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; }; then \
+		echo "test-system: apt-get could not install chromium: no network?"; fi
+	$(BIN)/python -m pytest -m system -rs
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -48,6 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/prepare.py
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
