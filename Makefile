@@ -32,7 +32,7 @@ test-system: $(STAMP)
 	elif ! command -v apt-get >/dev/null; then echo "test-system: no apt-get: this is no Debian"; \
 	elif ! { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; }; then \
 		echo "test-system: apt-get could not install chromium: no network?"; fi
-	$(BIN)/python -m pytest -m system -rs
+	$(BIN)/python -m pytest -m system -rsP
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -40,6 +40,47 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]], tail: str = "") -
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
 
 
+def step_line(step: int, **changes: Any) -> dict[str, Any]:
+    """Give a line with the fields that runs have had from the first."""
+    return {
+        "kind": "step",
+        "attempt": 1,
+        "step": step,
+        "time": f"2026-01-01T00:00:{step % 60:02d}Z",
+        "loss": 9.0 / step + 2,
+        "grad_norm": 1.0 + 1 / step,
+        "lr": 1e-4,
+        "tokens": step * 4096,
+        "tokens_per_s": 50_000 + step,
+        "step_s": 0.1,
+        "tflops_per_device": 1.25,
+        "mfu": None,
+        "phase_s": {"data": 0.01, "forward_backward": 0.07, "optimizer": 0.02},
+        "memory_gib": 3.5,
+        "joules": step * 36_000.0,
+        **changes,
+    }
+
+
+def write_run(
+    path: Path,
+    lines: Iterable[dict[str, Any]],
+    *,
+    events: Iterable[dict[str, Any]] = (),
+    ledger: dict[str, Any] | None = None,
+    config: str = "",
+    tail: str = "",
+) -> Path:
+    """Write the files of a run directory; `tail` is what a killed process left of metrics.jsonl."""
+    path.mkdir(exist_ok=True)
+    write_lines(path / "metrics.jsonl", lines, tail)
+    write_lines(path / "events.jsonl", events)
+    if ledger is not None:
+        (path / "ledger.json").write_text(json.dumps(ledger))
+    (path / "run.toml").write_text(config)
+    return path
+
+
 def made_run(
     path: Path, num_steps: int, *, lr: float = 6e-4, seed: int = 1, num_events: int = 40, every: int = 50
 ) -> Path:

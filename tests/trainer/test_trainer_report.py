@@ -2,82 +2,17 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import made_run
+from made_runs import made_run, step_line, write_run
+from read_pages import Page, notes, rows_of, tiles
 
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.report.page import write_report
 from basestone.trainer.report.records import RunReader, read_records
-
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Check that tags are balanced; collect tags, attributes and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.stack: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def step_line(step, **changes):
-    return {
-        "kind": "step",
-        "attempt": 1,
-        "step": step,
-        "time": f"2026-01-01T00:00:{step % 60:02d}Z",
-        "loss": 9.0 / step + 2,
-        "grad_norm": 1.0 + 1 / step,
-        "lr": 1e-4,
-        "tokens": step * 4096,
-        "tokens_per_s": 50_000 + step,
-        "step_s": 0.1,
-        "tflops_per_device": 1.25,
-        "mfu": None,
-        "phase_s": {"data": 0.01, "forward_backward": 0.07, "optimizer": 0.02},
-        "memory_gib": 3.5,
-        "joules": step * 36_000.0,
-        **changes,
-    }
-
-
-def write_run(path, lines, *, events=(), ledger=None, config="", tail=""):
-    path.mkdir(exist_ok=True)
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    if ledger is not None:
-        (path / "ledger.json").write_text(json.dumps(ledger))
-    (path / "run.toml").write_text(config)
-    return path
-
-
-def tiles(page_text):
-    found = re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span></div>', page_text)
-    return {name: value for value, name in found}
 
 
 @pytest.fixture
@@ -229,10 +164,6 @@ def test_a_missing_run_directory_is_said(tmp_path):
     assert caught.value.exit_code == 64
 
 
-def notes(page_text):
-    return re.findall(r'<li class="(warning|note)"><b>(.*?)</b>(.*?) <span', page_text)
-
-
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "photo.jpg").touch()
     (tmp_path / "file").touch()
@@ -324,10 +255,6 @@ def test_phases_are_stacked_and_what_no_phase_has_is_other(tmp_path):
     assert rows["data"] == ["0m 04s", "6.7%", "10.0% at step 2"]
     assert rows["checkpoint"] == ["0m 20s", "33.1%", "99.0% at step 400"]
     assert rows["other"][0] == "0m 02s" and rows["new one"][0] == "0m 02s"
-
-
-def rows_of(page_text):
-    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", page_text)]
 
 
 def test_the_accounts_of_energy_and_cost(tmp_path):

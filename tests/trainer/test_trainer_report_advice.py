@@ -94,7 +94,7 @@ def test_a_loss_that_stands_still_is_a_stall(seed, num_lines, noise):
     train = [
         (float(i), 2.5 + 5 * math.exp(-i / (num_lines / 20)) + draw.gauss(0, noise)) for i in range(num_lines)
     ]
-    (found,) = stall(train, constant_rate(train))
+    (found,) = stall(train, constant_rate(train), {})
     assert found.title == "The training loss stands still" and "at a learning rate of 0.0006" in found.evidence
 
 
@@ -102,7 +102,7 @@ def test_a_loss_that_stands_still_is_a_stall(seed, num_lines, noise):
 @pytest.mark.parametrize(("num_lines", "noise"), [(60, 0.05), (300, 0.1), (3000, 0.1), (20_000, 0.1)])
 def test_a_loss_that_falls_slowly_is_no_stall(seed, num_lines, noise):
     train = power_law(num_lines, noise, seed)
-    assert stall(train, constant_rate(train)) == []
+    assert stall(train, constant_rate(train), {}) == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -110,19 +110,35 @@ def test_a_loss_may_settle_at_the_end_of_a_schedule(seed):
     draw = random.Random(seed)
     train = [(float(i), 2.5 + draw.gauss(0, 0.02)) for i in range(600)]
     rate = [(float(i), 6e-4 * max(0.0, 1 - i / 390)) for i in range(600)]
-    assert stall(train, rate) == []
-    assert len(stall(train, constant_rate(train))) == 1
+    assert stall(train, rate, {}) == []
+    assert len(stall(train, constant_rate(train), {})) == 1
 
 
 def test_few_lines_and_much_noise_prove_no_stall():
     draw = random.Random(5)
-    assert stall([(float(i), 2.0) for i in range(20)], []) == []
-    assert stall([(float(i), 3.0 + draw.gauss(0, 0.5)) for i in range(60)], []) == []
+    assert stall([(float(i), 2.0) for i in range(20)], [], {}) == []
+    assert stall([(float(i), 3.0 + draw.gauss(0, 0.5)) for i in range(60)], [], {}) == []
 
 
 def test_a_loss_that_rises_is_said_to_rise():
     train = [(float(i), 2.0 + i / 1000) for i in range(1000)]
-    assert stall(train, constant_rate(train))[0].title == "The training loss rises"
+    assert stall(train, constant_rate(train), {})[0].title == "The training loss rises"
+
+
+def test_a_rise_within_the_noise_proves_no_stall():
+    """16 lines with noise of 3 %: that they rose by 2 % is neither a stall nor a rise."""
+    train = [(float(i), 4.75 + (-1) ** i * 0.13 + (0.11 if i >= 40 else 0.0)) for i in range(48)]
+    assert stall(train, constant_rate(train), {}) == []
+    steady = [(step, 4.75 + (loss - 4.75) / 20) for step, loss in train]
+    assert len(stall(steady, constant_rate(steady), {})) == 1
+
+
+def test_a_held_out_loss_that_falls_on_shows_progress():
+    draw = random.Random(7)
+    train = [(float(i), 2.5 + draw.gauss(0, 0.02)) for i in range(1, 1001)]
+    falling, flat = held_out([3 - i / 50 for i in range(20)]), held_out([3.0] * 20)
+    assert stall(train, constant_rate(train), falling) == []
+    assert len(stall(train, constant_rate(train), flat)) == 1
 
 
 # ---- spikes -------------------------------------------------------------------------------------------------
@@ -154,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_said():
 @given(st.lists(st.floats(-1e100, 1e100), max_size=80))
 def test_no_curve_breaks_a_rule(losses):
     curve = [(float(i), loss) for i, loss in enumerate(losses)]
-    for found in (*overfitting(curve, {"x": curve}), *stall(curve, curve), *spikes(curve)):
+    for found in (*overfitting(curve, {"x": curve}), *stall(curve, curve, {}), *spikes(curve)):
         assert found.title and found.evidence and found.action
 
 

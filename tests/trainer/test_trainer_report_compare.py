@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from made_runs import made_run
-from test_trainer_report import Page, rows_of, step_line, write_run
+from made_runs import made_run, step_line, write_run
+from read_pages import Page, rows_of
 
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.report.comparison import differences, labels_of

@@ -12,9 +12,8 @@ import time
 
 import pytest
 from commands import command, environment
-from made_runs import made_run
+from made_runs import made_run, step_line, write_run
 from rich.console import Console
-from test_trainer_report import step_line, write_run
 
 from basestone.trainer.report.live import LiveView, seconds_per_step, sparkline, total_steps, watch
 from basestone.trainer.report.records import read_records

@@ -15,7 +15,7 @@ from .records import Curve, Record, RunRecords, number
 from .summary import Summary, summarise
 
 MIN_LINES = 30  # of a curve that is judged
-MIN_RISE = 0.005  # of the best held-out loss
+MIN_RISE = 0.005  # of the best held-out loss; and the least fall of one that counts
 MIN_LATER = 2  # evaluations after the best
 MIN_PROGRESS = 0.001  # of the loss, between the halves of the last third, beyond the noise
 CLEAR_PROGRESS = 0.01  # what the noise must not be able to hide
@@ -41,11 +41,11 @@ class Advice:
 def advise(records: RunRecords, summary: Summary | None = None) -> list[Advice]:
     """Give all findings of a run, the serious ones first."""
     summary = summary or summarise(records)
-    loss = records.curve("loss")
+    loss, heldout = records.curve("loss"), records.heldout()
     not_finite = sum("loss" in line and number(line, "loss") is None for line in records.steps)
     found = [
-        *overfitting(loss, records.heldout()),
-        *stall(loss, records.curve("lr")),
+        *overfitting(loss, heldout),
+        *stall(loss, records.curve("lr"), heldout),
         *spikes(loss, not_finite),
         *data_wait(records.steps),
         *low_goodput(summary),
@@ -100,34 +100,45 @@ def _error(one: Sequence[float], other: Sequence[float]) -> float:
     return float((statistics.variance(one) / len(one) + statistics.variance(other) / len(other)) ** 0.5)
 
 
-def stall(train: Curve, rate: Curve) -> list[Advice]:
-    """Find a training loss that has stood still over the last third, with a learning rate that is not near 0."""
+def stall(train: Curve, rate: Curve, heldout: Mapping[str, Curve]) -> list[Advice]:
+    """Find a training loss that made no progress over the last third, with a learning rate that is not near 0.
+
+    A held-out loss that went on falling shows progress that the noise of the training loss hides.
+    """
     third = train[-(len(train) // 3) :]
     if len(train) < MIN_LINES:
         return []
-    rates = [value for step, value in rate if step >= third[0][0]]
+    start = third[0][0]
+    rates = [value for step, value in rate if step >= start]
     largest = max((value for _, value in rate), default=0.0)
     if rates and statistics.median(rates) < MIN_RATE * largest:
+        return []
+    if any(_falls_from(curve, start) for curve in heldout.values()):
         return []
     losses = [loss for _, loss in third]
     first, second = losses[: len(losses) // 2], losses[len(losses) // 2 :]
     level, fall = statistics.fmean(first), statistics.fmean(first) - statistics.fmean(second)
-    error = SURE * _error(first, second)
-    if fall - error >= MIN_PROGRESS * abs(level) or fall + error >= CLEAR_PROGRESS * abs(level):
+    error, least, clear = SURE * _error(first, second), MIN_PROGRESS * abs(level), CLEAR_PROGRESS * abs(level)
+    rises = -fall > 2 * error + least
+    if not rises and (fall - error >= least or fall + error >= clear or error >= clear):
         return []
     shown = f" at a learning rate of {statistics.median(rates):.2g}" if rates else ""
     return [
         Advice(
             "stall",
-            "The training loss rises"
-            if -fall > error + MIN_PROGRESS * abs(level)
-            else "The training loss stands still",
-            f"From step {third[0][0]:,.0f} to {third[-1][0]:,.0f} its mean went from {level:.4f} to "
+            "The training loss rises" if rises else "The training loss stands still",
+            f"From step {start:,.0f} to {third[-1][0]:,.0f} its mean went from {level:.4f} to "
             f"{statistics.fmean(second):.4f} (give or take {error:.4f}){shown}.",
             "Let the learning rate decay now, or stop here; where the loss is far above what this size should reach, "
             "look at the learning rate, the data mix and the held-out curves.",
         )
     ]
+
+
+def _falls_from(curve: Curve, step: float) -> bool:
+    """Tell whether a held-out loss ends lower than all that came before a step."""
+    before = [loss for at, loss in curve if at <= step]
+    return bool(before) and curve[-1][1] < min(before) - MIN_RISE * abs(min(before))
 
 
 def spikes(train: Curve, num_not_finite: int = 0) -> list[Advice]:
