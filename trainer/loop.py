@@ -42,6 +42,8 @@ from .record import Recorder
 from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
 from .saving import Saving
+from .sinks.opening import open_sinks
+from .sinks.sink import Sink
 from .step import StepFigures, TrainingStep
 
 # What a checkpoint's state must have before it is compared.
@@ -66,6 +68,7 @@ class Trainer:
         self._versions, self._stop_signals = versions, 0
         self.step, self._run_dir = 0, run_dir
         self._tokenizer_sha256 = Tokenizer(places.tokenizer).sha256
+        self._sinks: list[Sink] = []
         self._directory = self._open_directory(run_dir)
         try:
             self._prepare(run_dir, resume)
@@ -116,7 +119,7 @@ class Trainer:
         self._console = RunConsole(resolved.steps, self.step, silent=runtime.rank != 0)
         self._accounts = Accounts(resolved, runtime, self._directory, self._console)
         self._saving = Saving(self._saver, copier, resolved.run, self._directory, self._console, exporter)
-        self._recorder = Recorder(self._directory, self._console, run_dir, resolved.run.meter.tensorboard)
+        self._recorder = Recorder(self._directory, self._console, self._sinks)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
         self._accounts.check()
@@ -127,13 +130,14 @@ class Trainer:
             exporter.offer_missing(self._saver.directory, self.step)
 
     def _open_directory(self, run_dir: Path) -> RunDirectory | None:
-        """Open the run directory on rank 0; every rank learns of a failure."""
+        """Open the run directory and the sinks on rank 0; every rank learns of a failure."""
         directory, problem = None, None
         if self._runtime.rank == 0:
             try:
                 if (remote := self._resolved.run.checkpoint.remote) is not None:
                     check_place(remote, run_dir)
                 directory = RunDirectory(run_dir)
+                self._sinks = open_sinks(self._resolved, directory)
             except (ConfigError, DataError, OSError) as error:  # as a value: the other ranks wait here
                 problem = message_of(error)
         problem = self._runtime.broadcast(problem)
@@ -164,6 +168,7 @@ class Trainer:
         directory.save_ledger()
         if state:
             self._console.say(f"resuming {where} (attempt {directory.attempt})")
+        self._recorder.begin(self._run_id, self.step)
 
     def _differences(self, state: dict[str, Any]) -> list[str]:
         """List what makes a checkpoint that of another model, tokenizer or dataset."""

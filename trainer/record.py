@@ -1,32 +1,37 @@
-"""Where a run's figures go: metrics.jsonl (the source of truth), TensorBoard, the console. Rank 0 only."""
+"""Where a run's figures go: metrics.jsonl (the source of truth), the console, and the sinks. Rank 0 only."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..data.storage import write_atomic
 from .config import ResolvedRun
 from .console import RunConsole
+from .errors import message_of
 from .load import run_to_toml
 from .rundir import RunDirectory, warned_of
-
-STEP_SCALARS = ("loss", "grad_norm", "lr", "tokens_per_s", "tflops_per_device", "mfu", "memory_gib", "joules")
-EVAL_SCALARS = ("loss", "perplexity", "bits_per_byte")
+from .sinks.sink import Sink
 
 
 class Recorder:
-    """Writes every record to every sink; does nothing on a rank without a run directory."""
+    """Writes every record, and hands it to every sink; does nothing on a rank without a run directory."""
 
-    def __init__(
-        self, directory: RunDirectory | None, console: RunConsole, run_dir: Path, tensorboard: bool
-    ) -> None:
-        self._directory, self._console = directory, console
-        self._board: Any = None
-        if directory is not None and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, directory: RunDirectory | None, console: RunConsole, sinks: Sequence[Sink]) -> None:
+        """Take the sinks, which have not begun."""
+        self._directory, self._console, self._sinks = directory, console, list(sinks)
+        self._step = 0
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+    def begin(self, run_id: str, step: int) -> None:
+        """Let the sinks begin, at a step."""
+        self._step = step
+
+        def begin_one(sink: Sink) -> None:
+            if told := sink.begin(run_id):
+                self._console.say(told)
+
+        self._hand(begin_one)
 
     def write_config(self, resolved: ResolvedRun, versions: dict[str, str]) -> None:
         """Write the resolved run file; `basestone train` reads it back."""
@@ -39,10 +44,11 @@ class Recorder:
         """Take a step's line."""
         if self._directory is None:
             return
+        self._step = record["step"]
         self._directory.metric(record)
         self._directory.save_ledger()
         self._console.step(record)
-        self._scalars("train", record, STEP_SCALARS)
+        self._hand(lambda sink: sink.step(record))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Take a held-out result."""
@@ -53,17 +59,25 @@ class Recorder:
             f"step {record['step']} held-out {record['name']}: loss {record['loss']:.4f}, "
             f"perplexity {record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits per byte"
         )
-        self._scalars(f"heldout/{record['name']}", record, EVAL_SCALARS)
-
-    def _scalars(self, prefix: str, record: dict[str, Any], names: tuple[str, ...]) -> None:
-        if self._board is None:
-            return
-        for name in names:
-            if record.get(name) is not None:
-                self._board.add_scalar(f"{prefix}/{name}", record[name], record["step"])
+        self._hand(lambda sink: sink.evaluation(record))
 
     def close(self) -> None:
-        """Flush the sinks, as far as the disk lets them."""
-        if self._board is not None:
-            with warned_of("TensorBoard's events were not all written"):
-                self._board.close()
+        """Let the sinks write what is left."""
+        self._hand(lambda sink: sink.close())
+        self._sinks = []
+
+    def _hand(self, give: Callable[[Sink], None]) -> None:
+        """Do something with every sink; one that fails is told of, once, and gets nothing more."""
+        for sink in tuple(self._sinks):
+            try:
+                give(sink)
+            except Exception as error:  # whatever a library raises: the figures are in metrics.jsonl
+                self._sinks.remove(sink)
+                reason = message_of(error).strip() or type(error).__name__
+                told = f"{sink.name} failed and gets nothing more: {reason}"
+                self._console.say(f"warning: {told}")
+                with suppress(Exception):
+                    sink.close()
+                if self._directory is not None:
+                    with warned_of("the failure was not recorded in events.jsonl"):
+                        self._directory.event(self._step, "sink_failed", told)

@@ -278,6 +278,20 @@ class MeterSection(Section):
     price_per_gpu_hour: float | None = Field(None, ge=0, description="of one GPU", json_schema_extra=FREE)
     currency: str = Field("USD", description="of the prices", json_schema_extra=FREE)
     tensorboard: bool = Field(True, description="write TensorBoard events", json_schema_extra=FREE)
+    wandb_project: str | None = Field(
+        None,
+        min_length=1,
+        description="project of Weights & Biases that the run shows in",
+        json_schema_extra=FREE,
+    )
+    prometheus_port: int | None = Field(
+        None, ge=1, le=65535, description="serve the last figures to Prometheus here", json_schema_extra=FREE
+    )
+    prometheus_host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; any but a loopback one shows the figures to the network",
+        json_schema_extra=FREE,
+    )
 
     @field_validator("grid")
     @classmethod
