@@ -20,6 +20,7 @@ from .sections import (
     MeterSection,
     OptimizerSection,
     ParallelSection,
+    ProfileSection,
     RunSection,
     ScheduleSection,
     Section,
@@ -43,6 +44,7 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
     meter: MeterSection = MeterSection()
     budget: BudgetSection = BudgetSection()
+    profile: ProfileSection = ProfileSection()
 
     def resolve(self, world_size: int, vocab_size: int) -> ResolvedRun:
         """Derive everything that follows from the world size and the tokenizer's vocabulary.
@@ -70,6 +72,10 @@ class RunConfig(Section):
             problems.append(
                 f"{world_size} processes cannot be cut into groups of parallel.tensor x parallel.pipeline = "
                 f"{parallel.tensor} x {parallel.pipeline}; start a multiple of {ranks}"
+            )
+        if self.profile.first_step is not None and (last := max(self.profile.ranks)) >= world_size:
+            problems.append(
+                f"profile.ranks names rank {last}; the {world_size} processes are ranks 0 to {world_size - 1}"
             )
         dp = max(1, world_size // ranks)
         batches = BatchSchedule(((Phase(0, train.global_batch)),), self.data.sequence_length)

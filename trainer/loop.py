@@ -44,6 +44,7 @@ from .runtime import Runtime
 from .saving import Saving
 from .sinks.opening import open_sinks
 from .sinks.sink import Sink
+from .sinks.traces import StepTracer
 from .step import StepFigures, TrainingStep
 
 # What a checkpoint's state must have before it is compared.
@@ -120,6 +121,8 @@ class Trainer:
         self._accounts = Accounts(resolved, runtime, self._directory, self._console)
         self._saving = Saving(self._saver, copier, resolved.run, self._directory, self._console, exporter)
         self._recorder = Recorder(self._directory, self._console, self._sinks)
+        places = (run_dir, self._directory, self._console)
+        self._tracer = StepTracer(resolved.run.profile, runtime, *places, last_step=resolved.steps)
         if self._directory is not None:
             self._directory.ledger.resume_from(state["ledger"] if state else {})
         self._accounts.check()
@@ -246,7 +249,8 @@ class Trainer:
         self._heldout_losses = {}
         try:
             stop = self._stop_signals > 0 or self._accounts.used_up is not None
-            figures = self._training_step.run(self.step, (stop, *self._saving.flags()))
+            with self._tracer.around(self.step + 1):
+                figures = self._training_step.run(self.step, (stop, *self._saving.flags()))
         except NumericsError as error:  # on every rank
             self._end_save()
             steps = steps_in(self._saver.directory)
@@ -345,6 +349,7 @@ class Trainer:
         """Stop readers and sampling, close files; safe after an exception."""
         self._saving.give_up_exports()
         self._console.close()
+        self._tracer.close()
         self._recorder.close()
         self._accounts.close()
         self._feed.close()

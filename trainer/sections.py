@@ -310,6 +310,22 @@ class MeterSection(Section):
         return self
 
 
+class ProfileSection(Section):
+    """`[profile]`: a trace of some optimizer steps, by torch.profiler."""
+
+    first_step: int | None = Field(
+        None, gt=0, description="first step to trace, counted from 1", json_schema_extra=FREE
+    )
+    num_steps: int = Field(3, gt=0, description="steps to trace", json_schema_extra=FREE)
+    ranks: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = Field(
+        (0,),
+        strict=False,  # TOML has lists
+        min_length=1,
+        description="ranks that trace; each writes a file",
+        json_schema_extra=FREE,
+    )
+
+
 class BudgetSection(Section):
     """`[budget]`: the run stops, saved, at the first log line that reaches one; over all attempts."""
 

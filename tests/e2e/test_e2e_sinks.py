@@ -1,7 +1,8 @@
-"""Figures of whole runs beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus."""
+"""Figures of whole runs beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus; and traces."""
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
@@ -167,3 +168,28 @@ def test_a_sink_that_fails_costs_an_event_and_not_the_run(tmp_path, corpus, refe
     assert event["step"] == 3 and event["message"].startswith(
         "TensorBoard failed and gets nothing more: storage"
     )
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(tmp_path, corpus, reference):
+    run_dir = tmp_path / "run"
+    train(corpus, run_dir, "profile.first_step=3", "profile.num_steps=2", "profile.ranks=[0, 1]")
+    assert losses_of(run_dir) == reference
+    told = {event["message"] for event in events_of(run_dir) if event["event"] == "trace"}
+    paths = [run_dir / "traces" / f"rank_{rank}_step_3.json.gz" for rank in (0, 1)]
+    assert told == {f"rank {rank}: steps 3 to 4: {path}" for rank, path in enumerate(paths)}
+    assert sorted(os.listdir(run_dir / "traces")) == [path.name for path in paths], "and nothing unfinished"
+    for path in paths:
+        names = [event["name"] for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
+        assert [name for name in names if name.startswith("optimizer step")] == [
+            "optimizer step 3",
+            "optimizer step 4",
+        ]
+        assert {"aten::mm", "LinearWithGradAccumulationAndAsyncCommunication"} <= set(names)
+        assert any("gloo:all_reduce" in name for name in names)
+
+
+def test_a_run_that_ends_early_leaves_the_trace_so_far(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    train(corpus, run_dir, "profile.first_step=7", "profile.num_steps=100")
+    (told,) = [event["message"] for event in events_of(run_dir) if event["event"] == "trace"]
+    assert told == f"rank 0: steps 7 to 8: {run_dir / 'traces' / 'rank_0_step_7.json.gz'}"
