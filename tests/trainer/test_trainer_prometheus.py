@@ -139,7 +139,9 @@ def test_the_port_is_given_back():
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     assert set(threading.enumerate()) <= before
-    PrometheusSink("127.0.0.1", port, LEDGER, "EUR").close()  # one that never began, on the same port
+    early = PrometheusSink("127.0.0.1", port, LEDGER, "EUR")
+    assert scraped(port) == {}, "no figures before it begins"
+    early.close()
 
 
 def test_a_port_that_is_taken_is_refused(sink):

@@ -151,7 +151,7 @@ def test_wandb_without_a_network_is_offline(tmp_path, without_key, monkeypatch):
     monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", 1.0)
     sink = sink_of(tmp_path)
     told = sink.begin("abc3")
-    assert told.startswith("Weights & Biases: offline, as there is no connection (") and "refused" in told
+    assert told.startswith("Weights & Biases: offline, as the server gives no access (") and "refused" in told
     assert "0" * 40 not in told
     sink.step(STEP)
     sink.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ..config import ResolvedRun
 from ..rundir import RunDirectory
+from .prometheus import PrometheusSink
 from .sink import Sink
 from .tensorboard import TensorBoardSink
+from .weights_and_biases import WandbSink
 
 
 def open_sinks(resolved: ResolvedRun, directory: RunDirectory) -> list[Sink]:
@@ -17,15 +19,11 @@ def open_sinks(resolved: ResolvedRun, directory: RunDirectory) -> list[Sink]:
     meter, sinks = resolved.run.meter, list[Sink]()
     if meter.tensorboard:
         sinks.append(TensorBoardSink(directory.path))
-    if meter.prometheus_port is not None:
-        from .prometheus import PrometheusSink
-
+    if meter.wandb_project is not None:
+        config = resolved.run.model_dump(mode="json")
+        sinks.append(WandbSink(meter.wandb_project, directory.path, config, resolved.steps))
+    if meter.prometheus_port is not None:  # the last one: it listens from now on
         sinks.append(
             PrometheusSink(meter.prometheus_host, meter.prometheus_port, directory.ledger, meter.currency)
         )
-    if meter.wandb_project is not None:
-        from .weights_and_biases import WandbSink
-
-        config = resolved.run.model_dump(mode="json")
-        sinks.append(WandbSink(meter.wandb_project, directory.path, config, resolved.steps))
     return sinks

@@ -7,9 +7,8 @@ known is absent. Counters go on over restarts, as the ledger does, and count wor
 from __future__ import annotations
 
 import copy
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -68,42 +67,30 @@ class PrometheusSink:
     name = "Prometheus"
 
     def __init__(self, host: str, port: int, ledger: Ledger, currency: str) -> None:
-        """Check that the port is free; it is bound when readers of data have been forked, which would hold it.
+        """Listen: a port that is taken is found before training.
 
         Raises:
-            ConfigError: it is not, the host cannot be listened on, or prometheus-client is not installed.
+            ConfigError: it is, the host cannot be listened on, or prometheus-client is not installed.
         """
         key = "meter.prometheus_port"
-        self._client: Any = load_extra("prometheus_client", extra="prometheus", key=key)
+        client: Any = load_extra("prometheus_client", extra="prometheus", key=key)
         self._metrics: Any = load_extra("prometheus_client.core", extra="prometheus", key=key)
-        self._host, self._port, self._ledger, self._currency = host, port, ledger, currency
-        self._seen = _Seen("")
-        self._stop: Callable[[], None] | None = None
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+        self._ledger, self._currency = ledger, currency
+        self._seen: _Seen | None = None
+        registry = client.CollectorRegistry(auto_describe=False)
+        registry.register(self)
         try:
-            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what just ended is not in the way
-                probe.bind(address)
+            self._server, self._thread = client.start_http_server(port, host, registry)
         except OSError as error:
             raise ConfigError(
                 f"{key} = {port}: cannot listen on {host}: {error.strerror}; take another port or host, or leave it out"
             ) from error
 
     def begin(self, run_id: str) -> str:
-        """Listen."""
-        self._seen = replace(self._seen, run_id=run_id)
-        registry = self._client.CollectorRegistry(auto_describe=False)
-        registry.register(self)
-        server, thread = self._client.start_http_server(self._port, self._host, registry)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._stop = stop
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"Prometheus: http://{host}:{self._port}/metrics"
+        """Begin to answer with figures."""
+        self._seen = _Seen(run_id)
+        return f"{self.name}: {self._url}"
 
     def step(self, record: dict[str, Any]) -> None:
         """Keep a step's figures, and the ledger as it is now."""
@@ -111,17 +98,20 @@ class PrometheusSink:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Keep a held-out set's figures."""
+        assert self._seen is not None
         self._seen = replace(self._seen, heldout={**self._seen.heldout, record["name"]: record})
 
     def close(self) -> None:
         """Give the port back."""
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
 
     def collect(self) -> Iterator[Any]:
         """Give the families of a scrape; prometheus-client asks for them in a thread of its own."""
-        seen = self._seen
+        if (seen := self._seen) is None:
+            return
         yield self._gauge("basestone_run_info", "The run, by its id", [({"run_id": seen.run_id}, 1.0)])
         yield from self._heldout(seen)
         if seen.record:

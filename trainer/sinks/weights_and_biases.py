@@ -40,7 +40,7 @@ class WandbSink:
         try:
             self._run = self._init(run_id, mode)
         except wandb.errors.CommError as error:
-            mode, why = self._go_offline(), f"offline, as there is no connection ({_brief(error)})"
+            mode, why = self._go_offline(), f"offline, as the server gives no access ({_brief(error)})"
             self._run = self._init(run_id, mode)
         if not self._run.offline:
             return f"{self.name}: {self._run.url}"
