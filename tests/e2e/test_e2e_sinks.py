@@ -156,6 +156,7 @@ def _fail(*_: object) -> None:
     raise OSError(28, "No space left on device", "events.tfevents")
 
 
+@pytest.mark.faults
 def test_a_sink_that_fails_costs_an_event_and_not_the_run(tmp_path, corpus, reference):
     run_dir = tmp_path / "run"
 
