@@ -40,7 +40,8 @@ def sources() -> dict[str, Path]:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             found[f"basestone/{path.relative_to(ROOT)}"] = path
-    for path in [*(ROOT / "ds_configs").glob("*.json"), *(ROOT / "recipes").glob("*.toml")]:
+    tables = (ROOT / "trainer" / "meters").glob("*.csv")
+    for path in [*(ROOT / "ds_configs").glob("*.json"), *(ROOT / "recipes").glob("*.toml"), *tables]:
         found[f"basestone/{path.relative_to(ROOT)}"] = path
     return found
 

@@ -91,11 +91,11 @@ def test_a_killed_run_leaves_no_process_of_wandb(tmp_path, corpus, monkeypatch):
 
     def prepare(rank: int) -> None:
         if rank == 0:
-            before(engine.Engine, "update", _note_helpers, 3)
-            before(engine.Engine, "update", kill_self, 3)
+            before(engine.Engine, "update", note_helpers_and_die, 3)
 
-    def _note_helpers() -> None:
+    def note_helpers_and_die() -> None:
         (tmp_path / "helpers").write_text(" ".join(str(one.pid) for one in psutil.Process().children()))
+        kill_self()
 
     assert killed(corpus, run_dir, "meter.wandb_project=small", fault=prepare)
     helpers = [int(word) for word in (tmp_path / "helpers").read_text().split()]

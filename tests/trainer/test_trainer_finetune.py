@@ -406,3 +406,25 @@ def test_bf16_computes_nearly_what_fp32_does(hub, tmp_path):
     half = tune(settings_of(hub, tmp_path / "bf16", dtype="bf16"))["losses"]
     assert half != full and [loss for _, loss in half] == pytest.approx([loss for _, loss in full], rel=1e-2)
     assert load_file(tmp_path / "bf16" / "model.safetensors")["lm_head.weight"].dtype == torch.float32
+
+
+def _tune_and_count_models(settings: FinetuneSettings) -> int:
+    """Fine-tune, and count the wrapped models that are there when the group goes."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    counts = []
+    destroy = torch.distributed.destroy_process_group
+
+    def count_and_destroy() -> None:
+        counts.append(sum(isinstance(one, DistributedDataParallel) for one in gc.get_objects()))
+        destroy()
+
+    torch.distributed.destroy_process_group = count_and_destroy
+    finetune(settings, as_json=False)
+    return counts[0]
+
+
+def test_the_model_goes_before_its_group(hub, tmp_path):
+    """A reducer that holds a group last may never end: it joins threads that wait for what it holds."""
+    settings = settings_of(hub, tmp_path / "out", steps=1)
+    assert run_ranks(_tune_and_count_models, 2, settings, num_threads=1) == [0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.util
 import json
@@ -50,9 +51,6 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
         from ..engine import switch_off_shm_op
 
         switch_off_shm_op()
-    from .output import finish, write_model
-    from .training import Tuning
-
     # Elsewhere the Trainer would spread one process over all GPUs that it sees.
     alone = num_processes == 1 and not settings.zero and on_cpu
     if alone:
@@ -60,6 +58,29 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
     else:
         processes.meet()
     speaks = alone or torch.distributed.get_rank() == 0
+    _tune(settings, prepared, figures, num_processes=num_processes, on_cpu=on_cpu, speaks=speaks)
+    if speaks:
+        content = json.dumps(figures, indent=1, ensure_ascii=False)
+        print(content if as_json else "\n".join(summary(settings, figures)), flush=True)
+    if not alone:
+        # The model's reducer goes before the group that it holds. Where it held it last, it would join the group's
+        # threads under Python's lock, which one of them may wait for.
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def _tune(
+    settings: FinetuneSettings,
+    prepared: Prepared,
+    figures: dict[str, Any],
+    *,
+    num_processes: int,
+    on_cpu: bool,
+    speaks: bool,
+) -> None:
+    """Train, and let the process that speaks write the directory and add to `figures`."""
+    from .output import finish, write_model
+    from .training import Tuning
 
     def say(text: str) -> None:
         if speaks:
@@ -81,10 +102,6 @@ def finetune(settings: FinetuneSettings, *, as_json: bool) -> None:
             content = json.dumps(figures, indent=1, ensure_ascii=False)
             files = {"metrics.json": content.encode(), "README.md": tuned_card(settings, figures).encode()}
             finish(partial, settings.out, files)
-    if speaks:
-        print(content if as_json else "\n".join(summary(settings, figures)), flush=True)
-    if not alone:
-        torch.distributed.destroy_process_group()
 
 
 def _beginning(

@@ -94,6 +94,7 @@ class PrometheusSink:
 
     def step(self, record: dict[str, Any]) -> None:
         """Keep a step's figures, and the ledger as it is now."""
+        assert self._seen is not None
         self._seen = replace(self._seen, record=record, ledger=copy.deepcopy(self._ledger), time_s=time.time())
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ class PrometheusSink:
     def _counters(self, seen: _Seen) -> Iterator[Any]:
         record, ledger = seen.record, seen.ledger
         source = {"source": ledger.joules_source}
-        devices = []
+        devices: list[tuple[dict[str, str], float | None]] = []
         for key, joules in ledger.joules_by_device.items():
             host, _, device = key.partition("/")
             devices.append(({"host": host, "device": device, **source}, joules))
