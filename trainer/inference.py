@@ -32,6 +32,7 @@ from .errors import ConfigError
 from .hub.card import CardFacts
 from .hub.export import DTYPES, export_checkpoint
 from .load import validate_run
+from .meters.tariff import Tariff
 from .places import locate_heldout
 from .reference import generate, load_decoder, logits_of, trace_of
 from .report.records import RunRecords, number, read_records
@@ -199,8 +200,7 @@ class OpenCheckpoint:
             for label, lines in ((key, _until(values, step)) for key, values in records.evals.items())
             if lines
         }
-        joules, grams = number(records.ledger, "joules"), self.run.meter.g_co2e_per_kwh
-        known = joules is not None and grams is not None
+        joules = number(records.ledger, "joules")
         return CardFacts(
             name=name,
             step=step,
@@ -209,7 +209,7 @@ class OpenCheckpoint:
             hardware=_hardware(),
             joules=joules,
             joules_source=str(records.ledger.get("joules_source", "none")),
-            g_co2e=joules / 3.6e6 * grams if known else None,  # type: ignore[operator]
+            g_co2e=Tariff(self.run.meter).footprint(joules, 0.0).g_co2e,
             licence=licence,
             data="" if imported_from else ", ".join(map(_short_place, self.run.data.places)),
             origin=imported_from or _short_place(self.run.train.init_from or ""),

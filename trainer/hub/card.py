@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from ...model.config import ModelConfig
 from ...model.flops import num_parameters
+from ..meters.tariff import JOULES_PER_KWH
 
-JOULES_PER_KWH = 3.6e6
 NUM_CURVE_ROWS = 20
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 SOURCE_LABELS = {
