@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/prepare.py
 	$(BIN)/python bench/report.py
+	$(BIN)/python bench/meters.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

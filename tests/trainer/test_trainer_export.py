@@ -24,7 +24,10 @@ def test_the_card_states_the_facts(export, config, weights):
     assert "# tiny \\| &lt;model>" in card
     assert "| training tokens | 1,572,864 |" in card
     assert "| python | 2.5000 | 12.1825 | 1.2500 | 65,536 |" in card
-    assert "Energy: 2 kWh (measured: the GPUs' energy counters (GPU boards only))" in card
+    assert (
+        "Energy: 2 kWh (measured: GPU boards only, by their energy counters; not CPUs, network, fans or power supplies)"
+        in card
+    )
     assert f"relative error {report.verification.relative_error:.2e}" in card
     assert "| 1,200 | 3.0000 |" in card
 

@@ -51,7 +51,7 @@ def test_headline_numbers(run_dir):
     assert shown["lost to restarts"] == "1m 01s"
     assert shown["attempts"] == "2"
     assert shown["MFU, median"] == "n/a"
-    assert "Source: nvml-samples: GPU boards only, from samples of their power;" in text
+    assert "Source: nvml-samples (measured: GPU boards only, by samples of their power;" in text
     assert "Lost to restarts: 0.1 kWh." in text and "Restarts lost 81,920 tokens, 1m 01s of training." in text
 
 
@@ -263,7 +263,7 @@ def test_the_accounts_of_energy_and_cost(tmp_path):
     assert rows["hosts"][0] == "1 of 2 hosts metered"
     assert rows["metered energy"] == [
         "0.15 kWh",
-        "GPU boards only, by their energy counters; not the CPUs, the network, fans or power supplies",
+        "measured: GPU boards only, by their energy counters; not CPUs, network, fans or power supplies",
     ]
     assert rows["energy at the building"][0] == "0.18 kWh"  # PUE 1.2
     assert rows["idle draw"][0] == "130 W" and rows["PUE"][0] == "1.2"
@@ -289,10 +289,14 @@ def test_the_accounts_of_energy_and_cost(tmp_path):
 def test_a_run_without_prices_has_no_costs(tmp_path):
     run = write_run(tmp_path / "run", [step_line(1), step_line(2)], ledger={"joules": 4e6, "gpu_s": 7200.0})
     (run / "run.toml").write_text("[meter]\npue = 1.1\n")
-    rows = {row[0]: row[1:] for row in rows_of(write_report([run]).read_text()) if len(row) == 3}
-    unknown = ("hosts", "idle draw", "grid intensity", "CO2e", "cost of energy", "cost of GPU hours", "cost")
-    assert {rows[name][0] for name in unknown} == {"n/a"}
-    assert rows["cost of GPU hours"][1] == "2h 00m of GPUs; no price per GPU hour is given"
+    text = write_report([run]).read_text()
+    rows = {row[0]: row[1:] for row in rows_of(text) if len(row) == 3}
+    assert rows["metered energy"][0] == "1.111 kWh" and rows["PUE"][0] == "1.1"
+    assert (
+        "Not known (n/a): hosts, idle draw (meter.idle_s), grid intensity (meter.grid), CO2e, cost of energy "
+        "(meter.price_per_kwh), cost of GPU hours (meter.price_per_gpu_hour), cost.<"
+    ) in text
+    assert not rows.keys() & {"hosts", "CO2e", "cost"}
 
 
 def test_memory_data_and_quarantine(tmp_path):

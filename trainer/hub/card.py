@@ -8,16 +8,11 @@ from dataclasses import dataclass, field
 
 from ...model.config import ModelConfig
 from ...model.flops import num_parameters
+from ..meters.energy import MEANING
 from ..meters.tariff import JOULES_PER_KWH
 
 NUM_CURVE_ROWS = 20
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
-SOURCE_LABELS = {
-    "nvml-counter": "measured: the GPUs' energy counters (GPU boards only)",
-    "nvml-samples": "measured: the GPUs' power, sampled and integrated (GPU boards only)",
-    "rapl": "measured: the processors' RAPL counters (package and memory only)",
-    "user-watts": "estimated: the watts given in the run's file, times seconds",
-}
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def _front_matter(facts: CardFacts) -> str:
     elif facts.licence:
         lines += ["license: other", f"license_name: {_yaml(facts.licence)}"]
     if facts.g_co2e is not None:
-        source = SOURCE_LABELS.get(facts.joules_source, facts.joules_source)
+        source = MEANING.get(facts.joules_source, facts.joules_source)
         lines += [
             "co2_eq_emissions:",
             # grams; the hub's filter reads neither exponents nor thousands separators
@@ -146,7 +141,7 @@ def _energy(facts: CardFacts) -> str:
     if facts.joules is None or facts.joules_source == "none":
         energy = "Energy: not measured."
     else:
-        label = SOURCE_LABELS.get(facts.joules_source, facts.joules_source)
+        label = MEANING.get(facts.joules_source, facts.joules_source)
         energy = f"Energy: {facts.joules / JOULES_PER_KWH:.4g} kWh ({label})."
         if facts.tokens:
             energy += f" That is {facts.joules / facts.tokens:.3g} J per token."

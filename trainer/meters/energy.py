@@ -18,6 +18,13 @@ from typing import Literal
 from .nvml import MILLI, Gpu, Nvml, NvmlError
 
 Source = Literal["nvml-counter", "nvml-samples", "rapl", "user-watts", "none"]
+MEANING: dict[str, str] = {  # the best source first
+    "nvml-counter": "measured: GPU boards only, by their energy counters; not CPUs, network, fans or power supplies",
+    "nvml-samples": "measured: GPU boards only, by samples of their power; not CPUs, network, fans or power supplies",
+    "rapl": "measured: CPU packages and memory, by RAPL; not GPUs, disks, network, fans or power supplies",
+    "user-watts": "estimated: the watts of a host given in meter.watts, times the time",
+    "none": "nothing was metered",
+}
 
 SAMPLE_INTERVAL_S = 0.1
 RAPL_INTERVAL_S = 60.0  # a package at 350 W wraps after 749 s, and a save or an evaluation may block for longer

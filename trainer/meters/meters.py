@@ -14,13 +14,13 @@ import torch
 from ...model.flops import decoder_flops_per_token, recomputed_flops_per_token
 from ..config import ResolvedRun
 from ..runtime import Runtime, visible_gpus
-from .energy import EnergyMeter, Source
+from .energy import MEANING, EnergyMeter, Source
 from .ledger import Ledger
 from .peaks import peak_tflops
 from .tariff import Tariff
 
 GIB = 1 << 30
-SOURCES: tuple[Source, ...] = ("nvml-counter", "nvml-samples", "rapl", "user-watts", "none")  # the best first
+BEST_FIRST = list(MEANING)
 OUTSIDE_STEPS = ("checkpoint", "evaluate")
 
 
@@ -175,7 +175,7 @@ class Meters:
         ledger.gpu_s += elapsed_s * len({gpu for reading in readings for gpu in reading.gpus})
         ledger.train_s += in_steps_s
         ledger.tokens += self._tokens
-        ledger.joules_source = max((reading.source for reading in readings), key=SOURCES.index)
+        ledger.joules_source = max((reading.source for reading in readings), key=BEST_FIRST.index)
         ledger.hosts = len({reading.host for reading in readings if reading.joules})
         ledger.all_hosts = len({reading.host for reading in readings})
         if used:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..meters.energy import MEANING
 from ..meters.tariff import JOULES_PER_KWH
 from .charts import Series, line_chart
 from .elements import figures, part, section, table
@@ -12,12 +13,11 @@ from .phases import OUTSIDE_STEPS
 from .records import Record, RunRecords, number, numbers
 from .summary import Summary
 
-MEANING = {
-    "nvml-counter": "GPU boards only, by their energy counters; not the CPUs, the network, fans or power supplies",
-    "nvml-samples": "GPU boards only, from samples of their power; not the CPUs, the network, fans or power supplies",
-    "rapl": "CPU packages and memory, by RAPL; not GPUs, disks, the network, fans or power supplies",
-    "user-watts": "an estimate: the watts of a host given in meter.watts, times the time",
-    "none": "nothing was metered",
+SETTINGS = {  # what makes an account known
+    "idle draw": "meter.idle_s",
+    "grid intensity": "meter.grid",
+    "cost of energy": "meter.price_per_kwh",
+    "cost of GPU hours": "meter.price_per_gpu_hour",
 }
 
 
@@ -39,7 +39,7 @@ def energy_section(records: RunRecords, summary: Summary) -> str:
     if summary.joules is None:
         note = "Energy was not measured: n/a."
     else:
-        note = f"Source: {source}: {MEANING.get(source, 'not a source that this report knows')}."
+        note = f"Source: {source} ({MEANING.get(source, 'not a source that this report knows')})."
         if summary.wasted_joules is not None:
             note += f" Lost to restarts: {format_number(summary.wasted_joules / JOULES_PER_KWH)} kWh."
     drawn = ""
@@ -58,7 +58,10 @@ def energy_section(records: RunRecords, summary: Summary) -> str:
             chart = line_chart([Series(title, records.curve(field))], x_label="step", y_label=label)
             charts += [(title, chart)] if chart else []
         drawn = figures(*charts)
-    content = drawn + table(["account", "value", "how"], _account(records, summary))
+    rows = _account(records, summary)
+    content = drawn + table(["account", "value", "how"], [row for row in rows if row[1] != NO_VALUE])
+    if unknown := [name for name, value, _ in rows if value == NO_VALUE]:
+        content += f"<p>Not known ({NO_VALUE}): {', '.join(map(_with_setting, unknown))}.</p>"
     content += _limits(records) + _devices(records.ledger)
     return section("Energy and cost", content, note)
 
@@ -114,8 +117,12 @@ def _with(value: float | None, form: str | None, unit: str) -> str:
     return NO_VALUE if value is None else shown(value, form) + unit
 
 
+def _with_setting(account: str) -> str:
+    return f"{account} ({SETTINGS[account]})" if account in SETTINGS else account
+
+
 def _price(price: float | None, money: str, unit: str) -> str:
-    return f"no price per {unit} is given" if price is None else f"{price:g}{money} per {unit}"
+    return "" if price is None else f"{price:g}{money} per {unit}"
 
 
 def _devices(ledger: Record) -> str:
