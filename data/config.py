@@ -54,7 +54,7 @@ Places = Annotated[
 class Section(BaseModel):
     """Base of the tables here: immutable; an unknown key is an error, and so is `true` or "8" for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SourceConfig(Section):

@@ -19,7 +19,7 @@ class RopeScaling(BaseModel):
     `factor`, those that turn more than `high_frequency_factor` times are kept, and between them the two are mixed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     factor: float = Field(ge=1, description="divides the slow frequencies", json_schema_extra=FIXED)
     low_frequency_factor: float = Field(
@@ -48,7 +48,7 @@ class ModelConfig(BaseModel):
     `preset` names a published size, `family` a style; a field given in the file wins over both.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     preset: str | None = Field(
         None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE

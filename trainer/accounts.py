@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from .config import ResolvedRun
@@ -15,6 +16,8 @@ from .meters.power_limit import PowerLimit
 from .rundir import RunDirectory
 from .runtime import Runtime
 
+BOOK_EVERY_S = 5.0  # between bookings where lines are rarer: what a kill may hide, and a budget overrun
+
 
 class Accounts:
     """Every rank has one; rank 0's has the ledger."""
@@ -27,6 +30,7 @@ class Accounts:
         self._directory, self._console = directory, console
         self.meters = Meters(resolved, runtime)
         self.used_up: str | None = None  # what of the budget; rank 0 knows
+        self._booked_s = time.monotonic()
         self._limit: PowerLimit | None = None
         self._limit_waits = False
 
@@ -58,19 +62,19 @@ class Accounts:
                 self.ledger.idle_w = watts
             self._console.say("idle: n/a" if watts is None else f"idle: {watts:.0f} W")
         self._set_limit(0)
-        self.meters.restart()
+        self.meters.restart(self.ledger)
+        self._booked_s = time.monotonic()
 
     def _limit_problem(self) -> str | None:
-        """Prepare the power limit of the GPUs that no rank before this one has; say why there can be none."""
+        """Prepare the power limit of this rank's GPUs; say why there can be none."""
         watts = self._run.meter.power_limit_w
         if watts is None:
             return None
         ranks: list[tuple[str, ...]] = self._runtime.gather_all(self.meters.gpus)
         if not any(ranks):
             return f"meter.power_limit_w = {watts:g}: there is no GPU; leave it out"
-        before = {gpu for gpus in ranks[: self._runtime.rank] for gpu in gpus}
         try:
-            self._limit = PowerLimit([gpu for gpu in self.meters.gpus if gpu not in before], watts)
+            self._limit = PowerLimit(self.meters.gpus, watts)
         except ConfigError as error:
             return str(error)
         self._limit_waits = True
@@ -103,6 +107,12 @@ class Accounts:
                 f"[budget] needs joules, and nothing here reads any ({self.meters.energy_note}); set meter.watts to "
                 "what a host draws, or leave budget.kwh and meter.price_per_kwh out"
             )
+        costs_nothing = self._run.meter.price_per_kwh is None and not self.meters.gpus
+        if self._run.budget.cost is not None and costs_nothing:
+            return (
+                f"budget.cost = {self._run.budget.cost:g}: there is no GPU whose hours would cost anything, and no "
+                "meter.price_per_kwh; set it, or leave budget.cost out"
+            )
         if reason := used_up(self._run.budget, self._directory.ledger, self.meters.tariff):
             return f"{reason} by {self._directory.path}; raise it to go on"
         return None
@@ -110,16 +120,33 @@ class Accounts:
     def line(self, step: int) -> dict[str, Any]:
         """Give the figures since the last line, book them, and look at the budget; every rank calls this."""
         figures = self.meters.line(self.ledger)
+        self._look(step)
+        self._set_limit(step)
+        return figures
+
+    def flags(self) -> tuple[bool, bool]:
+        """Tell whether the budget is used up, and whether it is time to book; rank 0 knows."""
+        due = self._directory is not None and time.monotonic() - self._booked_s >= BOOK_EVERY_S
+        return self.used_up is not None, due
+
+    def book(self, step: int) -> None:
+        """Bring the ledger up to date between lines, for whom a kill may leave no other chance; on every rank."""
+        self.meters.book(self.ledger)
+        self._look(step)
+        if self._directory is not None:
+            self._directory.save_ledger()
+
+    def _look(self, step: int) -> None:
+        """See what is left of the budget."""
+        self._booked_s = time.monotonic()
         if self._directory is not None and self.used_up is None:
             self.used_up = used_up(self._run.budget, self._directory.ledger, self.meters.tariff)
             if self.used_up is not None:
                 self._tell(step, "budget", f"{self.used_up}: stopping after the next step, saved")
-        self._set_limit(step)
-        return figures
 
     def finish(self) -> None:
         """Book what came after the last line; every rank calls this."""
-        self.meters.finish(self.ledger)
+        self.meters.restart(self.ledger)
         self.used_up = self._runtime.broadcast(self.used_up)
 
     def stop_message(self, step: int) -> str:

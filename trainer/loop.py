@@ -223,13 +223,16 @@ class Trainer:
             while self.step < last:
                 figures = self._train_step()
                 self.step += 1
-                stop, working, minutes_over = figures.flags
+                asked, used_up, book, working, minutes_over = figures.flags
                 done = self.step == last
+                stop = asked or (used_up and not done)
                 self._saving.advance(working=working)
                 saving = self._saving.is_due(self.step, minutes_over=minutes_over) or done or stop
                 # A checkpoint carries the ledger, which is brought up to date by a log line.
                 if self.step == 1 or _is_due(self.step, run.meter.log_every_steps) or saving:
                     self._log(figures)
+                elif book:
+                    self._accounts.book(self.step)
                 if stop:  # before an evaluation: whoever asked may not wait for it
                     self._save("stop", wait=True)
                 if _is_due(self.step, run.evaluate.every_steps) or (done and not stop):
@@ -248,9 +251,9 @@ class Trainer:
     def _train_step(self) -> StepFigures:
         self._heldout_losses = {}
         try:
-            stop = self._stop_signals > 0 or self._accounts.used_up is not None
+            flags = (self._stop_signals > 0, *self._accounts.flags(), *self._saving.flags())
             with self._tracer.around(self.step + 1):
-                figures = self._training_step.run(self.step, (stop, *self._saving.flags()))
+                figures = self._training_step.run(self.step, flags)
         except NumericsError as error:  # on every rank
             self._end_save()
             steps = steps_in(self._saver.directory)

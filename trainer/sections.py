@@ -30,7 +30,7 @@ Place = Annotated[str, AfterValidator(_without_secrets)]  # a path or a URL
 class Section(BaseModel):
     """Base of every section: immutable; an unknown key is an error, and so is `true` or "8" for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -276,11 +276,11 @@ class MeterSection(Section):
     )
     price_per_kwh: float | None = Field(None, ge=0, description="of electricity", json_schema_extra=FREE)
     price_per_gpu_hour: float | None = Field(None, ge=0, description="of one GPU", json_schema_extra=FREE)
-    currency: str = Field("USD", description="of the prices", json_schema_extra=FREE)
+    currency: str = Field("USD", min_length=1, description="of the prices", json_schema_extra=FREE)
     tensorboard: bool = Field(True, description="write TensorBoard events", json_schema_extra=FREE)
     wandb_project: str | None = Field(
         None,
-        min_length=1,
+        pattern=r"^[^/\\#?%:]{1,128}$",
         description="project of Weights & Biases that the run shows in",
         json_schema_extra=FREE,
     )
@@ -289,6 +289,7 @@ class MeterSection(Section):
     )
     prometheus_host: str = Field(
         "127.0.0.1",
+        min_length=1,
         description="address to listen on; any but a loopback one shows the figures to the network",
         json_schema_extra=FREE,
     )
@@ -327,7 +328,7 @@ class ProfileSection(Section):
 
 
 class BudgetSection(Section):
-    """`[budget]`: the run stops, saved, at the first log line that reaches one; over all attempts."""
+    """`[budget]`: the run stops, saved, within seconds of reaching one; over all attempts."""
 
     kwh: float | None = Field(
         None, gt=0, description="energy, with the building's share (meter.pue)", json_schema_extra=FREE

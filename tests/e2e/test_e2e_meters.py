@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +18,9 @@ from fake_nvml import FakeNvml, install
 from faults import before, kill_self
 from whole_run import killed, train
 
-from basestone.trainer import engine
+from basestone.trainer import accounts, engine
 from basestone.trainer.errors import ConfigError, Stopped
-from basestone.trainer.meters import meters
+from basestone.trainer.meters import energy, meters
 
 pytestmark = pytest.mark.dist
 
@@ -100,6 +103,68 @@ def test_joules_hours_and_money_add_up_over_a_kill(tmp_path, corpus):
     assert line["mfu"] is line["hfu"] is line["reserved_gib"] is None, "not known on a CPU, and not 0"
 
 
+def test_given_watts_count_from_the_start_and_no_rate_has_the_beginning_in_it(tmp_path, corpus):
+    train(corpus, tmp_path / "run", "meter.idle_s=1")
+    ledger = ledger_of(tmp_path / "run")
+    assert ledger["joules"] == pytest.approx(100 * ledger["wall_s"], rel=0.02)
+    assert ledger["metered_tokens"] == ledger["tokens"]
+    for line in lines_of(tmp_path / "run"):
+        assert line["watts"] == pytest.approx(100, rel=0.05)
+
+
+def test_a_stop_wastes_nothing(tmp_path, corpus, reference):
+    def prepare(rank: int) -> None:
+        if rank == 0:
+            before(engine.Engine, "update", lambda: os.kill(os.getpid(), signal.SIGTERM), 5)
+
+    with pytest.raises(Stopped):
+        train(corpus, tmp_path / "run", "evaluate.every_steps=1", fault=prepare)
+    stopped = ledger_of(tmp_path / "run")
+    train(corpus, tmp_path / "run", "evaluate.every_steps=1")
+    ledger = ledger_of(tmp_path / "run")
+    assert ledger["joules"] > stopped["joules"] > 0
+    assert ledger["wasted_joules"] == ledger["wasted_s"] == ledger["wasted_tokens"] == 0
+    assert losses_of(tmp_path / "run") == reference
+
+
+def test_attempts_that_metered_nothing_do_not_make_the_others_cheaper(tmp_path, unmetered):
+    run_dir = tmp_path / "run"
+    for steps, changes in ((2, ()), (4, ("meter.watts=100",)), (6, ())):
+        train(unmetered, run_dir, f"train.steps={steps}", *changes)
+    ledger = ledger_of(run_dir)
+    assert ledger["joules_source"] == "user-watts" and ledger["joules"] > 0
+    assert ledger["metered_tokens"] == ledger["tokens"] // 3 > 0
+
+
+def test_the_books_are_kept_between_lines(tmp_path, corpus, monkeypatch):
+    """Lines are rare here, a kill comes before the second, and a budget before the third."""
+    monkeypatch.setattr(accounts, "BOOK_EVERY_S", 0.0)  # the ranks are forked from here
+    rare = ("meter.log_every_steps=1000", "checkpoint.every_steps=0")
+
+    def prepare(rank: int) -> None:
+        if rank == 0:
+            before(engine.Engine, "update", kill_self, 6)
+
+    assert killed(corpus, tmp_path / "killed", *rare, fault=prepare)
+    first, ledger = lines_of(tmp_path / "killed"), ledger_of(tmp_path / "killed")
+    assert [line["step"] for line in first] == [1]
+    assert ledger["tokens"] >= 4 * first[0]["tokens"] and ledger["joules"] > first[0]["joules"]
+    with pytest.raises(Stopped, match=r"stopped after step [2-7], saved: budget\.hours"):
+        train(corpus, tmp_path / "run", *rare, f"budget.hours={(ledger['wall_s'] * 0.6) / 3600}")
+    train(corpus, tmp_path / "whole", *rare)
+    whole, line = ledger_of(tmp_path / "whole"), lines_of(tmp_path / "whole")[-1]
+    assert whole["tokens"] == line["tokens"] and whole["train_s"] < whole["wall_s"]
+    assert line["step_s"] * 7 < whole["train_s"], (
+        "seconds of steps are booked once, and the line has all since the first"
+    )
+    assert line["watts"] == pytest.approx(100, rel=0.05)
+
+
+def test_a_budget_that_the_last_step_reaches_lets_the_run_be_complete(tmp_path, corpus):
+    train(corpus, tmp_path / "run", "train.steps=2", "budget.hours=1e-6")
+    assert (tmp_path / "run" / "COMPLETE").exists()
+
+
 def test_what_is_not_known_is_null(tmp_path, unmetered):
     train(unmetered, tmp_path / "run", "train.steps=2", "meter.peak_tflops=0.5", "train.recompute=true")
     line = lines_of(tmp_path / "run")[-1]
@@ -127,11 +192,13 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, corpus, referenc
 def test_a_budget_that_nothing_measures_is_refused(tmp_path, unmetered):
     with pytest.raises(ConfigError, match=r"\[budget\] needs joules, and nothing here reads any"):
         train(unmetered, tmp_path / "run", "budget.kwh=1")
+    with pytest.raises(ConfigError, match=r"budget\.cost = 1: there is no GPU whose hours would cost anything"):
+        train(unmetered, tmp_path / "run", "budget.cost=1", "meter.price_per_gpu_hour=2")
 
 
 def test_the_idle_draw_is_measured_before_the_first_step(tmp_path, corpus):
     train(corpus, tmp_path / "run", "train.steps=1", "meter.idle_s=0.5")
-    assert ledger_of(tmp_path / "run")["idle_w"] == pytest.approx(100, rel=0.4)
+    assert ledger_of(tmp_path / "run")["idle_w"] == pytest.approx(100, rel=0.05)
 
 
 def _gpus_of(*names: str, **errors: int) -> Callable[[int], None]:
@@ -164,6 +231,18 @@ def test_every_gpu_of_two_ranks_counts_once(tmp_path, corpus, names, watts, num_
         assert line["watts"] == pytest.approx(watts, rel=0.4)
         assert line["power_limit_w"] == 700.0
     assert lines[-1]["cost"] == pytest.approx(0.001 * num_gpus * ledger["wall_s"], rel=0.5)
+
+
+def test_a_gpu_that_two_containers_of_a_host_see_counts_once(tmp_path, corpus):
+    def prepare(rank: int) -> None:
+        _gpus_of("GPU-1", "GPU-1")(rank)
+        name = f"container{rank}"
+        energy.socket = meters.socket = SimpleNamespace(gethostname=lambda: name)
+
+    train(corpus, tmp_path / "run", fault=prepare)
+    ledger = ledger_of(tmp_path / "run")
+    assert list(ledger["joules_by_device"]) == ["container0/GPU-1"]
+    assert ledger["gpu_s"] == pytest.approx(ledger["wall_s"])
 
 
 def test_a_power_limit_is_set_at_its_step_and_given_back(tmp_path, corpus):

@@ -280,7 +280,9 @@ def test_an_unreadable_rapl_file_is_noted(meter, tmp_path):
     file.unlink()
     energy = meter()
     assert energy.source == "none"
-    assert re.match(r"RAPL: .*energy_uj.*give the user's group the right to read .*intel-rapl:0", energy.note)
+    assert re.match(
+        r"no GPU; RAPL: .*energy_uj.*give the user's group the right to read .*intel-rapl:0", energy.note
+    )
 
 
 def test_close_lets_nvml_go_once(nvml, meter):

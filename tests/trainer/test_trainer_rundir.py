@@ -53,6 +53,18 @@ def test_a_run_that_is_never_cut_wastes_nothing():
     assert (ledger.wasted_tokens, ledger.wasted_s, ledger.wasted_joules) == (0, 0, 0)
 
 
+def test_what_evaluates_and_saves_after_the_last_step_is_not_wasted():
+    ledger = Ledger()
+    attempt(ledger, 100, 10.0)
+    saved = ledger.useful()
+    ledger.joules += 3.0
+    ledger.resume_from(saved)
+    assert (ledger.joules, ledger.wasted_joules) == (13.0, 0.0)
+    attempt(ledger, 50, 5.0)
+    ledger.resume_from(saved)
+    assert (ledger.wasted_tokens, ledger.wasted_joules) == (50, 8.0), "now steps after it were lost"
+
+
 def test_two_crashes_between_checkpoints_add_up():
     ledger = Ledger()
     attempt(ledger, 100, 10.0)

@@ -150,6 +150,7 @@ class EnergyMeter:
         *,
         gpus: Sequence[str] = (),
         watts: float | None = None,
+        age_s: float = 0.0,
         powercap: Path = Path("/sys/class/powercap"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -158,12 +159,13 @@ class EnergyMeter:
         Args:
             gpus: NVML UUIDs (of a device or of a MIG slice) or NVML indices, as strings.
             watts: what this host draws while it trains; the last resort.
+            age_s: how long it has done so already, which only given watts can tell.
             powercap: where Linux shows the RAPL counters.
             clock: seconds that never go back.
         """
         self._gpus, self._watts, self._powercap, self._clock = tuple(gpus), watts, powercap, clock
         self._host = socket.gethostname()
-        self._start_s = clock()
+        self._start_s = clock() - age_s
         self._meters: dict[str, Meter] = {}
         self._power_readers: dict[str, Callable[[], float]] = {}
         self._notes: dict[str, None] = {}
@@ -240,6 +242,7 @@ class EnergyMeter:
 
     def _open_gpus(self) -> None:
         if not self._gpus:
+            self._notes["no GPU"] = None
             return
         try:
             self._nvml = Nvml()
@@ -277,7 +280,9 @@ class EnergyMeter:
         self._start_thread(SAMPLE_INTERVAL_S)
 
     def _open_rapl(self) -> None:
-        for key, zone in _rapl_zones(self._powercap):
+        if not (zones := list(_rapl_zones(self._powercap))):
+            self._notes[f"no RAPL counter in {self._powercap}"] = None
+        for key, zone in zones:
             try:
                 wrap = _read_int(zone / "max_energy_range_uj")
                 _read_int(zone / "energy_uj")

@@ -43,7 +43,9 @@ class Meters:
     def __init__(self, resolved: ResolvedRun, runtime: Runtime) -> None:
         run, section = resolved.run, resolved.run.meter
         self._runtime, self.gpus = runtime, tuple(visible_gpus())
-        self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts)
+        self._counted_s = psutil.Process().create_time()  # the start of the process costs, too
+        age_s = time.time() - self._counted_s
+        self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts, age_s=age_s)
         self.tariff = Tariff(section)
         self._convention = section.attention_flops
         shape = (run.model, run.data.sequence_length, section.attention_flops)
@@ -51,8 +53,7 @@ class Meters:
         self._recomputed_flops = recomputed_flops_per_token(*shape) if run.train.recompute else 0.0
         self._peak, self.peak_note = self._find_peak(resolved)
         self._joules: dict[str, float] = {}
-        self._counted_s = psutil.Process().create_time()  # the start of the process costs, too
-        self.restart()
+        self._begin(time.perf_counter())
 
     def _find_peak(self, resolved: ResolvedRun) -> tuple[float | None, str]:
         """Give the peak TFLOP/s of a device, and whose figure it is or why there is none."""
@@ -90,14 +91,13 @@ class Meters:
         used = _used(_merged(before), _merged(self._gather()))
         return sum(used.values()) / seconds if used else None
 
-    def restart(self) -> None:
-        """Begin a new interval now."""
-        self._begin(time.perf_counter())
-
     def _begin(self, start_s: float) -> None:
+        """Begin a new interval: what the next line speaks of."""
         self._start_s = start_s
         self._phases_s: dict[str, float] = {}
         self._steps, self._tokens = 0, 0
+        self._drawn: float | None = None  # joules of it that were booked, as the next two
+        self._booked_tokens, self._booked_s = 0, 0.0
 
     def step(self, tokens: int, phases_s: dict[str, float]) -> None:
         """Count a finished step, and seconds by phase since the one before."""
@@ -106,12 +106,14 @@ class Meters:
         for name, seconds in phases_s.items():
             self._phases_s[name] = self._phases_s.get(name, 0.0) + seconds
 
-    def finish(self, ledger: Ledger | None) -> None:
-        """Book what came after the last line: evaluations and saves."""
-        readings = self._gather()
-        used = self._used(readings)
-        if ledger is not None:
-            self._book(ledger, readings, used, 0.0)
+    def restart(self, ledger: Ledger | None) -> None:
+        """Book what was no training, before the first step or after the last line, and begin a new interval."""
+        self._book(ledger, self._gather(), training=False)
+        self._begin(self._read_s)
+
+    def book(self, ledger: Ledger | None) -> None:
+        """Bring the ledger up to date, with the interval going on; after a step, on every rank."""
+        self._book(ledger, self._gather(), training=True)
 
     def line(self, ledger: Ledger | None) -> dict[str, Any]:
         """Close the interval: give its figures on every rank, and book them in the ledger where there is one.
@@ -119,15 +121,12 @@ class Meters:
         Rates are those of the steps, without evaluations and what a save kept them from.
         """
         readings, steps = self._gather(), max(1, self._steps)
-        elapsed_s = sum(reading.elapsed_s for reading in readings) / len(readings)
-        phases_s, used = _mean_phases(readings), self._used(readings)
-        in_steps_s = elapsed_s - sum(phases_s.get(name, 0.0) for name in OUTSIDE_STEPS)
-        if ledger is not None:
-            self._book(ledger, readings, used, in_steps_s)
+        self._book(ledger, readings, training=True)
+        elapsed_s, in_steps_s, phases_s = _mean_seconds(readings)
         rate = self._tokens / in_steps_s
         tflops = rate * self.flops_per_token / self._runtime.world_size / 1e12
         hardware = rate * (self.flops_per_token + self._recomputed_flops) / self._runtime.world_size / 1e12
-        joules = sum(used.values()) if used else None
+        joules = self._drawn
         figures = {
             "tokens_per_s": rate,
             "tokens_per_s_per_device": rate / self._runtime.world_size,
@@ -160,28 +159,26 @@ class Meters:
             )
         )
 
-    def _used(self, readings: Sequence[_Reading]) -> dict[str, float]:
-        """Give the joules of every device since the last line."""
-        now = _merged(readings)
+    def _book(self, ledger: Ledger | None, readings: Sequence[_Reading], *, training: bool) -> None:
+        """Book what came since the last time; every rank keeps count, rank 0 has the ledger."""
+        now, now_s = _merged(readings), time.time()
         used, self._joules = _used(self._joules, now), {**self._joules, **now}
-        return used
-
-    def _book(
-        self, ledger: Ledger, readings: Sequence[_Reading], used: dict[str, float], in_steps_s: float
-    ) -> None:
-        now_s = time.time()
         elapsed_s, self._counted_s = max(0.0, now_s - self._counted_s), now_s
+        in_steps_s = _mean_seconds(readings)[1] if training else self._booked_s
+        train_s, self._booked_s = in_steps_s - self._booked_s, in_steps_s
+        tokens, self._booked_tokens = self._tokens - self._booked_tokens, self._tokens
+        if used:
+            self._drawn = (self._drawn or 0.0) + sum(used.values())
+        if ledger is None:
+            return
         ledger.wall_s += elapsed_s
         ledger.gpu_s += elapsed_s * len({gpu for reading in readings for gpu in reading.gpus})
-        ledger.train_s += in_steps_s
-        ledger.tokens += self._tokens
-        ledger.joules_source = max((reading.source for reading in readings), key=BEST_FIRST.index)
+        ledger.train_s += train_s
+        ledger.tokens += tokens
         ledger.hosts = len({reading.host for reading in readings if reading.joules})
         ledger.all_hosts = len({reading.host for reading in readings})
         if used:
-            ledger.joules = (ledger.joules or 0.0) + sum(used.values())
-        for device, joules in used.items():
-            ledger.joules_by_device[device] = ledger.joules_by_device.get(device, 0.0) + joules
+            ledger.draw(used, _weakest(readings, ledger.joules_source), tokens)
 
     def _totals(self, ledger: Ledger | None) -> dict[str, Any]:
         """Give what the run has come to, over all its attempts."""
@@ -222,12 +219,23 @@ def _used(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
     return {device: max(0.0, joules - before.get(device, 0.0)) for device, joules in now.items()}
 
 
-def _mean_phases(readings: Sequence[_Reading]) -> dict[str, float]:
-    """Give the mean over the ranks of each phase's seconds; one that a rank does not have took it none."""
+def _mean_seconds(readings: Sequence[_Reading]) -> tuple[float, float, dict[str, float]]:
+    """Give seconds of the interval, those in steps, and those of each phase, as means over the ranks.
+
+    A phase that a rank does not have took it none.
+    """
+    elapsed_s = sum(reading.elapsed_s for reading in readings) / len(readings)
     names = dict.fromkeys(name for reading in readings for name in reading.phases_s)
-    return {
+    phases_s = {
         name: sum(reading.phases_s.get(name, 0.0) for reading in readings) / len(readings) for name in names
     }
+    return elapsed_s, elapsed_s - sum(phases_s.get(name, 0.0) for name in OUTSIDE_STEPS), phases_s
+
+
+def _weakest(readings: Sequence[_Reading], before: str) -> str:
+    """Give the weakest source that any joule of the run comes from."""
+    sources = {before, *(reading.source for reading in readings)} - {"none"}
+    return max(sources, key=BEST_FIRST.index, default="none")
 
 
 def _lowest_limit(readings: Sequence[_Reading]) -> float | None:
