@@ -92,6 +92,10 @@ class FakeNvml(SimpleNamespace):
         ref._obj.value = self.limits_mw[device]
         return 0
 
+    def nvmlDeviceGetPowerManagementLimit(self, handle, ref):
+        ref._obj.value = self.limits_mw[self._device(handle)]
+        return 0
+
     def nvmlDeviceGetPowerManagementLimitConstraints(self, handle, lowest, highest):
         lowest._obj.value, highest._obj.value = 200_000, 700_000
         return 0

@@ -56,8 +56,14 @@ int nvmlDeviceGetPowerUsage(device board, unsigned *mw) {
     return SUCCESS;
 }
 
-int nvmlDeviceGetEnforcedPowerLimit(device board, unsigned *mw) {
+int nvmlDeviceGetPowerManagementLimit(device board, unsigned *mw) {
     *mw = board->limit_mw;
+    return SUCCESS;
+}
+
+/* Something else, heat perhaps, holds the boards below 650 W. */
+int nvmlDeviceGetEnforcedPowerLimit(device board, unsigned *mw) {
+    *mw = board->limit_mw < 650000 ? board->limit_mw : 650000;
     return SUCCESS;
 }
 

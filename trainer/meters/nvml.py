@@ -41,6 +41,10 @@ class Gpu:
         """Give what the driver lets it draw, after all limits."""
         return float(self._ask("nvmlDeviceGetEnforcedPowerLimit") / MILLI)
 
+    def own_limit_w(self) -> float:
+        """Give what it was told to draw at most, by whoever set its limit last."""
+        return float(self._ask("nvmlDeviceGetPowerManagementLimit") / MILLI)
+
     def power_limits_w(self) -> tuple[float, float]:
         """Give the lowest and the highest limit that it takes."""
         lowest, highest = self._ask("nvmlDeviceGetPowerManagementLimitConstraints")

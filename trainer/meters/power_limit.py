@@ -33,7 +33,7 @@ class PowerLimit:
                     raise ConfigError(
                         f"{name}: {gpu.uuid} takes {lowest:g} to {highest:g} W; give one of these"
                     )
-                own_w = gpu.power_limit_w()
+                own_w = gpu.own_limit_w()
                 gpu.set_power_limit(own_w)  # the same again: tells whether it may be set
                 self._own_w[gpu] = own_w
         except NvmlError as error:
