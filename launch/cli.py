@@ -15,6 +15,8 @@ from . import environ, local
 from .checkpoint_commands import checkpoint_app
 from .data_commands import data_app, prepare, tokenizer_app
 from .finetune_command import finetune
+from .jobs_commands import jobs_app
+from .launch_command import launch
 from .report_commands import report, watch
 
 EXIT_USER, EXIT_INTERRUPTED = 64, 130
@@ -41,6 +43,10 @@ app.command(
 )(finetune)
 app.command(epilog="Example: basestone report runs/quickstart/run")(report)
 app.command(epilog="Example: basestone watch runs/quickstart/run")(watch)
+app.command(epilog="Example: basestone launch run.toml --on slurm --nodes 8 --cluster cluster.toml --dry-run")(
+    launch
+)
+app.add_typer(jobs_app)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", show_default=False)]
 Checkpoint = Annotated[
@@ -122,7 +128,7 @@ def train(
     from ..trainer.load import load_run
     from ..trainer.places import locate, vocab_size
     from ..trainer.plan import describe
-    from ..trainer.rundir import make_run_directory
+    from ..trainer.rundir import STOP, make_run_directory
     from .gpus import check_gpus
 
     config = load_run(run, overrides or [])
@@ -139,6 +145,7 @@ def train(
             _say(f"{label}: {text}")
     check_gpus(config, num_workers)
     make_run_directory(directory)
+    (directory / STOP).unlink(missing_ok=True)  # an earlier run's
     raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
 
 

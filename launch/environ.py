@@ -3,7 +3,34 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+from ..trainer.errors import ConfigError
+
+# What launchers call a rank's number, the world's size, the number on the node, and the ranks of the node.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+NAMES = {
+    "mpi": (
+        (
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        ),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RankIdentity:
+    """Which of a launch's processes this one is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
 
 
 def inside_launcher() -> bool:
@@ -18,6 +45,78 @@ def adopt_srun() -> None:
         os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
         os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def rank_of_launcher(backend: str) -> RankIdentity:
+    """Read which rank the launcher of this kind made this process.
+
+    Raises:
+        ConfigError: the environment does not say.
+    """
+    kinds = NAMES.get(backend, (TORCHRUN,))
+    for rank, world_size, local_rank, local_sizes in kinds:
+        found = [os.environ.get(name) for name in (rank, world_size, local_rank)]
+        found.append(next((os.environ[name] for name in local_sizes if name in os.environ), None))
+        if all(value is not None and value.isdigit() for value in found):
+            return RankIdentity(*(int(value) for value in found if value is not None))
+    wanted = " or ".join(", ".join((*kind[:3], kind[3][0])) for kind in kinds)
+    raise ConfigError(f"{os.uname().nodename}: this is no rank of {backend}: the environment lacks {wanted}")
+
+
+def rank_environment(identity: RankIdentity, given: dict[str, str], interface: str | None) -> dict[str, str]:
+    """Make the environment of a worker of a launch: this one, what the launch gives, and what ranks need."""
+    environment = {**os.environ, **given}
+    environment.update(
+        RANK=str(identity.rank),
+        WORLD_SIZE=str(identity.world_size),
+        LOCAL_RANK=str(identity.local_rank),
+        LOCAL_WORLD_SIZE=str(identity.local_world_size),
+    )
+    if interface is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+        environment.setdefault("NCCL_SOCKET_IFNAME", interface)
+    _add_defaults(environment, identity.local_world_size)
+    return environment
+
+
+def agent_environment(given: dict[str, str]) -> dict[str, str]:
+    """Make the environment of torchrun on a node.
+
+    With the store that agents share by default, nodes that come back never join, and a restart in place may meet the
+    ranks of the one before.
+    """
+    return {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **given}
+
+
+def clean_environment(kept: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> dict[str, str]:
+    """Give a few variables of this environment, for a launcher that shows or sends on what it has."""
+    return {name: value for name, value in os.environ.items() if name in kept or name.startswith(prefixes)}
+
+
+def variables(names: tuple[str, ...]) -> dict[str, str]:
+    """Read variables that are to be there.
+
+    Raises:
+        ConfigError: some are not; it names all of them.
+    """
+    if missing := [name for name in names if name not in os.environ]:
+        raise ConfigError(
+            f"secrets: {', '.join(missing)} not set here; export them, or take them out of the list"
+        )
+    return {name: os.environ[name] for name in names}
+
+
+def slurm() -> dict[str, str]:
+    """Give what Slurm says of the job that this process belongs to."""
+    return {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+
+
+def endpoint() -> str | None:
+    """Give where nodes meet, as whoever started this node says; None where nobody does."""
+    if found := os.environ.get("BASESTONE_ENDPOINT"):
+        return found
+    host, port = os.environ.get("PET_MASTER_ADDR"), os.environ.get("PET_MASTER_PORT")
+    return f"{host}:{port}" if host and port else None
 
 
 def num_gpus() -> int:
@@ -39,13 +138,17 @@ def worker_environment(rank: int, num_workers: int, rendezvous: Path) -> dict[st
         BASESTONE_RENDEZVOUS=str(rendezvous),
     )
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local workers need no other interface to listen on
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))
+    _add_defaults(environment, num_workers)
+    return environment
+
+
+def _add_defaults(environment: dict[str, str], num_local: int) -> None:
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Asking the driver whether there is a GPU would take CUDA from the ranks that `verify` forks.
     environment.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if num_gpus() == 0:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    return environment
 
 
 def cache_dir() -> Path:

@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,6 +15,8 @@ from ..data.config import BUILTIN_PREFIX
 from ..data.reading.transport import is_local, shown
 from .config import RunConfig
 from .errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 # Keys of sections that are places: relative to the file they stand in.
 PATHS = {
@@ -38,12 +40,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or keys or values are wrong: all of them at once.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such run file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+    values = read_toml(path, "run file")
     values = resolve_paths(values, path.resolve().parent)
     given = resolve_paths(parse_overrides(overrides), Path.cwd())
     for section, fields in given.items():
@@ -55,6 +52,20 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         else:
             values[section] = fields
     return validate_run(values, str(path))
+
+
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """Parse a file; `kind` names it in the error.
+
+    Raises:
+        ConfigError: it is not there, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such {kind}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
 
 
 def resolve_paths(values: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -104,10 +115,19 @@ def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 def validate_run(values: dict[str, Any], origin: str) -> RunConfig:
     """Check parsed values; `origin` stands in front of the error message."""
+    return validated(RunConfig, values, origin)
+
+
+def validated(model: type[Model], values: dict[str, Any], origin: str) -> Model:
+    """Check the parsed values of a file of any kind.
+
+    Raises:
+        ConfigError: with all errors at once, each by its dotted path.
+    """
     try:
-        return RunConfig(**values)
+        return model(**values)
     except ValidationError as error:
-        lines = list(_describe(error))
+        lines = list(_describe(error, model))
         raise ConfigError(
             f"{origin}: {len(lines)} error(s)\n" + "\n".join(f"  {line}" for line in lines)
         ) from error
@@ -140,14 +160,14 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 FOLLOWS = {"model.num_query_groups", "model.head_dim", "model.ffn_hidden_size"}
 
 
-def _describe(error: ValidationError) -> Iterator[str]:
+def _describe(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     for item in error.errors(include_url=False):
         location = [str(part) for part in item["loc"]]
         dotted = ".".join(location)
         if item["type"] == "missing" and dotted in FOLLOWS:
             continue
         if item["type"] == "extra_forbidden":
-            known = list(_fields_at(location[:-1]))
+            known = list(_fields_at(root, location[:-1]))
             near = difflib.get_close_matches(location[-1], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             yield f"{dotted}: unknown key; {hint}"
@@ -167,8 +187,8 @@ def _showable(value: Any) -> Any:
     return shown(value) if isinstance(value, str) else value
 
 
-def _fields_at(location: Sequence[str]) -> Iterator[str]:
-    model: Any = RunConfig
+def _fields_at(root: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
+    model: Any = root
     for part in location:
         if part.isdigit() and get_args(model):  # a row of a list of tables
             model = get_args(model)[0]

@@ -1,7 +1,7 @@
 """The run directory: its lock, its records, and the ledger that outlives every checkpoint. Imports no torch.
 
 RUN/  run.toml  run_id  metrics.jsonl  events.jsonl  ledger.json  tokenizer.model  lock  latest
-      COMPLETE | RESUME | FAILED   checkpoints/   logs/   tensorboard/
+      COMPLETE | RESUME | FAILED   STOP   checkpoints/   logs/   tensorboard/   launch/
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .run_lock import RunLock, open_lock
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
+STOP = "STOP"  # whoever makes this file asks the run to save and stop
 FILES = (
     "run.toml",
     "metrics.jsonl",

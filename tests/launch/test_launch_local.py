@@ -362,7 +362,7 @@ def test_a_worker_whose_parent_died_before_it_was_watched_ends():
     child = os.fork()
     if child == 0:
         try:
-            local._die_with_parent(1 << 30)  # not the parent's number: it has another by now
+            local.die_with_parent(1 << 30)  # not the parent's number: it has another by now
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

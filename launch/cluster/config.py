@@ -1,0 +1,95 @@
+"""What a cluster is like: `cluster.toml`, one file for all runs there. Imports no torch.
+
+Values that reach a batch script or a manifest are held to what such a value can be, so that none of them is read as
+anything else there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from ...trainer.load import read_toml, validated
+from ...trainer.sections import Section
+
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:@/+=\[\]-]*$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # of an environment variable
+Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]  # of Kubernetes
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
+
+
+class SlurmSection(Section):
+    """`[slurm]`: how jobs are asked for."""
+
+    partition: Word | None = Field(None, description="partition")
+    account: Word | None = Field(None, description="account")
+    qos: Word | None = Field(None, description="quality of service")
+    reservation: Word | None = Field(None, description="reservation")
+    constraint: OneLine | None = Field(None, description="features that nodes must have")
+    exclude: Word | None = Field(None, description="nodes to leave out, e.g. n[07-09]")
+    time: Annotated[str, StringConstraints(pattern=r"^\d[\d:-]*$")] | None = Field(
+        None, description="time limit of one start, e.g. 24:00:00"
+    )
+    gpus_per_node: int | None = Field(None, ge=0, description="GPUs to ask for; by default one a process")
+    cpus_per_task: int | None = Field(None, gt=0, description="CPUs of a node to ask for")
+    exclusive: bool = Field(True, description="ask for whole nodes")
+    signal_s: int = Field(120, gt=0, description="seconds before the time limit at which a run is to save")
+    max_requeues: int = Field(100, ge=0, description="requeues after a time limit or a preemption")
+    array: int = Field(0, ge=0, description="in place of requeues: so many jobs, one after the other")
+    modules: tuple[Word, ...] = Field((), strict=False, description="environment modules to load")
+    container_image: OneLine | None = Field(None, description="image to run in")
+    container_mounts: tuple[OneLine, ...] = Field((), strict=False, description="what it sees, HOST:CONTAINER")
+    container: Literal["pyxis", "apptainer"] = Field("pyxis", description="what runs the image")
+    options: tuple[Annotated[str, StringConstraints(pattern=r"^--[a-z][^\n\r\x00]*$")], ...] = Field(
+        (), strict=False, description="further options of sbatch, e.g. --mail-type=END"
+    )
+
+
+class KubernetesSection(Section):
+    """`[kubernetes]`: how pods are asked for."""
+
+    kind: Literal["JobSet", "TrainJob"] = Field("JobSet", description="JobSet, or Kubeflow Trainer's TrainJob")
+    namespace: Label | None = Field(None, description="namespace")
+    image: OneLine = Field("basestone:latest", description="image of the pods")
+    claim: Label | None = Field(
+        None, description="PersistentVolumeClaim with runs and data, shared by all pods"
+    )
+    mount: OneLine = Field("/runs", description="where pods see the claim")
+    shm_gb: int = Field(64, gt=0, description="size of /dev/shm")
+    gpu_resource: Word = Field("nvidia.com/gpu", description="what a GPU is called")
+    secret: Label | None = Field(None, description="Secret that holds the variables of `secrets`")
+    service_account: Label | None = Field(None, description="service account of the pods")
+    queue: Label | None = Field(None, description="Kueue's local queue")
+    node_selector: dict[str, str] = Field({}, description="labels that nodes must have")
+    grace_s: int = Field(300, gt=0, description="seconds that a pod has to save when it is told to go")
+
+
+class ClusterConfig(Section):
+    """The file; every key has a default, and without a file there is nothing to say."""
+
+    processes_per_node: int | None = Field(None, gt=0, description="one per GPU; by default as many as here")
+    python: OneLine | None = Field(None, description="the interpreter on the nodes; by default this one")
+    interface: Word | None = Field(None, description="network interface for gloo and NCCL, e.g. ib0")
+    max_restarts: int = Field(3, ge=0, description="starts after failures that made no progress")
+    min_all_reduce_gb_per_s: float = Field(
+        0.0, ge=0, description="refuse to train where an all-reduce is slower than this (bus bandwidth)"
+    )
+    env: dict[Name, OneLine] = Field({}, description="variables of every process")
+    secrets: tuple[Name, ...] = Field(
+        (), strict=False, description="variables that nothing shows, by their names"
+    )
+    slurm: SlurmSection = SlurmSection()
+    kubernetes: KubernetesSection = KubernetesSection()
+
+
+def load_cluster(path: Path | None) -> ClusterConfig:
+    """Read a cluster file, or give the defaults.
+
+    Raises:
+        ConfigError: it cannot be read, or keys or values are wrong: all of them at once.
+    """
+    if path is None:
+        return ClusterConfig()
+    return validated(ClusterConfig, read_toml(path, "cluster file"), str(path))

@@ -1,0 +1,24 @@
+"""mpirun: ranks straight away, with their numbers from Open MPI or MPICH. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .hostfile import Host
+from .job import Job
+
+
+def mpirun_command(job: Job, hosts: Sequence[Host], *, as_root: bool) -> list[str]:
+    """Give Open MPI's command line; the ranks meet at the first host."""
+    num_ranks = sum(host.slots for host in hosts)
+    interface = ["--mca", "btl_tcp_if_include", job.interface, "--mca", "oob_tcp_if_include", job.interface]
+    return [
+        "mpirun",
+        *(["--allow-run-as-root"] if as_root else []),
+        *("-n", str(num_ranks)),
+        *("--host", ",".join(f"{host.name}:{host.slots}" for host in hosts)),
+        *("--bind-to", "none"),  # else two ranks have a core each, whatever threads they have
+        *(word for word in interface if job.interface is not None and word is not None),
+        *("-x", "MASTER_ADDR", "-x", "MASTER_PORT", "-x", "PATH", "-x", "PYTHONPATH"),
+        *(job.options["python"], "-m", "basestone.launch.cluster.rank", job.token),
+    ]

@@ -1,0 +1,122 @@
+"""One node of a launch: torchrun with the ranks of this node, `python -m basestone.launch.cluster.node TOKEN`.
+
+Imports no torch itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+from ...trainer.errors import BasestoneError, ConfigError, exit_code_of, message_of
+from .. import environ, local
+from . import ends
+from .job import Job, decode, read_job
+from .outcome import outcome
+
+MEET_S = 300  # that a node waits for the others
+PORT = 29400
+
+
+def main() -> None:
+    """Be a node."""
+    try:
+        job = read_job(decode(sys.argv[1]))
+        code = run_node(job)
+    except BasestoneError as error:
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        code = exit_code_of(error)
+    sys.exit(code)
+
+
+def run_node(job: Job) -> int:
+    """Run this node's ranks to their end, with restarts in place; give the run's exit code.
+
+    Raises:
+        ConfigError: nobody says where nodes meet, or this node cannot listen there.
+    """
+    endpoint = environ.endpoint() or job.endpoint
+    if endpoint is None:
+        raise ConfigError("nobody says where the nodes meet; give --endpoint HOST:PORT, the same on every node")
+    check_endpoint(endpoint)
+    if job.backend == "kubernetes":  # its file came as a ConfigMap
+        job.write({})
+    agent = subprocess.Popen(
+        agent_command(job, endpoint),
+        env=environ.agent_environment(job.environment),
+        stdin=subprocess.DEVNULL,
+        preexec_fn=functools.partial(local.die_with_parent, os.getpid()),
+        process_group=0,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.poll() is None and agent.send_signal(signal.SIGTERM))
+    code = agent.wait()
+    found = outcome(job, code)
+    if found.exit_code not in (0, 75) and (end := ends.cause(job.folder)) is not None:
+        print(f"error: {end.tell()}", file=sys.stderr, flush=True)
+    return found.exit_code
+
+
+def agent_command(job: Job, endpoint: str) -> list[str]:
+    """Give torchrun's command line; the ranks' own is the same everywhere."""
+    restarts = (
+        job.max_restarts if job.backend in ("torchrun", "kubernetes") else 0
+    )  # the others start nodes anew
+    return [
+        sys.executable,
+        *("-m", "torch.distributed.run"),
+        f"--nnodes={job.min_nodes}:{job.max_nodes}",
+        f"--nproc-per-node={job.processes_per_node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id={job.name}",
+        # A node that dies is missed within seconds, and whoever is left does not wait half a minute for more.
+        f"--rdzv-conf=join_timeout={MEET_S},last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3",
+        f"--max-restarts={restarts}",
+        *("-m", "basestone.launch.cluster.rank", job.token),
+    ]
+
+
+def check_endpoint(endpoint: str) -> None:
+    """See that the endpoint is one, and free where it is on this machine.
+
+    Raises:
+        ConfigError: it is neither; or its host has no address.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"endpoint {endpoint}: expected HOST:PORT, e.g. node-1:{PORT}")
+    try:
+        address = socket.getaddrinfo(host, int(port), socket.AF_UNSPEC, socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(
+            f"endpoint {endpoint}: {socket.gethostname()} knows no address of {host} ({error}); give an address"
+        ) from error
+    with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address[4])
+        except PermissionError as error:
+            raise ConfigError(
+                f"endpoint {endpoint}: port {port} is not for users; take one above 1023"
+            ) from error
+        except OSError as error:
+            if not _is_elsewhere(error):
+                raise ConfigError(
+                    f"endpoint {endpoint}: port {port} is taken on {socket.gethostname()} ({error.strerror}); "
+                    "another run? give another --endpoint"
+                ) from error
+
+
+def _is_elsewhere(error: OSError) -> bool:
+    """Tell whether the address is another machine's."""
+    return error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL)
+
+
+if __name__ == "__main__":
+    main()

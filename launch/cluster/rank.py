@@ -1,0 +1,100 @@
+"""One rank of a launch: `python -m basestone.launch.cluster.rank TOKEN`, started by whatever the launcher is.
+
+It finds out which rank it is, starts the worker as its child, writes what that says to RUN/logs/rank_00003.log (rank 0
+shows it, too), and leaves how it ended for those who look for the cause. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from ...trainer.errors import EXIT_STOPPED, BasestoneError, exit_code_of, message_of
+from .. import environ, local
+from . import ends, reap
+from .job import Job, decode, read_job
+
+DRAIN_S = 5.0  # that the worker's last words may take after its end
+
+
+def main() -> None:
+    """Be a rank; leave with 0 where a new start would change nothing."""
+    try:
+        # The deepspeed launcher adds --local_rank=N; the environment says the same.
+        job = read_job(decode(next(word for word in sys.argv[1:] if not word.startswith("--"))))
+        identity = environ.rank_of_launcher(job.backend)
+    except BasestoneError as error:
+        print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(exit_code_of(error))
+    sys.exit(run_rank(job, identity))
+
+
+def run_rank(job: Job, identity: environ.RankIdentity) -> int:
+    """Run the worker to its end and give the code to leave with."""
+    log = Path(job.run_dir) / "logs" / f"rank_{identity.rank:05d}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    ends.clear_own(job.folder, identity.rank, identity.world_size)
+    given = {**job.environment, **job.read_secrets()}
+    with log.open("ab") as output:
+        worker = subprocess.Popen(
+            local.worker_command(worker_arguments(job)),
+            env=environ.rank_environment(identity, given, job.interface),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(local.die_with_parent, os.getpid()),
+            process_group=0,  # signals reach this process alone, which passes them on once
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: _ask(worker))
+        with reap.recorded(job.folder, identity.rank, worker.pid):
+            assert worker.stdout is not None
+            shown = sys.stdout.fileno() if identity.rank == 0 else None
+            pump = threading.Thread(
+                target=_pump, args=(worker.stdout.fileno(), output.fileno(), shown), daemon=True
+            )
+            pump.start()
+            code = worker.wait()
+            pump.join(DRAIN_S)
+    if code != 0:
+        ends.leave(job.folder, identity.rank, socket.gethostname(), code, log)
+    final = code in (0, EXIT_STOPPED, *local.EXITS_THAT_SAY_WHY)
+    # A launcher that restarts ranks by itself knows one kind of failure; the file says what this was.
+    return 0 if final else code if code > 0 else 1
+
+
+def worker_arguments(job: Job) -> list[str]:
+    """Give the worker's command line."""
+    arguments = ["train", job.run_file, "--run-dir", job.run_dir]
+    for override in job.overrides:
+        arguments += ["--set", override]
+    arguments += ["--resume", job.resume] if job.resume else []
+    arguments += ["--debug"] if job.debug else []
+    return arguments
+
+
+def _ask(worker: subprocess.Popen[bytes]) -> None:
+    if worker.poll() is None:
+        worker.send_signal(signal.SIGTERM)
+
+
+def _pump(source: int, log: int, shown: int | None) -> None:
+    """Copy what the worker says, until nobody can say anything more."""
+    while data := os.read(source, 65536):
+        for target in (log, shown):
+            rest = data
+            while rest and target is not None:
+                try:
+                    rest = rest[os.write(target, rest) :]
+                except OSError:  # a full disk, or a closed terminal: the worker must not stop for it
+                    break
+
+
+if __name__ == "__main__":
+    main()
