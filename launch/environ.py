@@ -85,7 +85,7 @@ def agent_environment(given: dict[str, str]) -> dict[str, str]:
     With the store that agents share by default, nodes that come back never join, and a restart in place may meet the
     ranks of the one before.
     """
-    return {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **given}
+    return {**child_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **given}
 
 
 def clean_environment(kept: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> dict[str, str]:

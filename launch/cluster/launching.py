@@ -92,8 +92,8 @@ def prepare(request: Request, cache: Path) -> Launching:
         overrides=request.overrides,
         resume=request.resume,
         debug=request.debug,
-        endpoint=request.endpoint or (f"localhost:{node.PORT}" if high == 1 else None),
-        interface=cluster.interface,
+        endpoint=request.endpoint or (node.HERE if high == 1 else None),
+        interface="lo" if request.backend == "local" else cluster.interface,
         max_restarts=cluster.max_restarts,
         environment=cluster.env,
         secrets=list(cluster.secrets),
@@ -217,7 +217,7 @@ def _submit(launching: Launching) -> int:
 
 def _supervise(launching: Launching) -> int:
     job, plan = launching.job, launching.plan
-    environment = {**environ.child_environment(), **plan.environment}
+    environment = {**environ.agent_environment(job.environment), **plan.environment}
     command: Callable[[], list[str]] = lambda: plan.commands[0]  # noqa: E731
     clean_up: Callable[[], None] = lambda: None  # noqa: E731
     if job.backend == "hosts":

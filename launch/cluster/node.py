@@ -12,15 +12,16 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 from ...trainer.errors import BasestoneError, ConfigError, exit_code_of, message_of
 from .. import environ, local
-from . import ends
+from . import ends, outcome
 from .job import Job, decode, read_job
-from .outcome import outcome
 
 MEET_S = 300  # that a node waits for the others
 PORT = 29400
+HERE = "localhost:0"  # for one node: any port
 
 
 def main() -> None:
@@ -53,10 +54,19 @@ def run_node(job: Job) -> int:
         preexec_fn=functools.partial(local.die_with_parent, os.getpid()),
         process_group=0,
     )
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        if len(asked) == 1:  # a signal to torchrun would end it before its ranks have saved
+            outcome.ask_to_stop(Path(job.run_dir))
+        elif agent.poll() is None:
+            agent.send_signal(signal.SIGTERM)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.poll() is None and agent.send_signal(signal.SIGTERM))
+        signal.signal(number, ask)
     code = agent.wait()
-    found = outcome(job, code)
+    found = outcome.outcome(job, code)
     if found.exit_code not in (0, 75) and (end := ends.cause(job.folder)) is not None:
         print(f"error: {end.tell()}", file=sys.stderr, flush=True)
     return found.exit_code
@@ -88,6 +98,8 @@ def check_endpoint(endpoint: str) -> None:
     Raises:
         ConfigError: it is neither; or its host has no address.
     """
+    if endpoint == HERE:
+        return
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"endpoint {endpoint}: expected HOST:PORT, e.g. node-1:{PORT}")

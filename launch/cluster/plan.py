@@ -43,9 +43,7 @@ def make_plan(job: Job, cluster: ClusterConfig, hosts: Sequence[Host], folder: P
     Raises:
         ConfigError: a value cannot be written the way that the backend wants.
     """
-    if job.backend == "local":
-        return Plan({}, [_train_command(job)])
-    if job.backend == "torchrun":
+    if job.backend in ("local", "torchrun"):
         return Plan({}, [node.agent_command(job, job.endpoint or f"HOST:{node.PORT}")])
     if job.backend == "slurm":
         path = folder / "job.sbatch"
@@ -66,10 +64,3 @@ def make_plan(job: Job, cluster: ClusterConfig, hosts: Sequence[Host], folder: P
 def port_of(job: Job) -> int:
     """Give the port at which the ranks of a launch meet; another launch has another one, as a rule."""
     return FIRST_PORT + sum(job.name.encode()) * 7919 % NUM_PORTS
-
-
-def _train_command(job: Job) -> list[str]:
-    from .rank import worker_arguments
-
-    python = job.options["python"]
-    return [python, "-m", "basestone.launch", *worker_arguments(job)]

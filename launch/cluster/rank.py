@@ -25,6 +25,7 @@ DRAIN_S = 5.0  # that the worker's last words may take after its end
 
 def main() -> None:
     """Be a rank; leave with 0 where a new start would change nothing."""
+    local.die_with_parent(os.getppid())  # an agent that is killed would leave ranks that go on without it
     try:
         # The deepspeed launcher adds --local_rank=N; the environment says the same.
         job = read_job(decode(next(word for word in sys.argv[1:] if not word.startswith("--"))))

@@ -50,15 +50,14 @@ class Supervisor:
                 clean_up()
                 if found.is_final or self.asked:
                     return found
-                failures = 1 if found.step > before else failures + 1
+                failures = 0 if found.step > before else failures + 1
                 before = max(before, found.step)
                 self._explain()
                 if failures > self._job.max_restarts:
                     _say(f"no progress in {failures} start(s) from step {found.step}: giving up")
                     return found
-                _say(
-                    f"starting again from step {found.step} ({failures} of {self._job.max_restarts} without progress)"
-                )
+                told = f" ({failures} of {self._job.max_restarts} in vain)" if failures else ""
+                _say(f"starting again from step {found.step}{told}")
                 time.sleep(WAIT_S)
 
     def _start(self) -> int:
