@@ -204,7 +204,7 @@ def _check_tools(launching: Launching) -> None:
 
 def _submit(launching: Launching) -> int:
     (command,) = launching.plan.commands
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=launching.plan.directory, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ConfigError(f"{command[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}")
     identity = done.stdout.strip().partition(";")[0] if launching.job.backend == "slurm" else launching.job.name

@@ -25,6 +25,7 @@ class Plan:
     files: dict[Path, str]
     commands: list[list[str]]
     environment: dict[str, str] = field(default_factory=dict)  # beside this one
+    directory: Path | None = None  # to run them in; by default this one
 
     def shown(self, job: Job) -> str:
         """Give all of it as text; secrets by their names alone."""
@@ -32,7 +33,8 @@ class Plan:
         parts += [f"# {path}\n{content}" for path, content in self.files.items()]
         if job.secrets:
             parts.append(f"# secrets by their names: {', '.join(job.secrets)}\n")
-        prefix = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
+        prefix = f"cd {shlex.quote(str(self.directory))} && " if self.directory is not None else ""
+        prefix += "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
         parts += [f"{prefix}{shlex.join(command)}\n" for command in self.commands]
         return "\n".join(parts)
 
@@ -47,7 +49,8 @@ def make_plan(job: Job, cluster: ClusterConfig, hosts: Sequence[Host], folder: P
         return Plan({}, [node.agent_command(job, job.endpoint or f"HOST:{node.PORT}")])
     if job.backend == "slurm":
         path = folder / "job.sbatch"
-        return Plan({path: slurm.script(job, cluster, job.options["python"])}, [slurm.submit_command(path)])
+        script = slurm.script(job, cluster, job.options["python"])
+        return Plan({path: script}, [slurm.submit_command(path.name)], directory=folder)
     if job.backend == "kubernetes":
         path = folder / "manifests.json"
         command = ["kubectl", "apply", "-f", str(path)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from pathlib import Path
 
 from ...trainer.errors import ConfigError
 from .config import ClusterConfig, SlurmSection
@@ -45,7 +44,7 @@ def script(job: Job, cluster: ClusterConfig, python: str) -> str:
             if (value := getattr(section, name)) is not None
         ),
         *([f"--constraint={section.constraint}"] if section.constraint else []),
-        f"--output={job.folder / 'slurm-%j.log'}",
+        "--output=slurm-%j.log",  # beside the script: a path may hold what sbatch reads as something else
         "--open-mode=append",
         *([f"--array=1-{section.array}%1"] if section.array else ["--requeue"]),
         f"--signal=B:USR2@{section.signal_s}",
@@ -69,9 +68,9 @@ def _directive(text: str) -> str:
     return f'{name}="{value}"'
 
 
-def submit_command(script_path: Path) -> list[str]:
-    """Give the command line that puts a job into the queue and prints its number."""
-    return ["sbatch", "--parsable", str(script_path)]
+def submit_command(script_name: str) -> list[str]:
+    """Give the command line that puts a job into the queue and prints its number; it works in the script's folder."""
+    return ["sbatch", "--parsable", script_name]
 
 
 def endpoint(given: dict[str, str]) -> str:
