@@ -27,11 +27,7 @@ test-slow: $(STAMP)
 
 # A test whose package is not there is skipped, and says which.
 test-system: $(STAMP)
-	@if command -v chromium >/dev/null; then :; \
-	elif [ "$$(id -u)" != 0 ]; then echo "test-system: not root: Debian's chromium is not installed"; \
-	elif ! command -v apt-get >/dev/null; then echo "test-system: no apt-get: this is no Debian"; \
-	elif ! { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; }; then \
-		echo "test-system: apt-get could not install chromium: no network?"; fi
+	@sh tests/cluster/install.sh
 	$(BIN)/python -m pytest -m system -rsP
 
 check: $(STAMP)
