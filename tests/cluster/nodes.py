@@ -86,7 +86,7 @@ class Node:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._write_etc()
         with (self.log / "init.log").open("a") as log:
-            unshare = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--"]
+            unshare = ["unshare", *NAMESPACES, "--fork", "--"]
             init = [sys.executable, "-I", "-S", str(INIT), self.name, str(self.directory)]
             self._init = subprocess.Popen(
                 [*unshare, *init],

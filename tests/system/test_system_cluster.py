@@ -28,6 +28,25 @@ while True:
     connection.close()
 """
 CLIENT = 'import socket; print(socket.create_connection(("n1", 7000), timeout=1).recv(99).decode())'
+HOLDER = """
+import socket
+server = socket.create_server(("n1", 7001))
+print("listening", flush=True)
+connections = [server.accept()]
+input()
+"""
+LISTENER = """
+import socket
+connection = socket.create_connection(("n1", 7001), timeout=10)
+print("connected", flush=True)
+connection.settimeout(1)
+try:
+    print("closed" if connection.recv(1) == b"" else "data")
+except ConnectionError:
+    print("closed")
+except TimeoutError:
+    print("silence")
+"""
 SHOW = "import os, sys; sys.stdout.buffer.write(b'|'.join(map(os.fsencode, sys.argv[1:])))"
 ODD = ("a&b $(x) {0..9} '\"*", "", "-x", "--", "two\nlines", "\\ `id` ; | > < ~ # !", "名", b"\xff\xfe", "A=1")
 ALL_REDUCE = """
@@ -182,6 +201,26 @@ def test_a_killed_node_is_gone_with_its_processes_and_comes_back(cluster):
             assert python(first, CLIENT).stdout == "10.77.0.10\n"
         finally:
             server.kill()
+
+
+@pytest.mark.parametrize("heard", ["silence", "closed"])
+def test_peers_hear_nothing_of_lost_power_and_are_told_of_killed_processes(cluster, heard):
+    first, second = cluster.nodes
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    holder = second.popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, **pipes)
+    try:
+        assert holder.stdout.readline() == "listening\n"
+        with first.popen([sys.executable, "-c", LISTENER], **pipes) as listener:
+            assert listener.stdout.readline() == "connected\n"
+            if heard == "silence":
+                second.kill()
+            else:
+                second.run(["kill", "-9", "-1"], check=False)
+            assert listener.stdout.readline() == f"{heard}\n"
+    finally:
+        second.kill()
+        second.start()
+        holder.communicate()
 
 
 def test_orphans_are_reaped(cluster):
