@@ -41,6 +41,8 @@ def why_not() -> str | None:
     """Say why there can be no cluster here, or None where there can."""
     if os.geteuid() != 0:
         return "a cluster of namespaces needs root"
+    if Path("/proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]:
+        return "a cluster of namespaces needs the machine's root, this is that of a user namespace"
     packages = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "mount": "mount"}
     if reason := why_missing(packages):
         return reason
