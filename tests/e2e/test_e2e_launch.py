@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,15 +15,25 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import command, environment, losses_of, wait_for_step
-from whole_run import CHANGES
+from whole_run import CHANGES, train
 
 pytestmark = pytest.mark.dist
+STEPS = 60  # enough for what happens in between
 CANARY = "canary-5up3r-s3cr3t"
 ODD = "a&b $(id) {0..9} '\"* \\ ;|"
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus) -> list[float]:
+    """Losses of as many steps as a launch here takes, with nothing in between."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(corpus, run_dir, f"train.steps={STEPS}")
+    return losses_of(run_dir)
+
+
 def launch(corpus: Path, run_dir: Path, *arguments: str) -> list[str]:
-    sets = [word for change in CHANGES for word in ("--set", change)]
+    changes = [*CHANGES, f"train.steps={STEPS}", "meter.tensorboard=false"]
+    sets = [word for change in changes for word in ("--set", change)]
     return command("launch", corpus / "run.toml", "--run-dir", run_dir, *sets, *arguments)
 
 
@@ -62,7 +73,7 @@ def events_of(run_dir: Path) -> list[str]:
     return [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
-def test_a_launch_trains_as_train_does_and_shows_no_secret(tmp_path, corpus, reference):
+def test_a_launch_trains_as_train_does_and_shows_no_secret(tmp_path, corpus, undisturbed):
     run_dir = tmp_path / "run 'odd' $(touch planted)"
     (tmp_path / "cluster.toml").write_text(f"secrets = ['TOKEN']\n[env]\nVALUE = {json.dumps(ODD)}\n")
     options = (
@@ -84,19 +95,19 @@ def test_a_launch_trains_as_train_does_and_shows_no_secret(tmp_path, corpus, ref
                 assert CANARY not in " ".join(anyone.cmdline())
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 0, said
-    assert losses_of(run_dir) == pytest.approx(reference, rel=1e-5)
-    assert "complete after 8 steps" in said and (run_dir / "COMPLETE").exists()
-    assert "step 8/8" in (run_dir / "logs" / "rank_00000.log").read_text()
+    assert losses_of(run_dir) == pytest.approx(undisturbed, rel=1e-5)
+    assert "complete after 60 steps" in said and (run_dir / "COMPLETE").exists()
+    assert "step 60/60" in (run_dir / "logs" / "rank_00000.log").read_text()
     assert (run_dir / "logs" / "rank_00001.log").exists()
     for path in run_dir.rglob("*"):
         assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
     assert not (run_dir / "launch" / "secrets.json").exists() and not list(tmp_path.rglob("planted"))
 
 
-def test_a_killed_rank_or_agent_is_started_again_from_the_newest_checkpoint(tmp_path, corpus, reference):
+def test_a_killed_rank_or_agent_is_started_again_from_the_newest_checkpoint(tmp_path, corpus, undisturbed):
     run_dir = tmp_path / "run"
     with launched(corpus, run_dir, "--processes-per-node", "2") as process:
-        wait_for_step(process, run_dir, 3)
+        wait_for_step(process, run_dir, 10)
         processes_of(run_dir, "basestone.trainer.worker")[1].kill()
         wait_for_step_of_attempt(process, run_dir, 2)
         (agent,) = [
@@ -108,7 +119,7 @@ def test_a_killed_rank_or_agent_is_started_again_from_the_newest_checkpoint(tmp_
         said = process.communicate(timeout=180)[0]
         assert process.returncode == 0, said
     assert events_of(run_dir).count("resume") == 2
-    assert losses_of(run_dir) == reference
+    assert losses_of(run_dir) == undisturbed
     assert said.count("starting again from step") == 2 and "was killed by SIGKILL" in said
 
 
@@ -116,13 +127,13 @@ def wait_for_step_of_attempt(process: subprocess.Popen[str], run_dir: Path, atte
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
-        if any(json.loads(line)["attempt"] == attempt for line in lines):
+        if sum(json.loads(line)["attempt"] == attempt for line in lines) > 5:
             return
         time.sleep(0.02)
     raise AssertionError("it did not start again")
 
 
-def test_a_stop_saves_and_the_same_launch_goes_on(tmp_path, corpus, reference, basestone):
+def test_a_stop_saves_and_the_same_launch_goes_on(tmp_path, corpus, undisturbed, basestone):
     run_dir = tmp_path / "runs" / "run"
     (run_dir.parent).mkdir()
     options = ("--on", "torchrun", "--processes-per-node", "2")
@@ -134,18 +145,18 @@ def test_a_stop_saves_and_the_same_launch_goes_on(tmp_path, corpus, reference, b
         assert process.returncode == 75, said
     assert (run_dir / "RESUME").exists() and not (run_dir / "STOP").exists()
     with launched(corpus, run_dir, *options) as process:
-        wait_for_step(process, run_dir, len(losses_of(run_dir)))
+        wait_for_step(process, run_dir, len(losses_of(run_dir)) + 1)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=120)[0]
-        assert process.returncode in (0, 75), said
+        assert process.returncode == 75, said
     with launched(corpus, run_dir, *options) as process:
         assert process.wait(timeout=120) == 0
-    assert losses_of(run_dir) == reference
+    assert losses_of(run_dir) == undisturbed
     (row,) = json.loads(basestone("jobs", "ls", run_dir.parent, "--json").stdout)
-    assert (row["state"], row["saved_step"], row["by"]) == ("complete", 8, "torchrun")
-    assert "step 8/8" in basestone("jobs", "logs", run_dir).stdout
+    assert (row["state"], row["saved_step"], row["by"]) == ("complete", STEPS, "torchrun")
+    assert "step 60/60" in basestone("jobs", "logs", run_dir).stdout
     assert "error: " in basestone("jobs", "logs", run_dir, "--rank", "7").stderr
-    assert basestone("jobs", "stop", run_dir).stdout == f"{run_dir}: complete already, at step 8\n"
+    assert basestone("jobs", "stop", run_dir).stdout == f"{run_dir}: complete already, at step 60\n"
 
 
 def test_what_the_user_must_mend_is_not_started_again(tmp_path, corpus):
@@ -158,8 +169,6 @@ def test_what_the_user_must_mend_is_not_started_again(tmp_path, corpus):
 
 
 def test_an_endpoint_that_is_taken_is_told_before_anything_starts(tmp_path, corpus, basestone):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
