@@ -18,11 +18,19 @@ from basestone.trainer.report.records import RunReader, read_records
 @pytest.fixture
 def run_dir(tmp_path):
     """Two attempts: the first reaches step 120, the second goes on from 100; the last line is torn."""
-    lines = [step_line(step) for step in range(1, 121)]
-    lines += [step_line(step, attempt=2, loss=1.5, tokens_per_s=80_000) for step in range(101, 151)]
-    for step in (50, 100, 150):
-        evaluation = {"loss": 3.0 - step / 300, "perplexity": 12.0, "bits_per_byte": 1.1, "tokens": 65536}
-        lines.append({"kind": "eval", "attempt": 1, "step": step, "name": "python", **evaluation})
+    lines = []
+    for attempt, steps in ((1, range(1, 121)), (2, range(101, 151))):
+        for step in steps:
+            later = {"loss": 1.5, "tokens_per_s": 80_000} if attempt == 2 else {}
+            lines.append(step_line(step, attempt=attempt, **later))
+            if step % 50 == 0:
+                evaluation = {
+                    "loss": 3.0 - step / 300,
+                    "perplexity": 12.0,
+                    "bits_per_byte": 1.1,
+                    "tokens": 65536,
+                }
+                lines.append({"kind": "eval", "attempt": attempt, "step": step, "name": "python", **evaluation})
     events = [
         {"time": "t0", "attempt": 1, "step": 0, "event": "start", "message": "4 ranks"},
         {"time": "t1", "attempt": 1, "step": 100, "event": "save", "message": "step_00000100"},
@@ -60,6 +68,51 @@ def test_the_last_line_of_a_step_counts(run_dir):
     assert [record["step"] for record in records.steps] == list(range(1, 151))
     assert {record["attempt"] for record in records.steps[100:]} == {2}
     assert records.curve("loss")[109] == (110.0, 1.5)
+
+
+def eval_line(step, loss, attempt):
+    return {"kind": "eval", "attempt": attempt, "step": step, "name": "web", "loss": loss}
+
+
+def gone_back(path):
+    """A run of 22 steps that had been to 25, with the best held-out loss there, and went back to 15."""
+    lines = [step_line(step, joules=100.0 * step) for step in range(1, 26)]
+    lines[20:20] = [eval_line(20, 2.5, 1)]
+    lines.append(eval_line(25, 1.0, 1))
+    lines += [step_line(step, attempt=2, loss=2.0, joules=2600.0 + 100 * (step - 15)) for step in range(16, 23)]
+    lines.append(eval_line(22, 2.0, 2))
+    ledger = {"attempts": 2, "joules": 3300.0, "joules_source": "nvml-counter", "wasted_joules": 1000.0}
+    return write_run(path, lines, ledger=ledger, config="[train]\nsteps = 22\n")
+
+
+def test_a_branch_that_was_left_is_not_the_run(tmp_path):
+    run = gone_back(tmp_path / "run")
+    records = read_records(run)
+    assert [line["step"] for line in records.steps] == list(range(1, 23))
+    assert [line["attempt"] for line in records.steps] == [1] * 15 + [2] * 7
+    assert records.heldout() == {"web": [(22.0, 2.0)]}
+    joules = [value for _, value in records.curve("joules")]
+    assert joules == sorted(joules), "what the left branch used is in the sum, and no sum falls"
+    shown = tiles(write_report([run]).read_text())
+    assert shown["steps"] == "22" and shown["held-out loss, web"] == "2.0000" and shown["tokens"] == "90.11k"
+
+
+def test_a_branch_is_left_by_its_first_line_of_any_kind(tmp_path):
+    lines = [step_line(step) for step in range(1, 26)] + [eval_line(25, 1.0, 1)]
+    run = write_run(tmp_path / "run", [*lines, eval_line(15, 3.0, 2)])
+    records = read_records(run)
+    assert [line["step"] for line in records.steps] == list(range(1, 16)), "evaluated where it went on"
+    assert records.heldout() == {"web": [(15.0, 3.0)]}
+
+
+def test_a_branch_is_left_where_attempts_count_anew(tmp_path):
+    """The ledger, which counts them, was lost."""
+    run = write_run(tmp_path / "run", [step_line(step) for step in (*range(1, 26), *range(16, 19))])
+    reader = RunReader(run)
+    assert [line["step"] for line in reader.read().steps] == list(range(1, 19))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step_line(6, attempt=2)) + "\n")
+    assert [line["step"] for line in reader.read().steps] == list(range(1, 7))
 
 
 def test_charts_are_there_and_well_formed(run_dir):
@@ -293,8 +346,8 @@ def test_a_run_without_prices_has_no_costs(tmp_path):
     rows = {row[0]: row[1:] for row in rows_of(text) if len(row) == 3}
     assert rows["metered energy"][0] == "1.111 kWh" and rows["PUE"][0] == "1.1"
     assert (
-        "Not known (n/a): hosts, idle draw (meter.idle_s), grid intensity (meter.grid), CO2e, cost of energy "
-        "(meter.price_per_kwh), cost of GPU hours (meter.price_per_gpu_hour), cost.<"
+        "Not known (n/a): hosts, mean power, idle draw (meter.idle_s), lost to restarts, goodput, grid intensity "
+        "(meter.grid), CO2e, cost of energy (meter.price_per_kwh), cost of GPU hours (meter.price_per_gpu_hour), cost.<"
     ) in text
     assert not rows.keys() & {"hosts", "CO2e", "cost"}
 

@@ -75,15 +75,17 @@ class RunReader:
         self._quarantine = _Lines(run_dir / "quarantine.jsonl")
         self._steps: dict[int, Record] = {}
         self._evals: dict[str, dict[int, Record]] = {}
+        self._attempt: float | None = None
+        self._last_step = -1
 
     def read(self) -> RunRecords:
         """Give what is there now.
 
-        The last line of a step counts, for a resumed run repeats steps; torn lines do not.
+        Of an attempt that a later one went back behind, the lines from there on do not count; torn lines do not, either.
         """
         new, begun_anew = self._metrics.take()
         if begun_anew:
-            self._steps, self._evals = {}, {}
+            self._steps, self._evals, self._attempt, self._last_step = {}, {}, None, -1
         for record in new:
             self._add(record)
         self._metrics.lines.clear()  # kept by step
@@ -115,13 +117,30 @@ class RunReader:
         return ""
 
     def _add(self, record: Record) -> None:
-        step = number(record, "step")
-        if step is None or not 0 <= step <= MAX_STEP:
+        value, kind = number(record, "step"), record.get("kind")
+        if value is None or not 0 <= value <= MAX_STEP or kind not in ("step", "eval"):
             return
-        if record.get("kind") == "step":
-            self._steps[int(step)] = record
-        elif record.get("kind") == "eval":
-            self._evals.setdefault(str(record.get("name")), {})[int(step)] = record
+        step = int(value)
+        self._begin_attempt(record, step, is_step=kind == "step")
+        if kind == "step":
+            self._steps[step] = record
+            self._last_step = step
+        else:
+            self._evals.setdefault(str(record.get("name")), {})[step] = record
+
+    def _begin_attempt(self, record: Record, step: int, *, is_step: bool) -> None:
+        """Where a record is the first of an attempt, drop what earlier ones did from its step on."""
+        attempt = number(record, "attempt")
+        # Attempts count from 1 again where the ledger was lost; steps of one only go up.
+        is_new = attempt not in (None, self._attempt) or (is_step and step <= self._last_step)
+        self._attempt = self._attempt if attempt is None else attempt
+        if not is_new:
+            return
+        # A run that goes on behind its last step only evaluates: the line of that step is of the same weights.
+        _drop_from(step if is_step else step + 1, self._steps)
+        for lines in self._evals.values():
+            _drop_from(step, lines)
+        self._evals = {name: lines for name, lines in self._evals.items() if lines}
 
 
 class _Lines:
@@ -172,6 +191,11 @@ class _Lines:
                 self.problem = f"{self._path.name}: {self._torn:,} line(s) are not whole"
         self.lines += records
         return records, begun_anew
+
+
+def _drop_from(step: int, lines: dict[int, Record]) -> None:
+    for later in [at for at in lines if at >= step]:
+        del lines[later]
 
 
 def read_records(run_dir: Path) -> RunRecords:
