@@ -1,7 +1,9 @@
 """The report: whole with whole files, still there with torn and missing ones, and safe to open."""
 
 import json
+import os
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -222,7 +224,9 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"is no run directory \(has none of metrics.jsonl, run.toml, "):
         write_report([tmp_path])
-    with pytest.raises(ConfigError, match="is no run directory"):
+    with pytest.raises(
+        ConfigError, match=f"file: is a file; give the run directory that it lies in: {tmp_path}$"
+    ):
         write_report([tmp_path / "file"])
     assert not (tmp_path / "report.html").exists()
 
@@ -233,6 +237,52 @@ def test_a_directory_is_no_page(run_dir, tmp_path):
         ConfigError, match=r"pages: is a directory; give the file to write, e\.g\. .*pages/report.html"
     ):
         write_report([run_dir], tmp_path / "pages")
+
+
+def refused_place(run_dir, out, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        write_report([run_dir], out)
+    assert caught.value.exit_code == 64
+
+
+def test_a_page_replaces_no_pipe_and_no_device(run_dir, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.html").symlink_to("pipe")
+    for name in ("pipe", "link.html"):
+        refused_place(
+            run_dir, tmp_path / name, f"{name}: is a device or a pipe, which a page would replace; give a"
+        )
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link.html").is_symlink()
+    os.mkfifo(run_dir / "report.html")
+    refused_place(run_dir, None, "report.html: is a device or a pipe")
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "run.toml", "latest", "checkpoints/step_00000100/state.json"]
+)
+def test_a_page_replaces_no_file_of_a_run(run_dir, tmp_path, name):
+    other = made_run(tmp_path / "other", 20)
+    (tmp_path / "link").symlink_to(other)
+    for run in (run_dir, other, tmp_path / "link"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        before = (run / name).read_bytes() if (run / name).exists() else None
+        refused_place(run_dir, run / name, r"are its own; give a name that ends in \.html")
+        assert ((run / name).read_bytes() if (run / name).exists() else None) == before
+    assert write_report([run_dir], run_dir / "checkpoints-now.html").is_file()
+
+
+def test_a_page_goes_to_a_file_in_a_directory_that_is_there(run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused_place(run_dir, Path("-"), r"--out -: a page goes to a file; give its name, e\.g\. report\.html")
+    refused_place(
+        run_dir, Path("no/page.html"), r"no/page\.html: there is no directory no; make it, or give another"
+    )
+    (tmp_path / "file").touch()
+    refused_place(run_dir, Path("file/page.html"), "there is no directory file")
+    (tmp_path / "run.toml").touch()  # of a person, who keeps it beside the runs
+    assert write_report([run_dir], Path("page.htm")).is_file() and sorted(
+        path.name for path in tmp_path.iterdir()
+    ) == ["file", "page.htm", "run-7", "run.toml"]
 
 
 def test_what_cannot_be_read_is_said(tmp_path):

@@ -33,6 +33,7 @@ from .style import style_sheet
 from .summary import summarise
 
 ONE, SEVERAL = "report.html", "comparison.html"
+OWN_SIGNS = ("metrics.jsonl", "ledger.json", "run_id")  # a run.toml lies in directories of people, too
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
@@ -40,7 +41,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
     By default that is report.html in the run directory, of several comparison.html in the current one. What is
     missing in a run's files is missing in the report. Raises ConfigError where one is no run directory or is given
-    twice, DataStorageError where `out` cannot be written.
+    twice, or `out` is no place for a page; DataStorageError where it cannot be written.
     """
     for i, run_dir in enumerate(run_dirs):
         require_run(run_dir)
@@ -48,8 +49,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
             raise ConfigError(f"{run_dir}: is given twice; give each run directory once")
     if out is None:
         out = run_dirs[0] / ONE if len(run_dirs) == 1 else Path(SEVERAL)
-    if out.is_dir():
-        raise ConfigError(f"{out}: is a directory; give the file to write, e.g. {out / ONE}")
+    _check_place(out, run_dirs)
     runs = []
     for label, run_dir in zip(labels_of(run_dirs), run_dirs, strict=True):
         records = read_records(run_dir)
@@ -58,6 +58,26 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     with storage_errors(f"writing the report {out}"):
         write_atomic(out, page.encode("utf-8", errors="replace"))
     return out
+
+
+def _check_place(out: Path, run_dirs: Sequence[Path]) -> None:
+    """Refuse what a page would destroy, and what can hold none."""
+    if out == Path("-"):
+        raise ConfigError(f"--out -: a page goes to a file; give its name, e.g. {ONE}")
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a directory; give the file to write, e.g. {out / ONE}")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"{out}: is a device or a pipe, which a page would replace; give a file, e.g. {ONE}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no directory {out.parent}; make it, or give another file")
+    above = out.parent.resolve()
+    given = [run_dir.resolve() for run_dir in run_dirs]
+    for folder in (above, *above.parents):
+        is_run = folder in given or any((folder / name).exists() for name in OWN_SIGNS)
+        if is_run and out.suffix.lower() != ".html":
+            raise ConfigError(
+                f"{out}: the files of the run {folder} are its own; give a name that ends in .html"
+            )
 
 
 def render_report(runs: Sequence[NamedRun]) -> str:

@@ -81,7 +81,7 @@ class RunReader:
     def read(self) -> RunRecords:
         """Give what is there now.
 
-        Of an attempt that a later one went back behind, the lines from there on do not count; torn lines do not, either.
+        Of an attempt that a later one went back behind, the lines from there on do not count; torn lines never do.
         """
         new, begun_anew = self._metrics.take()
         if begun_anew:
@@ -209,6 +209,8 @@ def require_run(run_dir: Path) -> None:
     Raises:
         ConfigError: none did.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: is a file; give the run directory that it lies in: {run_dir.parent}")
     if not run_dir.is_dir() or not any((run_dir / name).exists() for name in SIGNS):
         what = f"has none of {', '.join(SIGNS)}" if run_dir.is_dir() else "there is no such directory"
         raise ConfigError(f"{run_dir}: is no run directory ({what}); give the directory that `train` made")
