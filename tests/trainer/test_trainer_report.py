@@ -1,6 +1,7 @@
 """The report: whole with whole files, still there with torn and missing ones, and safe to open."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from made_runs import made_run, step_line, write_run
 from read_pages import Page, notes, rows_of, tiles
 
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.report.figures import duration, money
 from basestone.trainer.report.page import write_report
 from basestone.trainer.report.records import RunReader, read_records
 
@@ -402,11 +404,71 @@ def test_a_run_without_prices_has_no_costs(tmp_path):
     assert not rows.keys() & {"hosts", "CO2e", "cost"}
 
 
+def test_what_costs_something_never_reads_0(tmp_path):
+    """A run of seconds: a few hundred joules, cents of cents."""
+    config = '[meter]\nprice_per_kwh = 0.2\nprice_per_gpu_hour = 0.0\ncurrency = "EUR"\n'
+    ledger = {"joules": 648.0, "joules_source": "rapl", "gpu_s": 9.0}
+    runs = [write_run(tmp_path / name, [step_line(1)], ledger=ledger, config=config) for name in ("a", "b")]
+    text = write_report(runs[:1]).read_text()
+    rows = {row[0]: row[1] for row in rows_of(text) if len(row) == 3}
+    assert tiles(text)["cost, EUR"] == "0.000036"
+    assert rows["cost"] == rows["cost of energy"] == "0.000036 EUR" and rows["cost of GPU hours"] == "0 EUR"
+    assert ["cost", "0.000036 EUR", "0.000036 EUR"] in rows_of(
+        write_report(runs, tmp_path / "c.html").read_text()
+    )
+
+
+@given(st.floats(1e-9, 1e300))
+def test_money_is_near_to_what_it_was(amount):
+    text = money(amount)
+    assert len(text) < 24 and text.strip("0.,") != ""
+    if amount < 1e15:
+        assert "e" not in text and abs(float(text.replace(",", "")) - amount) <= max(0.05 * amount, 0.005)
+
+
+def test_times_have_one_readable_form_and_garbage_none(tmp_path):
+    lines = [
+        step_line(1, time="2026-01-01T00:00:07.123+00:00"),
+        step_line(2, time="2026-01-01T02:00:08.987654+01:00"),
+    ]
+    events = [
+        {"time": time, "step": 1, "attempt": 1, "event": "save", "message": f"at {i}"}
+        for i, time in enumerate(
+            ["2026-01-01T00:00:07.123Z", "yesterday", 1767225607, "9" * 90, "0001-01-01T00:00+23:00"]
+        )
+    ]
+    text = write_report([write_run(tmp_path / "run", lines, events=events)]).read_text()
+    assert ">2026-01-01 00:00:07 UTC to 2026-01-01 01:00:08 UTC<" in text
+    assert [row[0] for row in rows_of(text) if row[-1].startswith("at ")] == [
+        "2026-01-01 00:00:07 UTC",
+        "",
+        "",
+        "",
+        "",
+    ]
+
+
+def test_figures_that_no_run_has_take_little_room(tmp_path):
+    ledger = {
+        "joules": 1e99,
+        "wall_s": 1e99,
+        "train_s": 1e99,
+        "wasted_s": -5.0,
+        "gpu_s": 1e99,
+        "attempts": 1e99,
+    }
+    config = "[meter]\nprice_per_kwh = 1.0\nprice_per_gpu_hour = 2.0\n"
+    line = step_line(1, watts=1e99, step_s=1e99, phase_s={"data": 1e99}, mfu=1e99)
+    text = write_report([write_run(tmp_path / "run", [line], ledger=ledger, config=config)]).read_text()
+    assert not re.search(r"[0-9,]{25}", "".join(Page(text).text))
+    assert duration(1e99) == duration(-5.0) == duration(math.nan) == "n/a" and duration(1e10) == "115740d 17h"
+
+
 def test_memory_data_and_quarantine(tmp_path):
     text = write_report([made_run(tmp_path / "run", 300)]).read_text()
     assert all(f">{name}</span>" in text for name in ("allocated", "reserved", "host", "web", "code", "books"))
     assert ["web", "3", "12,288"] in rows_of(text)
-    assert ["t", "8", "web", "1", "4096", "crc differs"] in rows_of(text)
+    assert ["", "8", "web", "1", "4096", "crc differs"] in rows_of(text), "t is no time"
     on_cpu = write_report([write_run(tmp_path / "cpu", [step_line(1)])]).read_text()
     assert ["device, allocated", "n/a"] in rows_of(on_cpu) and ["host", "3.5"] in rows_of(on_cpu)
     assert ["chunks in quarantine", "n/a"] in rows_of(on_cpu)

@@ -119,6 +119,13 @@ def test_a_terminal_without_unicode_gets_ascii(going):
     assert "gr?n" in text and all(line.isascii() for line in lines)
 
 
+def test_a_time_that_is_none_is_left_out_and_a_cost_is_never_0(tmp_path):
+    events = [{"time": "2026-01-01T00:00:0", "step": 3, "event": "save"}]
+    run = write_run(tmp_path / "run", [step_line(1, cost=0.0005, time="9" * 90)], events=events)
+    text = shown(LiveView(run))
+    assert "cost 0.00050" in text and "\n step 3 save" in text
+
+
 def test_steps_follow_from_tokens(tmp_path):
     config = (
         '[model]\npreset = "gpt2-124m"\n[data]\ntrain = "/d"\ntokenizer = "/t"\nsequence_length = 1024\n'

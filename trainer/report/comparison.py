@@ -10,7 +10,7 @@ from typing import Any
 
 from .charts import LONG_CURVE, Series, line_chart
 from .elements import figures, section, table
-from .figures import duration, shown, smoothed
+from .figures import duration, money, shown, smoothed
 from .records import Curve, Record, RunRecords, number
 from .summary import Summary
 
@@ -60,7 +60,7 @@ def _figures_section(runs: Sequence[NamedRun]) -> str:
         ["joules per token", *(shown(run.summary.joules_per_token) for run in runs)],
         ["energy at the building, kWh", *(shown(run.summary.footprint.kwh) for run in runs)],
         ["g CO2e", *(shown(run.summary.footprint.g_co2e) for run in runs)],
-        ["cost", *(_cost(run.summary) for run in runs)],
+        ["cost", *(money(run.summary.footprint.cost, run.summary.currency) for run in runs)],
         ["lost to restarts", *(duration(run.summary.wasted_s) for run in runs)],
     ]
     return section("Comparison", table(["figure", *(run.label for run in runs)], rows))
@@ -71,11 +71,6 @@ def _energy_source(run: NamedRun) -> str:
     if hosts and all_hosts and hosts < all_hosts:
         return f"{run.summary.source}, {hosts:.0f} of {all_hosts:.0f} hosts metered"
     return run.summary.source
-
-
-def _cost(summary: Summary) -> str:
-    cost = summary.footprint.cost
-    return shown(cost) if cost is None else f"{cost:,.2f} {summary.currency}"
 
 
 def _best(run: NamedRun, name: str) -> str:

@@ -8,7 +8,7 @@ from ..meters.energy import MEANING
 from ..meters.tariff import JOULES_PER_KWH
 from .charts import Series, line_chart
 from .elements import figures, part, section, table
-from .figures import NO_VALUE, duration, energy, format_number, ratio, shown
+from .figures import NO_VALUE, duration, energy, format_number, money, ratio, shown
 from .phases import OUTSIDE_STEPS
 from .records import Record, RunRecords, number, numbers
 from .summary import Summary
@@ -72,7 +72,7 @@ def _account(records: RunRecords, summary: Summary) -> list[list[str]]:
     hosts, all_hosts = number(ledger, "hosts"), number(ledger, "all_hosts")
     per_kwh = None if rates is None else rates.price_per_kwh
     per_hour = None if rates is None else rates.price_per_gpu_hour
-    gpu_s, money = number(ledger, "gpu_s"), f" {summary.currency}" if summary.currency else ""
+    gpu_s, currency = number(ledger, "gpu_s"), summary.currency
     metered = hosts and all_hosts
     return [
         ["metered energy", energy(summary.joules), MEANING.get(summary.source, summary.source)],
@@ -103,13 +103,13 @@ def _account(records: RunRecords, summary: Summary) -> list[list[str]]:
             intensity[1] if intensity else "",
         ],
         ["CO2e", _with(footprint.g_co2e, None, " g"), "location-based, operation only"],
-        ["cost of energy", _with(footprint.energy_cost, "{:,.2f}", money), _price(per_kwh, money, "kWh")],
+        ["cost of energy", money(footprint.energy_cost, currency), _price(per_kwh, currency, "kWh")],
         [
             "cost of GPU hours",
-            _with(footprint.gpu_cost, "{:,.2f}", money),
-            f"{duration(gpu_s)} of GPUs; {_price(per_hour, money, 'GPU hour')}",
+            money(footprint.gpu_cost, currency),
+            f"{duration(gpu_s)} of GPUs; {_price(per_hour, currency, 'GPU hour')}",
         ],
-        ["cost", _with(footprint.cost, "{:,.2f}", money), "of all that has a price"],
+        ["cost", money(footprint.cost, currency), "of all that has a price"],
     ]
 
 
@@ -121,8 +121,8 @@ def _with_setting(account: str) -> str:
     return f"{account} ({SETTINGS[account]})" if account in SETTINGS else account
 
 
-def _price(price: float | None, money: str, unit: str) -> str:
-    return "" if price is None else f"{price:g}{money} per {unit}"
+def _price(price: float | None, currency: str, unit: str) -> str:
+    return "" if price is None else " ".join(f"{price:g} {currency} per {unit}".split())
 
 
 def _devices(ledger: Record) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -19,7 +18,7 @@ from ..load import validate_run
 from ..ramp import BatchSchedule
 from ..run_lock import holder_of
 from .advice import Advice, advise
-from .figures import NO_VALUE, duration, energy, shown
+from .figures import NO_VALUE, duration, energy, moment, money, shown
 from .phases import intervals, phase_names
 from .records import Record, RunReader, RunRecords, number, require_run
 from .summary import tariff_of
@@ -121,18 +120,11 @@ def seconds_per_step(steps: Sequence[Record]) -> float | None:
     """Give the wall time of a step over the newest lines of this attempt, evaluations and saves included."""
     newest = list(steps[-NEWEST_LINES:])
     newest = [line for line in newest if line.get("attempt") == newest[-1].get("attempt")]
-    times = [(line["step"], at) for line in newest if (at := _seconds(line.get("time"))) is not None]
+    times = [(line["step"], at.timestamp()) for line in newest if (at := moment(line.get("time"))) is not None]
     if len(times) > 1 and times[-1][1] > times[0][1]:
         return float((times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0]))
     known = [value for line in newest if (value := number(line, "step_s")) is not None]
     return statistics.fmean(known) if known else None
-
-
-def _seconds(value: object) -> float | None:
-    try:
-        return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else None
-    except (ValueError, OverflowError):
-        return None
 
 
 def sparkline(values: Sequence[float], blocks: str) -> str:
@@ -209,10 +201,10 @@ def _phases(records: RunRecords) -> str:
 def _energy(records: RunRecords) -> str:
     last, tariff = _newest(records), tariff_of(records)
     cost, grams = number(last, "cost"), number(last, "g_co2e")
-    money = f" {tariff.rates.currency}" if tariff is not None and cost is not None else ""
+    currency = tariff.rates.currency if tariff is not None else ""
     return (
         f"{shown(number(last, 'watts'), '{:,.0f} W')}, {shown(number(last, 'joules_per_token'))} J/token, "
-        f"{energy(number(last, 'joules'))}, {shown(grams)} g CO2e, cost {shown(cost, '{:,.2f}')}{money}"
+        f"{energy(number(last, 'joules'))}, {shown(grams)} g CO2e, cost {money(cost, currency)}"
     )
 
 
@@ -225,8 +217,8 @@ def _memory(records: RunRecords) -> str:
 
 
 def _time(event: Record) -> str:
-    value = event.get("time")
-    return value[11:19] if isinstance(value, str) else ""
+    at = moment(event.get("time"))
+    return "" if at is None else f"{at:%H:%M:%S}"
 
 
 def _event(event: Record) -> str:

@@ -10,7 +10,7 @@ from .advice import Advice
 from .charts import LONG_CURVE, Layer, Marker, Series, line_chart, stacked_chart, with_mean
 from .costs import wasted_text
 from .elements import figures, part, section, table, text, tiles
-from .figures import duration, shown
+from .figures import date, duration, money, shown
 from .phases import MAX_COLUMNS, OTHER, PHASES, Interval, intervals, phase_names, phase_shares
 from .records import Curve, Record, RunRecords, number, numbers
 from .summary import Summary
@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 def period(records: RunRecords) -> str:
     """Say from when to when the run logged, and how it ended."""
-    times = [record["time"] for record in records.steps if isinstance(record.get("time"), str)]
+    times = [at for record in (*records.steps[:1], *records.steps[-1:]) if (at := date(record.get("time")))]
     logged = f"{times[0]} to {times[-1]}" if times else "no step has been recorded"
     return f"{logged}; {records.end[0]}: {records.end[1]}" if records.end else logged
 
@@ -61,7 +61,7 @@ def headline(records: RunRecords, summary: Summary) -> str:
             ("energy, kWh", shown(None if summary.joules is None else summary.joules / JOULES_PER_KWH)),
             ("joules per token", shown(summary.joules_per_token)),
             ("g CO2e", shown(footprint.g_co2e)),
-            (f"cost, {summary.currency}" if summary.currency else "cost", shown(footprint.cost, "{:,.2f}")),
+            (f"cost, {summary.currency}" if summary.currency else "cost", money(footprint.cost)),
         ]
     )
 
@@ -224,7 +224,7 @@ def _quarantine(found: Sequence[Record]) -> str:
         known = [value for record in records if (value := number(record, "bytes")) is not None]
         rows.append([source, f"{len(records):,}", shown(sum(known) if known else None, "{:,.0f}")])
     fields = ("time", "step", "source", "chunk", "bytes", "problem")
-    newest = [[text(record.get(field)) for field in fields] for record in found[-MAX_QUARANTINE_ROWS:]]
+    newest = [_cells(record, fields) for record in found[-MAX_QUARANTINE_ROWS:]]
     note = f"The last {MAX_QUARANTINE_ROWS} of {len(found):,}." if len(found) > MAX_QUARANTINE_ROWS else ""
     return part(
         "Quarantine: chunks that were passed over",
@@ -236,12 +236,16 @@ def _quarantine(found: Sequence[Record]) -> str:
 def events_section(records: RunRecords) -> str:
     """List what happened."""
     fields = ("time", "attempt", "step", "event", "message")
-    rows = [[text(event.get(field)) for field in fields] for event in records.events[-MAX_EVENT_ROWS:]]
+    rows = [_cells(event, fields) for event in records.events[-MAX_EVENT_ROWS:]]
     notes = [] if rows else ["None."]
     if len(records.events) > MAX_EVENT_ROWS:
         notes.append(f"The last {MAX_EVENT_ROWS} of {len(records.events):,}.")
     notes += wasted_text(records.ledger)
     return section("Events", table(fields, rows, scrolls=len(rows) > MANY_ROWS), " ".join(notes))
+
+
+def _cells(record: Record, fields: Sequence[str]) -> list[str]:
+    return [(date if field == "time" else text)(record.get(field)) for field in fields]
 
 
 def config_section(records: RunRecords) -> str:
