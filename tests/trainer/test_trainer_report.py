@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from html import unescape
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -301,6 +302,39 @@ def test_what_cannot_be_read_is_said(tmp_path):
     )
     (run / "ledger.json").write_text("{")
     assert "ledger.json: is not a JSON object" in write_report([run]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            "[meter\npue = 1.2\n",
+            "run.toml: is not TOML (Expected ']' at the end of a table declaration (at line 1, ",
+        ),
+        ("[meter]\npue = Infinity\n", "run.toml: is not TOML (Invalid value (at line 2, column 7))"),
+        ("[meter]\nprice_per_kwh = inf\npue = 1.2\n", "run.toml: meter.price_per_kwh: is no figure"),
+        (
+            "[meter]\ngrid = 'ATLANTIS'\n",
+            "run.toml: meter.grid: value error, no country of the table has the code",
+        ),
+        ("[optimizer]\nlr = nan\n", "run.toml: optimizer.lr: is no figure"),
+        ("meter = 3\n", "run.toml: meter: input should be"),
+    ],
+)
+def test_a_run_file_that_is_not_whole_is_named(tmp_path, config, said):
+    run = write_run(tmp_path / "run", [step_line(1)], ledger={"joules": 7.2e6, "gpu_s": 10.0}, config=config)
+    evidence = {title: evidence for _, title, evidence in notes(write_report([run]).read_text())}
+    assert said in unescape(evidence["Not all files of the run can be read"])
+
+
+def test_a_ledger_with_what_is_no_figure_is_named(tmp_path):
+    run = write_run(
+        tmp_path / "run", [step_line(1)], ledger={"joules": math.inf, "hosts": "two", "wall_s": 3.0}
+    )
+    evidence = {title: evidence for _, title, evidence in notes(write_report([run]).read_text())}
+    assert evidence["Not all files of the run can be read"] == (
+        "ledger.json: hosts: is no figure; ledger.json: joules: is no figure."
+    )
 
 
 def test_numbers_of_any_size_do_no_harm(tmp_path):

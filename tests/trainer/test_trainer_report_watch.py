@@ -52,7 +52,7 @@ def test_a_frame_of_a_run_that_goes_on(going):
     assert "300 W, n/a J/token, 0.6 kWh, 12.5 g CO2e, cost 0.50 EUR" in text
     assert "memory    host 3.5 GiB" in text
     assert text.count(" save") == 5 and "00:00:08 step 8 save" in text
-    assert "- MFU is not known" in text and "Not all files" in text
+    assert "- MFU is not known" in text and "Not all files" in text and "ledger.json: is not there." in text
 
 
 def test_the_next_frame_has_what_was_added(going):

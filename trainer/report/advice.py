@@ -25,6 +25,7 @@ SPIKE_DEVIATIONS = 8.0
 SPIKE_SPAN = 30.0  # lines
 MAX_DATA_WAIT = 0.1
 MIN_GOODPUT = 0.8
+UNREAD = "unread files"
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def unread_files(problems: Sequence[str]) -> list[Advice]:
         return []
     return [
         Advice(
-            "unread files",
+            UNREAD,
             "Not all files of the run can be read",
             "; ".join(problems) + ".",
             "What they would tell is n/a here, or comes from the last line of metrics.jsonl. A killed run leaves one "

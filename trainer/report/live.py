@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..load import validate_run
 from ..ramp import BatchSchedule
 from ..run_lock import holder_of
-from .advice import Advice, advise
+from .advice import UNREAD, Advice, advise
 from .figures import NO_VALUE, duration, energy, moment, money, shown
 from .phases import intervals, phase_names
 from .records import Record, RunReader, RunRecords, number, require_run
@@ -90,7 +90,8 @@ class LiveView:
         for one in self._advice:
             title = f"{'!' if one.serious else '-'} {one.title}"
             line = Text(clean(title), "bold red" if one.serious else "dim")
-            parts.append(line.append(clean(f"  {one.evidence}"), "not bold default") if one.serious else line)
+            told = one.serious or one.kind == UNREAD
+            parts.append(line.append(clean(f"  {one.evidence}"), "not bold default") if told else line)
         return Group(*parts)
 
 

@@ -6,6 +6,7 @@ A reader goes on where it stopped, so that a run of any length can be watched.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
 from contextlib import suppress
@@ -13,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import ConfigError
+from ..meters.ledger import KINDS, Ledger
+from ..sections import MeterSection
 
 Record = dict[str, Any]
 Curve = list[tuple[float, float]]
@@ -93,8 +98,7 @@ class RunReader:
             lines.take()
         problems = [one.problem for one in (self._metrics, self._events, self._quarantine)]
         ledger, config = self._text("ledger.json", problems), self._text("run.toml", problems)
-        if ledger and not _json_object(ledger):
-            problems.append("ledger.json: is not a JSON object")
+        problems += [*_config_problems(config), *_ledger_problems(ledger)]
         return RunRecords(
             name=self._run_dir.resolve().name,
             steps=[self._steps[step] for step in sorted(self._steps)],
@@ -191,6 +195,44 @@ class _Lines:
                 self.problem = f"{self._path.name}: {self._torn:,} line(s) are not whole"
         self.lines += records
         return records, begun_anew
+
+
+def _config_problems(config: str) -> list[str]:
+    """Say what in a run file cannot stand there; what is left of it is not taken for the whole in silence."""
+    try:
+        settings = tomllib.loads(config)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return [f"run.toml: is not TOML ({error or 'nested too deep'})"]
+    problems = {path: "is no figure" for path, value in _leaves(settings) if not _is_finite(value)}
+    try:
+        MeterSection.model_validate(settings.get("meter", {}))
+    except ValidationError as error:
+        for one in error.errors():
+            path = ".".join(("meter", *map(str, one["loc"])))
+            problems.setdefault(path, one["msg"][:1].lower() + one["msg"][1:])
+    return [f"run.toml: {path}: {problem}" for path, problem in problems.items()]
+
+
+def _leaves(table: Record, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for name, value in table.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return leaves
+
+
+def _ledger_problems(text: str) -> list[str]:
+    ledger = _json_object(text)
+    if text and not ledger:
+        return ["ledger.json: is not a JSON object"]
+    no_figures = [name for name in KINDS if not _is_finite(ledger.get(name))]
+    return [
+        f"ledger.json: {name}: is no figure" for name in dict.fromkeys([*Ledger.misfits(ledger), *no_figures])
+    ]
+
+
+def _is_finite(value: Any) -> bool:
+    """Tell whether a value is none of the numbers that no run has."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _drop_from(step: int, lines: dict[int, Record]) -> None:
