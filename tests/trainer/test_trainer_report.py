@@ -58,8 +58,8 @@ def test_headline_numbers(run_dir):
     assert shown["steps"] == "150"
     assert shown["training loss"] == "1.5000"
     assert shown["held-out loss, python"] == "2.5000"
-    assert shown["energy, kWh"] == "2"
-    assert shown["joules per token"] == "11.72"  # 7.2e6 J over 614,400 tokens
+    assert shown["metered energy, kWh"] == "2"
+    assert shown["metered joules per token"] == "11.72"  # 7.2e6 J over 614,400 tokens
     assert shown["training time"] == "1h 02m"
     assert shown["lost to restarts"] == "1m 01s"
     assert shown["attempts"] == "2"
@@ -202,8 +202,14 @@ def test_unmeasured_energy_is_not_zero(tmp_path):
     ledger = {"joules": None, "joules_source": "none", "wasted_joules": 0.0}
     run = write_run(tmp_path / "run", [step_line(1, joules=None), step_line(2, joules=None)], ledger=ledger)
     text = write_report([run]).read_text()
-    assert tiles(text)["energy, kWh"] == tiles(text)["joules per token"] == "n/a"
+    assert tiles(text)["metered energy, kWh"] == tiles(text)["metered joules per token"] == "n/a"
     assert "kWh over step" not in text and "Lost to restarts:" not in text
+
+
+def test_given_watts_are_not_metered(tmp_path):
+    ledger = {"joules": 7.2e6, "joules_source": "user-watts"}
+    shown = tiles(write_report([write_run(tmp_path / "run", [step_line(1)], ledger=ledger)]).read_text())
+    assert shown["estimated energy, kWh"] == "2" and "metered energy, kWh" not in shown
 
 
 def test_long_runs_stay_small(tmp_path):
@@ -445,9 +451,9 @@ def test_what_costs_something_never_reads_0(tmp_path):
     runs = [write_run(tmp_path / name, [step_line(1)], ledger=ledger, config=config) for name in ("a", "b")]
     text = write_report(runs[:1]).read_text()
     rows = {row[0]: row[1] for row in rows_of(text) if len(row) == 3}
-    assert tiles(text)["cost, EUR"] == "0.000036"
+    assert tiles(text)["cost, EUR, with PUE 1"] == "0.000036"
     assert rows["cost"] == rows["cost of energy"] == "0.000036 EUR" and rows["cost of GPU hours"] == "0 EUR"
-    assert ["cost", "0.000036 EUR", "0.000036 EUR"] in rows_of(
+    assert ["cost with PUE", "0.000036 EUR", "0.000036 EUR"] in rows_of(
         write_report(runs, tmp_path / "c.html").read_text()
     )
 

@@ -26,7 +26,7 @@ def test_two_runs_of_one_name_are_told_apart(runs, tmp_path):
     rows = {row[0]: row[1:] for row in rows_of(text.partition("<details>")[0])}
     assert rows["steps"] == ["900", "600"] and rows["tokens"] == ["58.98M", "39.32M"]
     assert rows["energy source"] == ["nvml-counter, 1 of 2 hosts metered"] * 2
-    assert rows["cost"] == ["3.05 EUR", "2.04 EUR"]
+    assert rows["cost with PUE"] == ["3.05 EUR", "2.04 EUR"]
     assert rows["optimizer.lr"] == ["0.0006", "0.0003"] and rows["train.steps"] == ["900", "600"]
     assert "model.hidden_size" not in rows and "version of torch" not in rows
 
@@ -76,7 +76,7 @@ def test_runs_of_other_fields_and_currencies_go_together(runs, tmp_path):
     Page(text)
     assert "run.toml cannot be read: " in text and "each in its own currency" in text
     rows = {row[0]: row[1:] for row in rows_of(text.partition("<details>")[0])}
-    assert rows["cost"][2:] == ["2.04 USD", "n/a", "n/a"] and rows["steps"][4] == "n/a"
+    assert rows["cost with PUE"][2:] == ["2.04 USD", "n/a", "n/a"] and rows["steps"][4] == "n/a"
     assert "a/run (EUR): " in text and "c/run (USD): " in text
 
 

@@ -13,9 +13,11 @@ import time
 import pytest
 from commands import command, environment
 from made_runs import made_run, step_line, write_run
+from read_pages import tiles
 from rich.console import Console
 
 from basestone.trainer.report.live import LiveView, seconds_per_step, sparkline, total_steps, watch
+from basestone.trainer.report.page import write_report
 from basestone.trainer.report.records import read_records
 from basestone.trainer.run_lock import RunLock
 
@@ -47,9 +49,9 @@ def test_a_frame_of_a_run_that_goes_on(going):
     assert "60/200 steps, 30.0%, 2m 20s left" in text
     assert "loss      2.1552, 2.1525, 2.1500  █" in text and "▁" in text
     assert "python 3.2500 (best 3.2500 at step 50)" in text
-    assert "50.06k tokens/s, 0.1 s a step, MFU n/a, goodput n/a" in text
+    assert "50.06k tokens/s, 0.1 s a step, 300 W, MFU n/a, goodput n/a" in text
     assert "data 10%, optimizer 20%, forward backward 70%" in text
-    assert "300 W, n/a J/token, 0.6 kWh, 12.5 g CO2e, cost 0.50 EUR" in text
+    assert "0.6 kWh metered, 8.789 J/token; with PUE 1 12.5 g CO2e, cost 0.50 EUR" in text
     assert "memory    host 3.5 GiB" in text
     assert text.count(" save") == 5 and "00:00:08 step 8 save" in text
     assert "- MFU is not known" in text and "Not all files" in text and "ledger.json: is not there." in text
@@ -81,6 +83,20 @@ def test_how_a_run_ended_is_said(tmp_path, marker, said):
     text = shown(view)
     assert said in text and view.is_complete == (marker == "COMPLETE")
     assert "60/60 steps, 100.0%" in text and "left" not in text
+
+
+def test_a_run_has_the_same_figures_here_and_on_its_page(tmp_path):
+    """What came after the last line (an evaluation, a save) is in the ledger alone."""
+    run = made_run(tmp_path / "run", 600)
+    page, text = tiles(write_report([run]).read_text()), shown(LiveView(run))
+    energy, grams, cost = (
+        page[name] for name in ("metered energy, kWh", "g CO2e with PUE 1.2", "cost, EUR, with PUE 1.2")
+    )
+    per_token = page["metered joules per token"]
+    assert f"{energy} kWh metered, {per_token} J/token; with PUE 1.2 {grams} g CO2e, cost {cost} EUR" in text
+    assert f"goodput {page['goodput']}" in text and page["goodput"] == "79.2%"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-4])
+    assert last["kind"] == "step" and f"{last['joules'] / 3.6e6:.4g}" != energy, "the line has other figures"
 
 
 def test_a_killed_run_is_not_going(tmp_path):

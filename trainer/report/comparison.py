@@ -57,13 +57,18 @@ def _figures_section(runs: Sequence[NamedRun]) -> str:
         ["training time", *(duration(run.summary.train_s) for run in runs)],
         ["goodput", *(shown(run.summary.goodput, "{:.1%}") for run in runs)],
         ["energy source", *(_energy_source(run) for run in runs)],
-        ["joules per token", *(shown(run.summary.joules_per_token) for run in runs)],
-        ["energy at the building, kWh", *(shown(run.summary.footprint.kwh) for run in runs)],
-        ["g CO2e", *(shown(run.summary.footprint.g_co2e) for run in runs)],
-        ["cost", *(money(run.summary.footprint.cost, run.summary.currency) for run in runs)],
+        ["joules per token, without PUE", *(shown(run.summary.joules_per_token) for run in runs)],
+        ["PUE", *(shown(_pue(run)) for run in runs)],
+        ["energy with PUE, kWh", *(shown(run.summary.footprint.kwh) for run in runs)],
+        ["g CO2e with PUE", *(shown(run.summary.footprint.g_co2e) for run in runs)],
+        ["cost with PUE", *(money(run.summary.footprint.cost, run.summary.currency) for run in runs)],
         ["lost to restarts", *(duration(run.summary.wasted_s) for run in runs)],
     ]
     return section("Comparison", table(["figure", *(run.label for run in runs)], rows))
+
+
+def _pue(run: NamedRun) -> float | None:
+    return None if run.summary.tariff is None else run.summary.tariff.rates.pue
 
 
 def _energy_source(run: NamedRun) -> str:

@@ -21,7 +21,7 @@ from .advice import UNREAD, Advice, advise
 from .figures import NO_VALUE, duration, energy, moment, money, shown
 from .phases import intervals, phase_names
 from .records import Record, RunReader, RunRecords, number, require_run
-from .summary import tariff_of
+from .summary import Totals, totals_of
 
 NEWEST_LINES = 60
 NEWEST_EVENTS = 5
@@ -71,13 +71,14 @@ class LiveView:
         self.is_complete = records.end is not None and records.end[0] == "COMPLETE"
         if self.is_complete or len(records.steps) > self._advised_at + self._advised_at // 100:
             self._advice, self._advised_at = advise(records), len(records.steps)
+        totals = totals_of(records)
         clean = _ascii if plain else _printable
         rows = [
             ("loss", _losses(records, PLAIN_BLOCKS if plain else BLOCKS)),
             ("held out", _heldout(records)),
-            ("rate", _rate(records)),
+            ("rate", _rate(records, totals)),
             ("phases", _phases(records)),
-            ("energy", _energy(records)),
+            ("energy", _energy(totals)),
             ("memory", _memory(records)),
         ]
         grid = Table.grid(padding=(0, 2))
@@ -180,11 +181,12 @@ def _newest(records: RunRecords) -> Record:
     return records.steps[-1] if records.steps else {}
 
 
-def _rate(records: RunRecords) -> str:
+def _rate(records: RunRecords, totals: Totals) -> str:
     last = _newest(records)
     return (
         f"{shown(number(last, 'tokens_per_s'))} tokens/s, {shown(number(last, 'step_s'))} s a step, "
-        f"MFU {shown(number(last, 'mfu'), '{:.1%}')}, goodput {shown(number(last, 'goodput'), '{:.1%}')}"
+        f"{shown(number(last, 'watts'), '{:,.0f} W')}, MFU {shown(number(last, 'mfu'), '{:.1%}')}, "
+        f"goodput {shown(totals.goodput, '{:.1%}')}"
     )
 
 
@@ -199,13 +201,11 @@ def _phases(records: RunRecords) -> str:
     return ", ".join(parts) or NO_VALUE
 
 
-def _energy(records: RunRecords) -> str:
-    last, tariff = _newest(records), tariff_of(records)
-    cost, grams = number(last, "cost"), number(last, "g_co2e")
-    currency = tariff.rates.currency if tariff is not None else ""
+def _energy(totals: Totals) -> str:
+    footprint = totals.footprint
     return (
-        f"{shown(number(last, 'watts'), '{:,.0f} W')}, {shown(number(last, 'joules_per_token'))} J/token, "
-        f"{energy(number(last, 'joules'))}, {shown(grams)} g CO2e, cost {money(cost, currency)}"
+        f"{energy(totals.joules)} {totals.how}, {shown(totals.joules_per_token)} J/token; {totals.with_pue} "
+        f"{shown(footprint.g_co2e)} g CO2e, cost {money(footprint.cost, totals.currency)}"
     )
 
 

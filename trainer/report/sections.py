@@ -58,10 +58,13 @@ def headline(records: RunRecords, summary: Summary) -> str:
             ("goodput", shown(summary.goodput, "{:.1%}")),
             ("attempts", shown(summary.attempts, "{:.0f}")),
             ("lost to restarts", duration(summary.wasted_s)),
-            ("energy, kWh", shown(None if summary.joules is None else summary.joules / JOULES_PER_KWH)),
-            ("joules per token", shown(summary.joules_per_token)),
-            ("g CO2e", shown(footprint.g_co2e)),
-            (f"cost, {summary.currency}" if summary.currency else "cost", money(footprint.cost)),
+            (
+                f"{summary.how} energy, kWh",
+                shown(None if summary.joules is None else summary.joules / JOULES_PER_KWH),
+            ),
+            (f"{summary.how} joules per token", shown(summary.joules_per_token)),
+            (f"g CO2e {summary.with_pue}", shown(footprint.g_co2e)),
+            (", ".join(filter(None, ("cost", summary.currency, summary.with_pue))), money(footprint.cost)),
         ]
     )
 

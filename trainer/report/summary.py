@@ -15,31 +15,22 @@ from .records import RunRecords, number, numbers
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Totals and medians of a run.
+class Totals:
+    """What a run has used over all its attempts.
 
     `joules` are as metered, `kwh` and what follows from it with the building's share (PUE); energy per token counts
     lost work, too. The tariff is None where the run file's `[meter]` cannot be read.
     """
 
-    step: float | None
     tokens: float | None
-    loss: float | None
-    tokens_per_s: float | None
-    tflops_per_device: float | None
-    mfu: float | None
-    hfu: float | None
-    memory_gib: float | None
     train_s: float | None
     wall_s: float | None
     wasted_s: float | None
-    attempts: float | None
     goodput: float | None
     tariff: Tariff | None
     source: str
     joules: float | None
     wasted_joules: float | None
-    watts: float | None
     footprint: Footprint
 
     @property
@@ -57,8 +48,33 @@ class Summary:
         """Name the unit of the costs."""
         return self.tariff.rates.currency if self.tariff is not None else ""
 
+    @property
+    def how(self) -> str:
+        """Tell what was read from what follows from watts that were given."""
+        return "estimated" if self.source == "user-watts" else "metered"
 
-def summarise(records: RunRecords) -> Summary:
+    @property
+    def with_pue(self) -> str:
+        """Name the base of CO2e and of the cost of energy."""
+        return "with PUE" if self.tariff is None else f"with PUE {self.tariff.rates.pue:g}"
+
+
+@dataclass(frozen=True)
+class Summary(Totals):
+    """Totals, the last figures, and medians of a run."""
+
+    step: float | None
+    loss: float | None
+    tokens_per_s: float | None
+    tflops_per_device: float | None
+    mfu: float | None
+    hfu: float | None
+    memory_gib: float | None
+    attempts: float | None
+    watts: float | None
+
+
+def totals_of(records: RunRecords) -> Totals:
     """Work them out, from the ledger where it has them, for it outlives restarts, else from the last step."""
     last, ledger = (records.steps[-1] if records.steps else {}), records.ledger
     train_s, wall_s, wasted_s = (number(ledger, name) for name in ("train_s", "wall_s", "wasted_s"))
@@ -70,26 +86,34 @@ def summarise(records: RunRecords) -> Summary:
         joules = _last(records, "joules")
     source = ledger.get("joules_source")
     tariff = tariff_of(records)
-    return Summary(
-        step=number(last, "step"),
+    return Totals(
         tokens=number(last, "tokens"),
+        train_s=train_s,
+        wall_s=wall_s,
+        wasted_s=wasted_s,
+        goodput=goodput,
+        tariff=tariff,
+        source=source if isinstance(source, str) and source else "none",
+        joules=joules,
+        wasted_joules=number(ledger, "wasted_joules") if joules is not None else None,
+        footprint=_footprint(records, tariff, joules),
+    )
+
+
+def summarise(records: RunRecords) -> Summary:
+    """Work out the totals, and what it takes all lines for."""
+    last = records.steps[-1] if records.steps else {}
+    return Summary(
+        **vars(totals_of(records)),
+        step=number(last, "step"),
         loss=number(last, "loss"),
         tokens_per_s=_median(records, "tokens_per_s"),
         tflops_per_device=_median(records, "tflops_per_device"),
         mfu=_median(records, "mfu"),
         hfu=_median(records, "hfu"),
         memory_gib=max((value for _, value in records.curve("memory_gib")), default=None),
-        train_s=train_s,
-        wall_s=wall_s,
-        wasted_s=wasted_s,
-        attempts=number(ledger, "attempts") or number(last, "attempt"),
-        goodput=goodput,
-        tariff=tariff,
-        source=source if isinstance(source, str) and source else "none",
-        joules=joules,
-        wasted_joules=number(ledger, "wasted_joules") if joules is not None else None,
+        attempts=number(records.ledger, "attempts") or number(last, "attempt"),
         watts=_mean_watts(records),
-        footprint=_footprint(records, tariff, joules),
     )
 
 
