@@ -200,15 +200,42 @@ def records_of(steps=(), ledger=None, config=""):
     return RunRecords("run", list(steps), {}, [], ledger or {}, config)
 
 
+def goodput_of(ledger, steps=()):
+    return low_goodput(summarise(records_of(steps, ledger)), steps)
+
+
 def test_goodput_below_80_percent_says_where_the_time_went():
     ledger = {"wall_s": 1000.0, "train_s": 800.0, "wasted_s": 100.0}
-    (found,) = low_goodput(summarise(records_of(ledger=ledger)))
+    (found,) = goodput_of(ledger, timed(0.1, num_lines=10))
     assert found.title == "Goodput is 70%"
-    assert (
-        "Of 16m 40s, 10% was lost to restarts and 20% went to starts, evaluations and saves." in found.evidence
+    assert found.evidence.endswith(
+        "Of 16m 40s: 10% lost work, 5% evaluations, 0% saves, 15% starts and the rest."
     )
     for fine in ({**ledger, "wasted_s": 0.0}, {**ledger, "wall_s": 0.0}, {}):
-        assert low_goodput(summarise(records_of(ledger=fine))) == []
+        assert goodput_of(fine) == []
+
+
+@pytest.mark.parametrize(
+    ("lost_s", "evaluate_s", "save_s", "action"),
+    [
+        (300.0, 10.0, 10.0, "Save more often"),
+        (0.0, 30.0, 3.0, "Evaluate less often"),
+        (0.0, 3.0, 30.0, "Save less often"),
+        (0.0, 1.0, 1.0, "Starts cost most"),
+    ],
+)
+def test_the_advice_on_goodput_fits_the_cause(lost_s, evaluate_s, save_s, action):
+    phases_s = {"forward": 1.0, "evaluate": evaluate_s, "checkpoint": save_s}
+    steps = [{"step": step, "step_s": 1.0, "phase_s": phases_s} for step in range(1, 11)]
+    (found,) = goodput_of({"wall_s": 1000.0, "train_s": 600.0, "wasted_s": lost_s}, steps)
+    assert found.action.startswith(action)
+
+
+def test_a_short_run_may_be_mostly_its_start():
+    assert goodput_of({"wall_s": 50.0, "train_s": 5.0, "wasted_s": 0.0}) == []
+    assert goodput_of({"wall_s": 599.0, "train_s": 100.0, "wasted_s": 20.0}) == []
+    assert goodput_of({"wall_s": 601.0, "train_s": 100.0, "wasted_s": 20.0})
+    assert goodput_of({"wall_s": 200.0, "train_s": 190.0, "wasted_s": 120.0})[0].action.startswith("Save more")
 
 
 def test_energy_that_leaves_hosts_out_is_partial():

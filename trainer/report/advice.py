@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .figures import duration, smoothed
 from .phases import intervals
 from .records import Curve, Record, RunRecords, number
-from .summary import Summary, summarise
+from .summary import Summary, Totals, summarise
 
 MIN_LINES = 30  # of a curve that is judged
 MIN_RISE = 0.005  # of the best held-out loss; and the least fall of one that counts
@@ -25,6 +25,14 @@ SPIKE_DEVIATIONS = 8.0
 SPIKE_SPAN = 30.0  # lines
 MAX_DATA_WAIT = 0.1
 MIN_GOODPUT = 0.8
+LONG_S = 600.0  # a start is not yet most of it
+LONG_LOSS_S = 60.0
+GOODPUT_ACTIONS = {
+    "lost work": "Save more often (checkpoint.every_steps, checkpoint.every_minutes), and look at why attempts ended.",
+    "evaluations": "Evaluate less often (evaluate.every_steps), or on fewer tokens (evaluate.max_tokens).",
+    "saves": "Save less often, or while training goes on (checkpoint.asynchronous), or to a faster disk.",
+    "starts and the rest": "Starts cost most: see what a start waits for, and let attempts last longer.",
+}
 UNREAD = "unread files"
 
 
@@ -49,7 +57,7 @@ def advise(records: RunRecords, summary: Summary | None = None) -> list[Advice]:
         *stall(loss, records.curve("lr"), heldout),
         *spikes(loss, not_finite),
         *data_wait(records.steps),
-        *low_goodput(summary),
+        *low_goodput(summary, records.steps),
         *partial_energy(records.ledger),
         *doubtful_energy(summary),
         *unknown_mfu(records.steps),
@@ -222,24 +230,29 @@ def data_wait(steps: Sequence[Record]) -> list[Advice]:
     ]
 
 
-def low_goodput(summary: Summary) -> list[Advice]:
-    """Find a run that spent much of its time on something else than training its present weights."""
-    if summary.goodput is None or summary.goodput >= MIN_GOODPUT:
-        return []
+def low_goodput(summary: Totals, steps: Sequence[Record]) -> list[Advice]:
+    """Find a run that spent much of its time on something else than training its present weights.
+
+    A short one that lost nothing is left alone: it is mostly its start.
+    """
     wall_s, train_s, lost_s = summary.wall_s, summary.train_s, summary.wasted_s or 0.0
-    parts = ""
-    if wall_s and train_s is not None:
-        parts = (
-            f" Of {duration(wall_s)}, {lost_s / wall_s:.0%} was lost to restarts and "
-            f"{max(0.0, wall_s - train_s) / wall_s:.0%} went to starts, evaluations and saves."
-        )
+    if summary.goodput is None or summary.goodput >= MIN_GOODPUT or not wall_s or train_s is None:
+        return []
+    if wall_s < LONG_S and lost_s < LONG_LOSS_S:
+        return []
+    spent_s = {"lost work": lost_s, "evaluations": 0.0, "saves": 0.0}
+    for line in intervals(steps):
+        spent_s["evaluations"] += line.phases_s.get("evaluate", 0.0)
+        spent_s["saves"] += line.phases_s.get("checkpoint", 0.0)
+    spent_s["starts and the rest"] = max(0.0, wall_s - train_s - spent_s["evaluations"] - spent_s["saves"])
+    parts = ", ".join(f"{seconds / wall_s:.0%} {name}" for name, seconds in spent_s.items())
+    most = max(spent_s, key=lambda name: spent_s[name])
     return [
         Advice(
             "goodput",
             f"Goodput is {summary.goodput:.0%}",
-            f"So much of the wall time trained the present weights.{parts}",
-            "Save more often where restarts cost most (checkpoint.every_steps or every_minutes); evaluate and save "
-            "less often where these do. Short runs pay most for their start.",
+            f"So much of the wall time trained the present weights. Of {duration(wall_s)}: {parts}.",
+            GOODPUT_ACTIONS[most],
         )
     ]
 
