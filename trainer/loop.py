@@ -144,6 +144,8 @@ class Trainer:
                 self._sinks = open_sinks(self._resolved, directory)
             except (ConfigError, DataError, OSError) as error:  # as a value: the other ranks wait here
                 problem = message_of(error)
+                if directory is not None and directory.is_unused:
+                    directory.fail(0, error)
         problem = self._runtime.broadcast(problem)
         if problem:
             raise ConfigError(problem)
@@ -352,9 +354,11 @@ class Trainer:
     def fail(self, error: Exception) -> None:
         """Record a failure; no collective, as other ranks may be gone.
 
-        A wrong run file or flag is no failure of the run that lies here.
+        A wrong run file or flag is no failure of the run that lies here, only of one that never began.
         """
-        if exit_code_of(error) in (EXIT_USER, EXIT_STOPPED):
+        code = exit_code_of(error)
+        refused = code == EXIT_USER and (self._directory is None or not self._directory.is_unused)
+        if refused or code == EXIT_STOPPED:
             return
         if self._directory is not None:
             self._directory.fail(self.step, error)

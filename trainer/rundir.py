@@ -144,6 +144,12 @@ class RunDirectory:
             temporary.write_bytes(body)  # a killed process leaves the old or the new one
             os.replace(temporary, path)
 
+    @property
+    def is_unused(self) -> bool:
+        """Tell whether no attempt has come to a step here, nor any checkpoint."""
+        begun = os.fstat(self._metrics.descriptor).st_size > 0 or any((self.path / "checkpoints").iterdir())
+        return not begun and not any((self.path / name).exists() for name in MARKERS if name != "FAILED")
+
     def mark(self, marker: str | None, text: str = "") -> None:
         """Leave exactly one of COMPLETE, RESUME, FAILED behind, or with None none of an earlier attempt."""
         for name in MARKERS:

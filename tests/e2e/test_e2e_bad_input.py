@@ -116,6 +116,26 @@ def test_another_model_tokenizer_or_batch_at_a_resume(corpus, tmp_path, trained,
     refused(forked("train", corpus / "run.toml", "--run-dir", run_dir, *words), 64, "tokenizer")
 
 
+def test_a_start_that_is_refused_leaves_its_reason_where_no_run_lies(corpus, tmp_path, trained, forked):
+    run_dir, port = (
+        tmp_path / "run",
+        ("--set", "meter.prometheus_port=9", "--set", "meter.prometheus_host=256.1.1.1"),
+    )
+    run = ("train", corpus / "run.toml", "--set", "train.steps=20", "--run-dir")
+    for words, reason in (
+        (port, "meter.prometheus_port = 9: cannot listen on 256.1.1.1"),
+        (("--set", "meter.power_limit_w=300"), "meter.power_limit_w = 300: there is no GPU; leave it out"),
+    ):
+        refused(forked(*run, run_dir, *words), 64, reason)
+        assert (run_dir / "FAILED").read_text().startswith(f"step 0: {reason}")
+        assert reason in forked("watch", run_dir).stdout.replace("\n", " ")
+    shutil.copytree(trained, tmp_path / "complete")
+    refused(forked(*run, tmp_path / "complete", *words), 64, reason)
+    assert not (tmp_path / "complete" / "FAILED").exists(), "the run that lies there has not failed"
+    done = forked(*run, run_dir, "--set", "train.steps=1")
+    assert done.returncode == 0 and (run_dir / "COMPLETE").exists() and not (run_dir / "FAILED").exists()
+
+
 def test_numbers_that_are_not_finite(corpus, tmp_path, forked):
     changes = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "train.clip=0", "checkpoint.every_steps=1"]
     words = [word for change in changes for word in ("--set", change)]

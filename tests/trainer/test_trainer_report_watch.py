@@ -119,6 +119,13 @@ def test_a_run_that_has_not_logged_yet(tmp_path):
     )
 
 
+def test_a_run_that_was_refused_says_why(tmp_path):
+    (tmp_path / "lock").touch()
+    (tmp_path / "FAILED").write_text("step 0: there is no GPU; leave it out\n")
+    text = shown(LiveView(tmp_path))
+    assert "failed: step 0: there is no GPU; leave it out" in text and "n/a" not in text.partition("Not all")[0]
+
+
 def test_what_would_steer_a_terminal_is_taken_out(tmp_path):
     evil = "\x1b]0;owned\x07[bold]\u202e"
     events = [{"event": evil, "step": 1, "message": evil, "time": evil * 4}]

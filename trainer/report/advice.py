@@ -53,6 +53,7 @@ def advise(records: RunRecords, summary: Summary | None = None) -> list[Advice]:
     loss, heldout = records.curve("loss"), records.heldout()
     not_finite = sum("loss" in line and number(line, "loss") is None for line in records.steps)
     found = [
+        *failed_start(records),
         *overfitting(loss, heldout),
         *stall(loss, records.curve("lr"), heldout),
         *spikes(loss, not_finite),
@@ -64,6 +65,20 @@ def advise(records: RunRecords, summary: Summary | None = None) -> list[Advice]:
         *unread_files(records.problems),
     ]
     return sorted(found, key=lambda one: not one.serious)
+
+
+def failed_start(records: RunRecords) -> list[Advice]:
+    """Say why there is nothing of a run."""
+    if records.steps or records.end is None or records.end[0] != "FAILED":
+        return []
+    return [
+        Advice(
+            "failed start",
+            "The run failed before its first step",
+            records.end[1],
+            "Put that right and give the same command again.",
+        )
+    ]
 
 
 def overfitting(train: Curve, heldout: Mapping[str, Curve]) -> list[Advice]:

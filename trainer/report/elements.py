@@ -40,11 +40,13 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, scrolls: bool
 
 
 def tiles(named: Sequence[tuple[str, str]]) -> str:
-    """Give the headline figures: (what, figure)."""
+    """Give the headline figures: (what, figure); those that are n/a are left out."""
     cells = [
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in named
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        for name, value in named
+        if value != NO_VALUE
     ]
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
 
 
 def text(value: object) -> str:

@@ -71,20 +71,13 @@ class LiveView:
         self.is_complete = records.end is not None and records.end[0] == "COMPLETE"
         if self.is_complete or len(records.steps) > self._advised_at + self._advised_at // 100:
             self._advice, self._advised_at = advise(records), len(records.steps)
-        totals = totals_of(records)
         clean = _ascii if plain else _printable
-        rows = [
-            ("loss", _losses(records, PLAIN_BLOCKS if plain else BLOCKS)),
-            ("held out", _heldout(records)),
-            ("rate", _rate(records, totals)),
-            ("phases", _phases(records)),
-            ("energy", _energy(totals)),
-            ("memory", _memory(records)),
-        ]
-        grid = Table.grid(padding=(0, 2))
-        for name, value in rows:
-            grid.add_row(Text(name, "dim"), Text(clean(value)))
-        parts: list[RenderableType] = [_head(records, self._run_dir), _progress(records), grid]
+        parts: list[RenderableType] = [_head(records, self._run_dir)]
+        if records.steps or records.end is None:  # a run that ended before its first step has nothing to show
+            grid = Table.grid(padding=(0, 2))
+            for name, value in _figures(records, PLAIN_BLOCKS if plain else BLOCKS):
+                grid.add_row(Text(name, "dim"), Text(clean(value)))
+            parts += [_progress(records), grid]
         parts += [
             Text(clean(f"{_time(event)} {_event(event)}"), "dim") for event in records.events[-NEWEST_EVENTS:]
         ]
@@ -94,6 +87,18 @@ class LiveView:
             told = one.serious or one.kind == UNREAD
             parts.append(line.append(clean(f"  {one.evidence}"), "not bold default") if told else line)
         return Group(*parts)
+
+
+def _figures(records: RunRecords, blocks: str) -> list[tuple[str, str]]:
+    totals = totals_of(records)
+    return [
+        ("loss", _losses(records, blocks)),
+        ("held out", _heldout(records)),
+        ("rate", _rate(records, totals)),
+        ("phases", _phases(records)),
+        ("energy", _energy(totals)),
+        ("memory", _memory(records)),
+    ]
 
 
 def _printable(text: str) -> str:

@@ -99,21 +99,21 @@ def render_report(runs: Sequence[NamedRun]) -> str:
 
 def _run(run: NamedRun) -> str:
     records, summary = run.records, run.summary
-    return "\n".join(
-        [
-            f'<p class="soft">{escape(period(records))}</p>',
-            headline(records, summary),
-            advice_list(advise(records, summary)),
+    parts = [
+        f'<p class="soft">{escape(period(records))}</p>',
+        headline(records, summary),
+        advice_list(advise(records, summary)),
+    ]
+    if records.steps or records.evals:
+        parts += [
             loss_section(records),
             optimisation_section(records),
             throughput_section(records),
             memory_section(records),
             energy_section(records, summary),
             data_section(records),
-            events_section(records),
-            config_section(records),
         ]
-    )
+    return "\n".join([*parts, events_section(records), config_section(records)])
 
 
 def _findings(runs: Sequence[NamedRun]) -> str:
