@@ -38,7 +38,7 @@ def metrics() -> dict[str, set[str]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     sink = PrometheusSink("127.0.0.1", port, LEDGER, "EUR")
-    sink.begin("r1")
+    sink.begin("r1", 0)
     try:
         sink.evaluation(EVALUATION)
         sink.step(STEP)

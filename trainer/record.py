@@ -28,7 +28,7 @@ class Recorder:
         self._step = step
 
         def begin_one(sink: Sink) -> None:
-            if told := sink.begin(run_id):
+            if told := sink.begin(run_id, step):
                 self._console.say(told)
 
         self._hand(begin_one)

@@ -25,6 +25,7 @@ from basestone.trainer import engine
 from basestone.trainer.errors import ConfigError, Stopped
 from basestone.trainer.sinks.tensorboard import TensorBoardSink
 
+BEGIN = TensorBoardSink.begin
 pytestmark = pytest.mark.dist
 
 
@@ -55,6 +56,46 @@ def test_tensorboard_has_the_figures_by_name(tmp_path, corpus):
     (heldout,) = lines_of(run_dir, "eval")
     assert board.Scalars("heldout/topics/loss")[0].value == pytest.approx(heldout["loss"])
     assert not {"train/mfu", "train/hfu", "train/reserved_gib"} & set(board.Tags()["scalars"]), "not known"
+
+
+def board_steps(run_dir: Path, name: str) -> list[int]:
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    return [event.step for event in board.Scalars(name)]
+
+
+def _with_every_step_on_disk(sink: TensorBoardSink, run_id: str, step: int) -> None:
+    """Flush after every step: what a kill leaves is then not a matter of time."""
+    BEGIN(sink, run_id, step)
+    writer, write = sink._writer, sink.evaluation
+
+    def evaluation(record: dict[str, Any]) -> None:
+        write(record)
+        writer.flush()
+
+    sink.evaluation = evaluation  # type: ignore[method-assign]
+
+
+def test_tensorboard_has_no_step_twice(tmp_path, corpus):
+    """A run that is killed at its sixth step, resumed from the fourth, and goes back from its last to the second."""
+    run_dir, options = (
+        tmp_path / "run",
+        ("meter.tensorboard=true", "evaluate.every_steps=1", "checkpoint.keep_last=9"),
+    )
+
+    def prepare(rank: int) -> None:
+        if rank == 0:
+            before(engine.Engine, "update", kill_self, 6)
+            TensorBoardSink.begin = _with_every_step_on_disk  # type: ignore[method-assign]
+
+    assert killed(corpus, run_dir, *options, fault=prepare)
+    assert board_steps(run_dir, "train/loss") == [1, 2, 3, 4, 5]
+    train(corpus, run_dir, *options)
+    for name in ("train/loss", "heldout/topics/loss"):
+        assert board_steps(run_dir, name) == list(range(1, 9))
+    train(corpus, run_dir, *options, "train.steps=5", resume=run_dir / "checkpoints" / "step_00000002")
+    for name in ("train/loss", "heldout/topics/loss"):
+        assert board_steps(run_dir, name) == list(range(1, 6))
 
 
 def _stop_self() -> None:
@@ -149,6 +190,7 @@ def test_a_port_that_is_taken_is_refused_before_training(tmp_path, corpus):
             ConfigError, match=rf"prometheus_port = {port}: cannot listen on 127.0.0.1: Address al"
         ):
             train(corpus, tmp_path / "run", f"meter.prometheus_port={port}")
+    assert f"prometheus_port = {port}: cannot listen" in (tmp_path / "run" / "FAILED").read_text()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 

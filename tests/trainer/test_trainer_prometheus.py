@@ -46,7 +46,7 @@ def sink():
     def make(ledger: Ledger = LEDGER, host: str = "127.0.0.1") -> tuple[PrometheusSink, int]:
         port = free_port()
         opened.append(PrometheusSink(host, port, ledger, "EUR"))
-        opened[-1].begin("r1")
+        opened[-1].begin("r1", 0)
         return opened[-1], port
 
     yield make
@@ -133,7 +133,7 @@ def test_the_port_is_given_back():
     port = free_port()
     before = set(threading.enumerate())
     prometheus = PrometheusSink("127.0.0.1", port, LEDGER, "EUR")
-    assert prometheus.begin("r1") == f"Prometheus: http://127.0.0.1:{port}/metrics"
+    assert prometheus.begin("r1", 0) == f"Prometheus: http://127.0.0.1:{port}/metrics"
     prometheus.close()
     prometheus.close()
     with pytest.raises(ConnectionRefusedError):

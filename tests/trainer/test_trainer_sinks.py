@@ -37,7 +37,7 @@ class Notes:
         if what == self.fails_in:
             raise RuntimeError(f"{what} is broken")
 
-    def begin(self, run_id: str) -> str:
+    def begin(self, run_id: str, step: int) -> str:
         self._do("begin")
         return f"notes of {run_id}"
 
@@ -109,7 +109,7 @@ def test_wandb_without_a_key_is_offline_and_leaves_nothing_behind(tmp_path, with
     run_dir = tmp_path / "run-a"
     run_dir.mkdir()
     sink = sink_of(run_dir)
-    told = sink.begin("abc1")
+    told = sink.begin("abc1", 0)
     assert told.startswith(
         f"Weights & Biases: offline, as there is no key; to upload: wandb sync {run_dir}/wandb/off"
     )
@@ -137,7 +137,7 @@ def test_wandb_without_a_key_is_offline_and_leaves_nothing_behind(tmp_path, with
 def test_wandb_that_resumes_keeps_the_id(tmp_path, without_key):
     for step, last in ((3, 7), (7, 7)):
         sink = sink_of(tmp_path, last)
-        sink.begin("abc2")
+        sink.begin("abc2", 0)
         sink.step({**STEP, "step": step})
         sink.close()
     first, second = sorted(offline_runs(tmp_path), key=lambda run: run.history[0]["_step"])
@@ -150,7 +150,7 @@ def test_wandb_without_a_network_is_offline(tmp_path, without_key, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(weights_and_biases, "INIT_TIMEOUT_S", 1.0)
     sink = sink_of(tmp_path)
-    told = sink.begin("abc3")
+    told = sink.begin("abc3", 0)
     assert told.startswith("Weights & Biases: offline, as the server gives no access (") and "refused" in told
     assert "0" * 40 not in told
     sink.step(STEP)

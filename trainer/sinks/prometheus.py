@@ -87,7 +87,7 @@ class PrometheusSink:
                 f"{key} = {port}: cannot listen on {host}: {error.strerror}; take another port or host, or leave it out"
             ) from error
 
-    def begin(self, run_id: str) -> str:
+    def begin(self, run_id: str, step: int) -> str:
         """Begin to answer with figures."""
         self._seen = _Seen(run_id)
         return f"{self.name}: {self._url}"

@@ -36,8 +36,8 @@ class Sink(Protocol):
     def name(self) -> str:
         """What people call it."""
 
-    def begin(self, run_id: str) -> str | None:
-        """Open it; give what the user should know."""
+    def begin(self, run_id: str, step: int) -> str | None:
+        """Open it for a run that goes on from a step; give what the user should know."""
 
     def step(self, record: dict[str, Any]) -> None:
         """Take a line of kind `step`."""

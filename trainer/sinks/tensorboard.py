@@ -9,7 +9,7 @@ from .sink import evaluation_scalars, step_scalars
 
 
 class TensorBoardSink:
-    """One scalar a figure; a resumed run adds a file, and where steps repeat TensorBoard shows the later ones."""
+    """One scalar a figure; a resumed run adds a file, whose beginning takes back what lies behind its step."""
 
     name = "TensorBoard"
 
@@ -18,11 +18,11 @@ class TensorBoardSink:
         self._folder = run_dir / "tensorboard"
         self._writer: Any = None
 
-    def begin(self, run_id: str) -> None:
-        """Open a file of events."""
+    def begin(self, run_id: str, step: int) -> None:
+        """Open a file of events, before which those of later steps do not count."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder))
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def step(self, record: dict[str, Any]) -> None:
         """Write the scalars of a step."""

@@ -29,7 +29,7 @@ class WandbSink:
         self._step = 0
         self._excepthook: Any = None
 
-    def begin(self, run_id: str) -> str:
+    def begin(self, run_id: str, step: int) -> str:
         """Open the run: WANDB_MODE decides, else whether there is a key and an answer."""
         wandb = self._wandb
         self._excepthook = sys.excepthook
