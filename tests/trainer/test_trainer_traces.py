@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from run_files import run_of
 
 from basestone.trainer.console import RunConsole
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.forks import run_ranks
 from basestone.trainer.rundir import RunDirectory
 from basestone.trainer.sections import ProfileSection
 from basestone.trainer.sinks import traces
@@ -116,6 +118,33 @@ def test_a_trace_that_is_cut_short_is_no_trace(tmp_path, monkeypatch):
     ((_, event, message),) = run.close()
     assert event == "trace_failed" and "cut short; is the disk full?" in message
     assert list((tmp_path / "run" / "traces").iterdir()) == []
+
+
+def _trace_on_a_full_disk(path: Path) -> None:
+    """Trace where files take 20,000 bytes and no more; the profiler meets a real error in mid-file."""
+    run = Run(path, first_step=1, num_steps=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    with run.tracer.around(1):
+        for _ in range(100):
+            torch.ones(2, 2) @ torch.ones(2, 2)
+    run.close()
+
+
+def test_a_full_disk_is_said_and_nothing_is_left_on_it(tmp_path):
+    run_ranks(_trace_on_a_full_disk, 1, tmp_path / "run", num_threads=1)
+    (event,) = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+    assert event["event"] == "trace_failed" and "cut short; is the disk full?" in event["message"]
+    assert list((tmp_path / "run" / "traces").iterdir()) == []
+
+
+def test_what_a_kill_left_of_a_trace_goes_with_the_next(tmp_path):
+    left = tmp_path / "run" / "traces" / ".rank_0"
+    left.mkdir(parents=True)
+    (left / "trace.json.tmp").write_bytes(b"{" * 1000)
+    run = Run(tmp_path / "run", first_step=1, num_steps=1)
+    run.train(1)
+    assert [event for _, event, _ in run.close()] == ["trace"]
+    assert [path.name for path in left.parent.iterdir()] == ["rank_0_step_1.json.gz"]
 
 
 def test_a_rank_that_is_not_there_is_refused():

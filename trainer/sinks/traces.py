@@ -95,26 +95,25 @@ class StepTracer:
         return "trace", f"steps {self._first} to {self._last}: {path}"
 
     def _write(self, traced: profile, path: Path) -> None:
+        # The profiler has a temporary file of its own; what it leaves on a full disk goes with the folder.
         self._folder.mkdir(parents=True, exist_ok=True)
-        plain = self._folder / f".rank_{self._runtime.rank}.json"
-        packed = plain.with_suffix(".gz")
+        work = self._folder / f".rank_{self._runtime.rank}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        plain, packed = work / "trace.json", work / "trace.json.gz"
         try:
             traced.export_chrome_trace(str(plain))
-            with open(plain, "rb") as source:
-                source.seek(-16, os.SEEK_END)
-                if not source.read().rstrip().endswith(b"}"):  # the profiler says nothing of a full disk
-                    raise OSError(f"{path}: the trace is cut short; is the disk full?")
-                source.seek(0)
-                with open(packed, "wb") as file:
-                    with gzip.open(file, "wb", compresslevel=6) as target:
-                        shutil.copyfileobj(source, target)
-                    file.flush()
-                    os.fsync(file.fileno())
+            if not _is_whole(plain):  # the profiler says nothing of a full disk
+                raise OSError(f"{path}: the trace is cut short; is the disk full?")
+            with open(plain, "rb") as source, open(packed, "wb") as file:
+                with gzip.open(file, "wb", compresslevel=6) as target:
+                    shutil.copyfileobj(source, target)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(packed, path)
             sync_directory(self._folder)
         finally:
-            plain.unlink(missing_ok=True)
-            packed.unlink(missing_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
 
     def _tell(self, step: int, event: str, message: str) -> None:
         if self._directory is not None:
@@ -126,3 +125,12 @@ class StepTracer:
         """Write what was traced of a run that ends before the last of these steps; asks no other rank."""
         if (told := self._finish()) is not None:
             self._tell(self._last, told[0], f"rank {self._runtime.rank}: {told[1]}")
+
+
+def _is_whole(trace: Path) -> bool:
+    """Tell whether a file of JSON is there to its end."""
+    if not trace.exists():
+        return False
+    with open(trace, "rb") as file:
+        file.seek(max(0, trace.stat().st_size - 16))
+        return file.read().rstrip().endswith(b"}")
