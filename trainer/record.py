@@ -73,7 +73,7 @@ class Recorder:
                 give(sink)
             except Exception as error:  # whatever a library raises: the figures are in metrics.jsonl
                 self._sinks.remove(sink)
-                reason = message_of(error).strip() or type(error).__name__
+                reason = " ".join(message_of(error).split()) or type(error).__name__
                 told = f"{sink.name} failed and gets nothing more: {reason}"
                 self._console.say(f"warning: {told}")
                 with suppress(Exception):

@@ -158,6 +158,29 @@ def test_wandb_without_a_network_is_offline(tmp_path, without_key, monkeypatch):
     assert [row["_step"] for run in offline_runs(tmp_path) for row in run.history] == [7]
 
 
+def test_wandb_that_is_switched_off_says_so(tmp_path, without_key, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    sink = sink_of(tmp_path / "run")
+    assert sink.begin("abc4", 0) == "Weights & Biases: off, by WANDB_MODE=disabled"
+    sink.step(STEP)
+    sink.evaluation({**EVALUATION, "step": 7})
+    sink.close()
+    assert not list(tmp_path.rglob("*wandb*"))
+
+
+def test_a_mode_that_wandb_does_not_have_takes_one_line(tmp_path, without_key, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    directory = RunDirectory(tmp_path / "run")
+    recorder = Recorder(directory, RunConsole(8, 0), [sink_of(tmp_path / "run")])
+    recorder.begin("abc5", 0)
+    recorder.close()
+    directory.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: Weights & Biases failed and gets nothing more: WANDB_MODE: Input should be 'online', 'offline'"
+    )
+
+
 def test_without_wandb_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(

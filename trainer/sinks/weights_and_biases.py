@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from ..errors import ConfigError
 from .sink import evaluation_scalars, load_extra, step_scalars
 
 INIT_TIMEOUT_S = 30.0
@@ -33,7 +36,14 @@ class WandbSink:
         """Open the run: WANDB_MODE decides, else whether there is a key and an answer."""
         wandb = self._wandb
         self._excepthook = sys.excepthook
-        mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+        try:
+            mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+        except ValidationError as error:  # of its variables; wandb's own text has many lines
+            raise ConfigError(
+                "; ".join(f"WANDB_{_name(one)}: {one['msg']}" for one in error.errors())
+            ) from error
+        if mode == "disabled":
+            return f"{self.name}: off, by WANDB_MODE={mode}"
         why = f"mode {mode}"
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode, why = self._go_offline(), "offline, as there is no key"
@@ -81,7 +91,8 @@ class WandbSink:
 
     def _log(self, scalars: dict[str, float], step: int) -> None:
         self._step = step
-        self._run.log(scalars, step=step)
+        if self._run is not None:
+            self._run.log(scalars, step=step)
 
     def close(self) -> None:
         """End the run, as finished only after its last step, and the process that wandb started."""
@@ -93,6 +104,10 @@ class WandbSink:
         finally:
             self._wandb.teardown()
             sys.excepthook, self._excepthook, self._run = self._excepthook, None, None
+
+
+def _name(error: Any) -> str:
+    return ".".join(map(str, error["loc"])).upper()
 
 
 def _brief(error: Exception) -> str:
