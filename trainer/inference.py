@@ -200,7 +200,7 @@ class OpenCheckpoint:
             for label, lines in ((key, _until(values, step)) for key, values in records.evals.items())
             if lines
         }
-        joules = number(records.ledger, "joules")
+        joules, tariff = number(records.ledger, "joules"), Tariff(self.run.meter)
         return CardFacts(
             name=name,
             step=step,
@@ -209,7 +209,9 @@ class OpenCheckpoint:
             hardware=_hardware(),
             joules=joules,
             joules_source=str(records.ledger.get("joules_source", "none")),
-            g_co2e=Tariff(self.run.meter).footprint(joules, 0.0).g_co2e,
+            g_co2e=tariff.footprint(joules, 0.0).g_co2e,
+            pue=tariff.rates.pue,
+            grid=tariff.intensity,
             licence=licence,
             data="" if imported_from else ", ".join(map(_short_place, self.run.data.places)),
             origin=imported_from or _short_place(self.run.train.init_from or ""),

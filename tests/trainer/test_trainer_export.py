@@ -3,15 +3,16 @@
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from faults import killed_before
-from small_export import SAMPLES, Weights, assert_nothing_left, hf_trace
+from small_export import FACTS, SAMPLES, Weights, assert_nothing_left, hf_trace
 
 from basestone.data.errors import DataConfigError, DataStorageError
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.hub import weights as weights_module
-from basestone.trainer.hub.card import CardFacts
+from basestone.trainer.hub.card import CardFacts, model_card
 from basestone.trainer.hub.weights import ConversionError
 
 
@@ -44,6 +45,34 @@ def test_unknowns_are_said_to_be_unknown(export):
     assert "license" not in card.split("---")[1]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {},
+            "CO2e: 739.00 g, from the metered energy above, a PUE of 1.2, 56 g CO2e per kWh (mean of France in 2023: "
+            "Ember \\| CC BY); operational only.",
+        ),
+        (
+            {"joules_source": "user-watts", "g_co2e": 0.0065},
+            "CO2e: 0.0065 g, from the estimated energy above, a PUE",
+        ),
+        (
+            {"joules": None, "joules_source": "none"},
+            "Energy: not measured.\n\nCO2e: 739.00 g, from a PUE of 1.2, 56 g",
+        ),
+        ({"g_co2e": None}, "CO2e: not known (no carbon intensity was given)."),
+        (
+            {"g_co2e": None, "joules": None},
+            "Energy: not measured.\n\nCO2e: not known (the energy is not known).",
+        ),
+    ],
+)
+def test_co2e_says_what_it_follows_from(config, changes, said):
+    facts = replace(FACTS, pue=1.2, grid=(56.0, "mean of France in 2023: Ember | CC BY"), **changes)
+    assert said in model_card(config, facts, dtype="bf16", verification=None)
+
+
 def test_front_matter_is_what_the_hub_reads(export):
     import yaml
 
@@ -54,7 +83,7 @@ def test_front_matter_is_what_the_hub_reads(export):
     parsed = yaml.safe_load(text)
     assert parsed["license"] == "other"
     assert parsed["license_name"] == "My: own licence"
-    assert parsed["co2_eq_emissions"]["emissions"] == 0.01
+    assert "\n  emissions: 0.00010\n" in text and parsed["co2_eq_emissions"]["emissions"] == 0.0001
     assert parsed["co2_eq_emissions"]["hardware_used"] == 'a "device": {'
     assert parsed["co2_eq_emissions"]["source"].startswith("estimated")
 

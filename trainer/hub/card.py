@@ -10,6 +10,7 @@ from ...model.config import ModelConfig
 from ...model.flops import num_parameters
 from ..meters.energy import MEANING
 from ..meters.tariff import JOULES_PER_KWH
+from ..report.figures import plain_decimal
 
 NUM_CURVE_ROWS = 20
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
@@ -21,8 +22,9 @@ class CardFacts:
 
     `heldout` gives by name `loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens`. `joules` is
     the energy of the whole run with what restarts wasted, None where it was not measured; `joules_source` is
-    `EnergyMeter.source`. `g_co2e` are grams, None where the grid's intensity was not given. `licence` is an
-    identifier of the Hugging Face hub or a free text, "" where none is stated. `loss_curve` holds
+    `EnergyMeter.source`. `g_co2e` are grams, None where the grid's intensity was not given; they follow from `pue` and
+    `grid`: grams a kWh, and whose figure that is. `licence` is an identifier of the Hugging Face hub or a free text,
+    "" where none is stated. `loss_curve` holds
     (step, loss) pairs. `versions` gives package -> version. `origin` names the model whose weights training began with,
     "" where it began from scratch.
     """
@@ -40,6 +42,8 @@ class CardFacts:
     loss_curve: list[tuple[int, float]]
     versions: dict[str, str] = field(default_factory=dict)
     origin: str = ""
+    pue: float = 1.0
+    grid: tuple[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def _front_matter(facts: CardFacts) -> str:
         lines += [
             "co2_eq_emissions:",
             # grams; the hub's filter reads neither exponents nor thousands separators
-            f"  emissions: {max(facts.g_co2e, 0.01):.2f}",
+            f"  emissions: {plain_decimal(facts.g_co2e)}",
             f"  source: {_yaml(source)}",
             "  training_type: pre-training",
             f"  hardware_used: {_yaml(facts.hardware)}",
@@ -138,7 +142,8 @@ def _curve_table(curve: list[tuple[int, float]]) -> str:
 
 
 def _energy(facts: CardFacts) -> str:
-    if facts.joules is None or facts.joules_source == "none":
+    known = facts.joules is not None and facts.joules_source != "none"
+    if facts.joules is None or not known:
         energy = "Energy: not measured."
     else:
         label = MEANING.get(facts.joules_source, facts.joules_source)
@@ -146,8 +151,14 @@ def _energy(facts: CardFacts) -> str:
         if facts.tokens:
             energy += f" That is {facts.joules / facts.tokens:.3g} J per token."
     if facts.g_co2e is None:
-        return f"{energy}\n\nCO2e: not known (no carbon intensity was given)."
-    return f"{energy}\n\nCO2e: {facts.g_co2e:.2f} g, from the energy above; operational only."
+        missing = "no carbon intensity was given" if known else "the energy is not known"
+        return f"{energy}\n\nCO2e: not known ({missing})."
+    how = "estimated" if facts.joules_source == "user-watts" else "metered"
+    parts = [f"the {how} energy above"] if known else []
+    parts.append(f"a PUE of {facts.pue:g}")
+    if facts.grid is not None:
+        parts.append(f"{facts.grid[0]:g} g CO2e per kWh ({_inline(facts.grid[1])})")
+    return f"{energy}\n\nCO2e: {plain_decimal(facts.g_co2e)} g, from {', '.join(parts)}; operational only."
 
 
 def _verification(verification: Verification | None) -> str:
