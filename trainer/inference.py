@@ -36,6 +36,7 @@ from .meters.tariff import Tariff
 from .places import locate_heldout
 from .reference import generate, load_decoder, logits_of, trace_of
 from .report.records import RunRecords, number, read_records
+from .report.summary import metered_share
 
 VERIFY_SEQUENCES = 2
 TOKENIZER = "tokenizer.model"  # of a run directory
@@ -208,6 +209,7 @@ class OpenCheckpoint:
             heldout=heldout,
             hardware=_hardware(),
             joules=joules,
+            metered_share=metered_share(records.ledger),
             joules_source=str(records.ledger.get("joules_source", "none")),
             g_co2e=tariff.footprint(joules, 0.0).g_co2e,
             pue=tariff.rates.pue,

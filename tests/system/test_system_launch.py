@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from commands import command, environment, losses_of, steps_of
 from small_corpus import make_corpus
 from whole_run import CHANGES, train
 
+pytestmark = pytest.mark.system
 STEPS = 30
 END_S = 240.0
 

@@ -241,6 +241,10 @@ def test_a_short_run_may_be_mostly_its_start():
 def test_energy_that_leaves_hosts_out_is_partial():
     (found,) = partial_energy({"hosts": 1, "all_hosts": 2})
     assert found.title == "Energy is partial: 1 of 2 hosts metered"
+    (found,) = partial_energy(
+        {"joules": 400.0, "metered_tokens": 50, "tokens": 100, "hosts": 1, "all_hosts": 1}
+    )
+    assert found.title == "Energy is partial: 50% of the tokens were metered, some attempts read nothing"
     for whole in ({"hosts": 2, "all_hosts": 2}, {"hosts": 0, "all_hosts": 0}, {}):
         assert partial_energy(whole) == []
 

@@ -24,9 +24,9 @@ class CardFacts:
     the energy of the whole run with what restarts wasted, None where it was not measured; `joules_source` is
     `EnergyMeter.source`. `g_co2e` are grams, None where the grid's intensity was not given; they follow from `pue` and
     `grid`: grams a kWh, and whose figure that is. `licence` is an identifier of the Hugging Face hub or a free text,
-    "" where none is stated. `loss_curve` holds
-    (step, loss) pairs. `versions` gives package -> version. `origin` names the model whose weights training began with,
-    "" where it began from scratch.
+    "" where none is stated. `loss_curve` holds (step, loss) pairs. `versions` gives package -> version. `origin` names
+    the model whose weights training began with, "" where it began from scratch. `metered_share` is the share of the
+    tokens in whose time joules were metered.
     """
 
     name: str
@@ -42,6 +42,7 @@ class CardFacts:
     loss_curve: list[tuple[int, float]]
     versions: dict[str, str] = field(default_factory=dict)
     origin: str = ""
+    metered_share: float = 1.0
     pue: float = 1.0
     grid: tuple[float, str] | None = None
 
@@ -148,8 +149,8 @@ def _energy(facts: CardFacts) -> str:
     else:
         label = MEANING.get(facts.joules_source, facts.joules_source)
         energy = f"Energy: {facts.joules / JOULES_PER_KWH:.4g} kWh ({label})."
-        if facts.tokens:
-            energy += f" That is {facts.joules / facts.tokens:.3g} J per token."
+        if facts.tokens and facts.metered_share:
+            energy += f" That is {facts.joules / (facts.tokens * facts.metered_share):.3g} J per token."
     if facts.g_co2e is None:
         missing = "no carbon intensity was given" if known else "the energy is not known"
         return f"{energy}\n\nCO2e: not known ({missing})."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .figures import duration, smoothed
 from .phases import intervals
 from .records import Curve, Record, RunRecords, number
-from .summary import Summary, Totals, summarise
+from .summary import Summary, Totals, metered_share, summarise
 
 MIN_LINES = 30  # of a curve that is judged
 MIN_RISE = 0.005  # of the best held-out loss; and the least fall of one that counts
@@ -273,14 +273,19 @@ def low_goodput(summary: Totals, steps: Sequence[Record]) -> list[Advice]:
 
 
 def partial_energy(ledger: Record) -> list[Advice]:
-    """Find a sum of joules that leaves hosts out."""
+    """Find a sum of joules that leaves hosts or attempts out."""
     hosts, all_hosts = number(ledger, "hosts"), number(ledger, "all_hosts")
-    if not hosts or all_hosts is None or hosts >= all_hosts:
+    share, missing = metered_share(ledger), ""
+    if hosts and all_hosts is not None and hosts < all_hosts:
+        missing = f"{hosts:.0f} of {all_hosts:.0f} hosts metered"
+    elif number(ledger, "joules") is not None and share < 0.99:
+        missing = f"{share:.0%} of the tokens were metered, some attempts read nothing"
+    if not missing:
         return []
     return [
         Advice(
             "partial energy",
-            f"Energy is partial: {hosts:.0f} of {all_hosts:.0f} hosts metered",
+            f"Energy is partial: {missing}",
             "Joules, CO2e and cost leave the others out.",
             "Give the run the right to read the counters there (the start of the run says what could not be read), or "
             "set meter.watts.",

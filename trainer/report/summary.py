@@ -11,7 +11,7 @@ from ..meters.tariff import JOULES_PER_KWH, Footprint, Tariff
 from ..sections import MeterSection
 from .figures import ratio
 from .phases import OUTSIDE_STEPS
-from .records import RunRecords, number, numbers
+from .records import Record, RunRecords, number, numbers
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Totals:
     tariff: Tariff | None
     source: str
     joules: float | None
+    metered_share: float
     wasted_joules: float | None
     footprint: Footprint
 
     @property
     def joules_per_token(self) -> float | None:
-        """Give the metered joules of a token that the present weights have seen."""
-        return ratio(self.joules, self.tokens)
+        """Give the metered joules of a token that the present weights have seen, of those that were metered."""
+        return None if self.tokens is None else ratio(self.joules, self.tokens * self.metered_share)
 
     @property
     def tokens_per_kwh(self) -> float | None:
@@ -95,6 +96,7 @@ def totals_of(records: RunRecords) -> Totals:
         tariff=tariff,
         source=source if isinstance(source, str) and source else "none",
         joules=joules,
+        metered_share=metered_share(ledger),
         wasted_joules=number(ledger, "wasted_joules") if joules is not None else None,
         footprint=_footprint(records, tariff, joules),
     )
@@ -115,6 +117,12 @@ def summarise(records: RunRecords) -> Summary:
         attempts=number(records.ledger, "attempts") or number(last, "attempt"),
         watts=_mean_watts(records),
     )
+
+
+def metered_share(ledger: Record) -> float:
+    """Give the share of the trained tokens in whose time something was metered; 1 where the ledger does not say."""
+    share = ratio(number(ledger, "metered_tokens"), number(ledger, "tokens"))
+    return 1.0 if share is None else share
 
 
 def tariff_of(records: RunRecords) -> Tariff | None:
