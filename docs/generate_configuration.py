@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from basestone.launch.cluster.config import ClusterConfig
 from basestone.model.presets import FAMILIES, PRESETS
 from basestone.trainer.config import RunConfig
 
@@ -92,7 +93,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        items = ", ".join(f"{key} = {_toml(item)}" for key, item in value.items())
+        return f"{{ {items} }}" if items else "{}"
     return str(value)
 
 
@@ -108,6 +110,27 @@ def section_text(name: str, section: type[BaseModel]) -> str:
         kind = type_text(field.annotation) + limits_text(field)
         text = (field.description or "").replace("|", "\\|").replace("<", "\\<")
         lines.append(f"| `{key}` | {kind} | {default_text(name, key, field)} | {extra['on_resume']} | {text} |")
+    return "\n".join(lines)
+
+
+def cluster_text() -> str:
+    """Make the tables of a cluster file."""
+    lines = [
+        "## cluster.toml",
+        "",
+        "What `basestone launch --cluster` reads ([clusters.md](clusters.md)). All of it is free.",
+    ]
+    tables: dict[str, type[BaseModel]] = {"at the top": ClusterConfig}
+    for name, field in ClusterConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            tables[f"[{name}]"] = field.annotation
+    for title, section in tables.items():
+        lines += ["", f"### {title}", "", "| key | type | default | |", "|---|---|---|---|"]
+        for key, field in section.model_fields.items():
+            if f"[{key}]" not in tables:
+                kind = type_text(field.annotation) + limits_text(field)
+                default = default_text("cluster", key, field)
+                lines.append(f"| `{key}` | {kind} | {default} | {field.description} |")
     return "\n".join(lines)
 
 
@@ -144,6 +167,7 @@ def page() -> str:
         parts.append(section_text(name, field.annotation) + "\n")
         if name == "model":
             parts.append(presets_text() + "\n")
+    parts.append(cluster_text() + "\n")
     return "\n".join(parts)
 
 

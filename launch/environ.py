@@ -39,7 +39,17 @@ def inside_launcher() -> bool:
 
 
 def adopt_srun() -> None:
-    """Give a process that srun started the names that the others use."""
+    """Give a process that srun started the names that the others use.
+
+    Raises:
+        ConfigError: it is one of several that could not find each other, and would each train on their own.
+    """
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks != "1" and "MASTER_ADDR" not in os.environ and not inside_launcher():
+        raise ConfigError(
+            f"this is one of {num_tasks} tasks of srun, and MASTER_ADDR does not say where they meet; let `basestone "
+            "launch --on slurm` start them, or export MASTER_ADDR (the first node) before srun"
+        )
     if "SLURM_PROCID" in os.environ and "SLURM_NTASKS" in os.environ and "MASTER_ADDR" in os.environ:
         os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
         os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])

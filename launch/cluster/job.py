@@ -13,7 +13,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...data.storage import write_atomic
@@ -111,7 +111,7 @@ def read_job(path: Path) -> Job:
         raise ConfigError(f"{path}: is no launch's file: {error}") from error
 
 
-def encode(path: Path) -> str:
+def encode(path: PurePath) -> str:
     """Write a path in letters, digits, - and _ alone."""
     return base64.urlsafe_b64encode(os.fsencode(path)).decode().rstrip("=")
 

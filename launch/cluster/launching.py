@@ -116,7 +116,7 @@ def _shared_name(request: Request) -> str | None:
     return f"{request.run_dir} {request.endpoint}" if request.backend == "torchrun" else None
 
 
-SHOWN = ("run directory", "model", "parameters", "layout", "batch", "length", "memory")
+SHOWN = ("run directory", "model", "parameters", "layout", "batch", "length", "memory a rank")
 
 
 def _nodes(request: Request, hosts: list[Host]) -> tuple[int, int]:

@@ -53,7 +53,7 @@ print(json.dumps([results, heavy]))
 def helped() -> tuple[dict[str, Any], dict[str, list[str]]]:
     """What every --help and --version printed, and which heavy modules had been imported by then."""
     words = [["--version"], ["--help"], ["-h"], *([*leaf, "--help"] for leaf in COMMANDS)]
-    words += [[group, "--help"] for group in ("tokenizer", "data", "checkpoint")]
+    words += [[group, "--help"] for group in ("tokenizer", "data", "checkpoint", "jobs")]
     done = subprocess.run(
         [sys.executable, "-c", RUN_HELP, json.dumps(words)],
         env=environment() | {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"},
@@ -69,6 +69,7 @@ def test_there_are_all_commands():
     assert {" ".join(leaf) for leaf in COMMANDS} == {
         *(
             "train",
+            "launch",
             "verify",
             "evaluate",
             "generate",
@@ -84,6 +85,7 @@ def test_there_are_all_commands():
         *("data index", "data inspect", "data verify"),
         *("checkpoint ls", "checkpoint show", "checkpoint verify"),
         *("checkpoint prune", "checkpoint import"),
+        *("jobs ls", "jobs logs", "jobs stop"),
     }
 
 

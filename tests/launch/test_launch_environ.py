@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from basestone.launch import environ
+from basestone.trainer.errors import ConfigError
 
 LAUNCHER = {
     "RANK",
@@ -149,3 +150,59 @@ def test_the_cache_is_where_the_desktop_says(monkeypatch, given, place):
     monkeypatch.setenv("XDG_CACHE_HOME", given)
     monkeypatch.setenv("HOME", "/home/me")
     assert environ.cache_dir() == Path(place)
+
+
+def test_tasks_of_srun_that_could_not_meet_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(
+        ConfigError, match=r"one of 4 tasks of srun, and MASTER_ADDR .*basestone launch --on slurm"
+    ):
+        environ.adopt_srun()
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    environ.adopt_srun()
+
+
+RANKS = {
+    "torchrun": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    "hosts": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"},
+    "mpi": {
+        "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+}
+
+
+@pytest.mark.parametrize("backend", RANKS)
+def test_a_rank_knows_itself_by_its_launchers_names(monkeypatch, backend):
+    for name, value in RANKS[backend].items():
+        monkeypatch.setenv(name, value)
+    identity = environ.rank_of_launcher(backend)
+    assert identity == environ.RankIdentity(3, 4, 1, 2)
+    made = environ.rank_environment(identity, {"A": "b"}, "eth7")
+    assert (made["RANK"], made["WORLD_SIZE"], made["LOCAL_RANK"], made["LOCAL_WORLD_SIZE"]) == (
+        "3",
+        "4",
+        "1",
+        "2",
+    )
+    assert (made["A"], made["GLOO_SOCKET_IFNAME"], made["NCCL_SOCKET_IFNAME"]) == ("b", "eth7", "eth7")
+
+
+def test_mpich_is_known_too(monkeypatch):
+    for name, value in {
+        "PMI_RANK": "0",
+        "PMI_SIZE": "2",
+        "MPI_LOCALRANKID": "0",
+        "MPI_LOCALNRANKS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert environ.rank_of_launcher("mpi") == environ.RankIdentity(0, 2, 0, 1)
+
+
+def test_a_process_that_no_launcher_numbered_is_refused(monkeypatch):
+    with pytest.raises(
+        ConfigError, match=r"no rank of mpi: the environment lacks OMPI_COMM_WORLD_RANK, .* or PMI_RANK"
+    ):
+        environ.rank_of_launcher("mpi")

@@ -213,8 +213,8 @@ def test_manifests_are_what_the_published_schemas_know(kind):
     known = {"JobSet": models.JobsetV1alpha2JobSet, "TrainJob": models.TrainerV1alpha1TrainJob}[kind]
     assert _lost(pods, known.from_dict(pods).to_dict()) == []
     assert "WANDB_API_KEY" in text and '"secretKeyRef"' in text
-    pods["metadata"]["nmae"] = pods["spec"]["backofLimit"] = 1
-    assert _lost(pods, known.from_dict(pods).to_dict()) == ["metadata.nmae", "spec.backofLimit"]
+    pods["metadata"]["unheardOf"] = pods["spec"]["backofLimit"] = 1
+    assert _lost(pods, known.from_dict(pods).to_dict()) == ["metadata.unheardOf", "spec.backofLimit"]
 
 
 def _lost(given, known, place: str = "") -> list[str]:
