@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/prepare.py
 	$(BIN)/python bench/report.py
 	$(BIN)/python bench/meters.py
+	$(BIN)/python bench/launch.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

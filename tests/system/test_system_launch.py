@@ -152,6 +152,29 @@ def test_a_rank_that_dies_on_another_host_is_started_again(ssh_cluster: Cluster,
     assert [ranks_on(node) for node in ssh_cluster.nodes] == [[], []]
 
 
+def test_the_run_goes_on_on_the_hosts_that_answer(ssh_cluster: Cluster, tmp_path, corpus):
+    """n1 goes with its sshd, and the next start has n0 alone."""
+    run_dir, log, (first, second) = tmp_path / "run", tmp_path / "log", ssh_cluster.nodes
+    line = launch(
+        corpus,
+        run_dir,
+        *("--on", "hosts", "--hostfile", hostfile(tmp_path, "n0", "n1"), "--nodes", "1:2"),
+        *("--set", "parallel.tensor=1", "--set", "checkpoint.every_steps=5"),
+        steps=200,
+    )
+    agent = begin(first, line, log)
+    try:
+        with ending(agent):
+            wait_until(reached(run_dir, 20), f"step 20: {log.read_text()}", END_S)
+            second.run(["kill", "-9", "-1"], check=False)
+            assert agent.wait(END_S) == 0, log.read_text()
+    finally:
+        second.kill()
+        second.start()
+    assert [message.partition(" on ")[2] for message in events_of(run_dir, "resume")] == ["1 process(es)"]
+    assert ranks_on(first) == []
+
+
 def test_a_host_that_cannot_be_reached_is_named_before_anything_starts(ssh_cluster: Cluster, tmp_path, corpus):
     log = tmp_path / "log"
     line = launch(corpus, tmp_path / "run", "--on", "hosts", "--hostfile", hostfile(tmp_path, "n0", "n7"))
