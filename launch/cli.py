@@ -128,7 +128,7 @@ def train(
     from ..trainer.load import load_run
     from ..trainer.places import locate, vocab_size
     from ..trainer.plan import describe
-    from ..trainer.rundir import STOP, make_run_directory
+    from ..trainer.rundir import make_run_directory
     from .gpus import check_gpus
 
     config = load_run(run, overrides or [])
@@ -145,7 +145,6 @@ def train(
             _say(f"{label}: {text}")
     check_gpus(config, num_workers)
     make_run_directory(directory)
-    (directory / STOP).unlink(missing_ok=True)  # an earlier run's
     raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
 
 

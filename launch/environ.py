@@ -95,7 +95,8 @@ def agent_environment(given: dict[str, str]) -> dict[str, str]:
     With the store that agents share by default, nodes that come back never join, and a restart in place may meet the
     ranks of the one before.
     """
-    return {**child_environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **given}
+    own = {name: value for name, value in child_environment().items() if not name.startswith("PET_")}
+    return {**own, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **given}
 
 
 def clean_environment(kept: tuple[str, ...], prefixes: tuple[str, ...] = ()) -> dict[str, str]:

@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..trainer.errors import EXIT_STOPPED
 from .environ import worker_environment
 
 GRACE_S = 10.0  # between the first failure and a SIGTERM to the others, then again before a SIGKILL
-EXIT_STOPPED = 75
 EXITS_THAT_SAY_WHY = (64, 74, 76)  # this rank knew what was wrong; others may only have lost contact with it
 PR_SET_PDEATHSIG = 1
 

@@ -141,6 +141,7 @@ class Trainer:
                 if (remote := self._resolved.run.checkpoint.remote) is not None:
                     check_place(remote, run_dir)
                 directory = RunDirectory(run_dir)
+                directory.forget_old_stop()
                 self._sinks = open_sinks(self._resolved, directory)
             except (ConfigError, DataError, OSError) as error:  # as a value: the other ranks wait here
                 problem = message_of(error)

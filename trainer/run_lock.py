@@ -125,6 +125,23 @@ def holder_of(run_dir: Path) -> str | None:
     return None if not holder or _is_dead(holder) else _named(holder)
 
 
+def is_held(run_dir: Path) -> bool:
+    """Tell whether a run holds a run directory; where there are no locks to ask, whether its holder may be alive."""
+    try:
+        descriptor = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return holder_of(run_dir) is not None
+    finally:
+        os.close(descriptor)
+    return (run_dir / BEAT).exists() and holder_of(run_dir) is not None
+
+
 def _let_go(reference: weakref.ref[RunLock]) -> None:
     lock = reference()
     if lock is not None:

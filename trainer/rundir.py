@@ -12,10 +12,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..data.storage import naming, write_atomic
 from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
@@ -158,6 +160,13 @@ class RunDirectory:
                 (self.path / name).unlink(missing_ok=True)
         if marker is not None:
             write_atomic(self.path / marker, f"{text}\n".encode())
+
+    def forget_old_stop(self) -> None:
+        """Take back a request to stop that is older than this process: it was for another start."""
+        path = self.path / STOP
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < psutil.Process().create_time():
+                path.unlink()
 
     def _another_rank_failed(self) -> bool:
         """Tell whether FAILED was written since this attempt began, which `tell_failure` does."""

@@ -17,6 +17,7 @@ from ...trainer.sections import Section
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:@/+=\[\]-]*$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # of an environment variable
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]  # of Kubernetes
+Value = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]*$")]
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
 
 
@@ -76,7 +77,7 @@ class ClusterConfig(Section):
     min_all_reduce_gb_per_s: float = Field(
         0.0, ge=0, description="refuse to train where an all-reduce is slower than this (bus bandwidth)"
     )
-    env: dict[Name, OneLine] = Field({}, description="variables of every process")
+    env: dict[Name, Value] = Field({}, description="variables of every process")
     secrets: tuple[Name, ...] = Field(
         (), strict=False, description="variables that nothing shows, by their names"
     )

@@ -16,7 +16,7 @@ from ...trainer.errors import EXIT_STOPPED
 from ..local import EXITS_THAT_SAY_WHY
 
 NUM_LINES = 20  # of its last words that a failing rank leaves
-FOLDER = "ends"
+FOLDER, START = "ends", "start"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class End:
     code: int
     time_s: float
     last_words: list[str]
+
+    @property
+    def is_final(self) -> bool:
+        """Tell whether another start would change nothing."""
+        return self.code in (EXIT_STOPPED, *EXITS_THAT_SAY_WHY)
 
     @property
     def exit_code(self) -> int:
@@ -69,11 +74,12 @@ def _name(rank: int) -> str:
 
 
 def cause(folder: Path) -> End | None:
-    """Give the end that explains the others, as far as can be seen: None where no rank left one.
+    """Give the end that explains the others, as far as can be seen: None where no rank left one in this start.
 
     Ranks that say why come before those that were killed, and these before those that lost contact with them.
     """
-    ends = [end for path in sorted((folder / FOLDER).glob("rank_*.json")) if (end := _read(path)) is not None]
+    paths = [path for path in sorted((folder / FOLDER).glob("rank_*.json")) if is_of_this_start(path, folder)]
+    ends = [end for path in paths if (end := _read(path)) is not None]
 
     def suspicion(end: End) -> tuple[int, float]:
         if end.code in EXITS_THAT_SAY_WHY:
@@ -81,6 +87,19 @@ def cause(folder: Path) -> End | None:
         return 1 if end.code == EXIT_STOPPED else 2 if end.code < 0 else 3, end.time_s
 
     return min(ends, key=suspicion, default=None)
+
+
+def begin(folder: Path) -> None:
+    """Begin a start: marks and ends from before it speak of another one."""
+    write_atomic(folder / START, b"")
+
+
+def is_of_this_start(path: Path, folder: Path) -> bool:
+    """Tell whether a file was written since the last `begin`."""
+    try:
+        return path.stat().st_mtime_ns >= (folder / START).stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> End | None:

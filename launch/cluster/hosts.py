@@ -18,6 +18,7 @@ from .. import environ
 from .hostfile import Host
 from .job import Job
 
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PLAIN = re.compile(r"[A-Za-z0-9_./=+:,@-]*")
 KEPT = ("PATH", "HOME", "USER", "LANG", "TERM", "SSH_AUTH_SOCK", "TMPDIR", "LD_LIBRARY_PATH")
 SENT_ON = ("PYTHON", "UCX", "MV2", "MLFLOW", "NCCL")  # the prefixes of what DeepSpeed sends to the hosts
@@ -47,18 +48,20 @@ def runner_command(job: Job, hosts: Sequence[Host], port: int) -> list[str]:
     ]
 
 
-def runner_environment() -> dict[str, str]:
-    """Give what DeepSpeed's launcher may know; what it would send on unquoted is left out where it is not plain."""
+def runner_environment() -> tuple[dict[str, str], list[str]]:
+    """Give what DeepSpeed's launcher may know, and the names of what it would send on in an unsafe way: left out."""
     environment = environ.clean_environment(KEPT, SENT_ON)
-    return {
-        name: value
+    odd = [
+        name
         for name, value in environment.items()
-        if not name.startswith(SENT_ON) or PLAIN.fullmatch(value)
-    } | {
+        if name.startswith(SENT_ON) and not (NAME.fullmatch(name) and PLAIN.fullmatch(value))
+    ]
+    kept = {name: value for name, value in environment.items() if name not in odd}
+    return kept | {
         "PDSH_RCMD_TYPE": "ssh",
         "PDSH_SSH_ARGS_APPEND": " ".join(SSH_OPTIONS),
         "DS_ENV_FILE": "basestone-has-none",
-    }
+    }, odd
 
 
 def check_tools(python: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 
 from ...data.storage import write_atomic
 from ...trainer.errors import ConfigError
+from ...trainer.run_lock import is_held
 from ...trainer.rundir import MARKERS
 from . import outcome
 from .job import FOLDER, Job
@@ -74,9 +76,10 @@ def read_started(run_dir: Path) -> Started:
 
 
 def launches_in(folder: Path) -> Iterator[Status]:
-    """Give every launched run of a folder, in order of its name."""
+    """Give every launched run of a folder, in order of its name; records that cannot be read are left out."""
     for path in sorted(folder.glob(f"*/{FOLDER}/{RECORD}")):
-        yield status_of(path.parents[1])
+        with suppress(ConfigError):
+            yield status_of(path.parents[1])
 
 
 def status_of(run_dir: Path) -> Status:
@@ -89,22 +92,44 @@ def status_of(run_dir: Path) -> Status:
     return Status(run_dir, started, _state(run_dir, started), outcome.newest_step(run_dir))
 
 
+def check_queue(run_dir: Path) -> None:
+    """See that no job of an earlier launch waits or runs.
+
+    Raises:
+        ConfigError: one does.
+    """
+    if not (run_dir / FOLDER / RECORD).exists():
+        return
+    started = read_started(run_dir)
+    if (state := _in_queue(started)) is not None:
+        raise ConfigError(
+            f"{run_dir}: Slurm job {started.identity} of this run is {state}; `basestone jobs stop {run_dir}` ends "
+            "it, or give another --run-dir"
+        )
+
+
+def _in_queue(started: Started) -> str | None:
+    """Give the state of a job in Slurm's queue; None where it is not there. Of an array that of the task that runs."""
+    if started.backend != "slurm" or shutil.which("squeue") is None:
+        return None
+    asked = ["squeue", "--noheader", "--format=%T", f"--jobs={started.identity}"]
+    states = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.lower().split()
+    return "running" if "running" in states else states[0] if states else None
+
+
 def _state(run_dir: Path, started: Started) -> str:
-    marks = [name for name in MARKERS if _is_after(run_dir / name, started.time_s)]
-    if started.backend == "slurm" and shutil.which("squeue"):
-        asked = ["squeue", "--noheader", "--format=%T", f"--jobs={started.identity}"]
-        known = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-        if known:
-            return known[0].lower()
-    elif started.host == os.uname().nodename and started.backend != "kubernetes":
-        try:
+    if is_held(run_dir):
+        return "running"
+    if (state := _in_queue(started)) is not None:
+        return state
+    if started.host == os.uname().nodename and started.backend not in ("slurm", "kubernetes"):
+        with suppress(psutil.NoSuchProcess):
             if psutil.Process(started.pid).create_time() == started.pid_started_s:
-                return "running"
-        except psutil.NoSuchProcess:
-            pass
-    elif not marks:
-        return f"not seen from here (started on {started.host})"
-    return {"COMPLETE": "complete", "RESUME": "stopped", "FAILED": "failed"}[marks[0]] if marks else "ended"
+                return "starting"
+    marks = [name for name in MARKERS if _is_after(run_dir / name, started.time_s)]
+    if not marks:
+        return "ended" if started.host == os.uname().nodename else f"not seen from {os.uname().nodename}"
+    return {"COMPLETE": "complete", "RESUME": "stopped", "FAILED": "failed"}[marks[0]]
 
 
 def _is_after(path: Path, time_s: float) -> bool:
@@ -136,9 +161,14 @@ def stop(run_dir: Path) -> str:
         ConfigError: the run was never launched.
     """
     status = status_of(run_dir)
-    if status.state in ("complete", "stopped", "failed", "ended"):
+    if status.started.backend == "kubernetes":
+        raise ConfigError(
+            f"{run_dir}: the run directory of pods lies on their claim; make the file STOP in it there (kubectl exec), "
+            f"or kubectl delete {status.started.identity}"
+        )
+    if status.state in ("complete", "stopped", "failed"):
         return f"{run_dir}: {status.state} already, at step {status.step}"
-    if status.started.backend == "slurm" and status.state == "pending":
+    if status.state == "pending":
         done = subprocess.run(["scancel", status.started.identity], capture_output=True, text=True, check=False)
         return f"{run_dir}: {'taken out of the queue' if done.returncode == 0 else done.stderr.strip()}"
     outcome.ask_to_stop(run_dir)

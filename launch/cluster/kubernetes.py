@@ -9,14 +9,14 @@ import json
 from pathlib import PurePosixPath
 from typing import Any
 
-from ...trainer.errors import EXIT_NUMERICS, EXIT_USER
+from ...trainer.errors import EXIT_NUMERICS, EXIT_STORAGE, EXIT_USER
 from .config import ClusterConfig
 from .job import Job, encode
+from .node import PORT
 
 MOUNT = "/etc/basestone"
 RUN_FILE = f"{MOUNT}/run.toml"
-PORT = 29400
-NEVER_AGAIN = [EXIT_USER, EXIT_NUMERICS]
+NEVER_AGAIN = [EXIT_USER, EXIT_STORAGE, EXIT_NUMERICS]
 
 
 def manifests(job: Job, cluster: ClusterConfig, run_text: str) -> list[dict[str, Any]]:

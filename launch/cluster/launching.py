@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,15 +15,17 @@ from ...trainer.errors import ConfigError
 from ...trainer.load import load_run, run_to_toml
 from ...trainer.places import locate, vocab_size
 from ...trainer.plan import describe
+from ...trainer.run_lock import RunLock, is_held
 from ...trainer.rundir import make_run_directory
 from .. import environ
 from . import hosts as by_ssh
-from . import jobs, kubernetes, node, outcome, slurm
+from . import jobs, kubernetes, node, slurm
 from .config import ClusterConfig, load_cluster
 from .hostfile import Host, read_hostfile
 from .job import FOLDER, Job, new_name
+from .launcher import say
 from .plan import Plan, make_plan, port_of
-from .supervise import Supervisor
+from .supervise import Supervisor, forget
 
 NODES = re.compile(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?")
 
@@ -54,7 +55,6 @@ class Launching:
     """
 
     job: Job
-    cluster: ClusterConfig
     hosts: list[Host]
     folder: Path
     plan: Plan
@@ -78,6 +78,7 @@ def prepare(request: Request, cache: Path) -> Launching:
         raise ConfigError(
             f"--on local is one machine (got --nodes {request.nodes}); take hosts, torchrun, slurm, ..."
         )
+    _check_endpoint(request, high)
     resolved = _resolve(run, cache, low, high, per_node)
     job = Job(
         name=new_name(request.run_file.stem, _shared_name(request)),
@@ -108,7 +109,7 @@ def prepare(request: Request, cache: Path) -> Launching:
     plan = make_plan(job, cluster, hosts[:high], folder, run_to_toml(run.model_dump()))
     described = [line for line in describe(resolved, request.run_dir) if line[0] in SHOWN]
     described.append(("nodes", f"{request.nodes or high} x {per_node} process(es), by {request.backend}"))
-    return Launching(job, cluster, hosts, folder, plan, described)
+    return Launching(job, hosts, folder, plan, described)
 
 
 def _shared_name(request: Request) -> str | None:
@@ -135,13 +136,28 @@ def _nodes(request: Request, hosts: list[Host]) -> tuple[int, int]:
     return low, high
 
 
+def _check_endpoint(request: Request, nodes: int) -> None:
+    if request.backend == "torchrun" and nodes > 1 and request.endpoint is None:
+        raise ConfigError("--on torchrun needs --endpoint HOST:PORT for several nodes, the same on every node")
+    if request.endpoint is not None:
+        if request.backend != "torchrun":
+            raise ConfigError(f"--endpoint is for --on torchrun (got --on {request.backend})")
+        node.parse_endpoint(request.endpoint)
+
+
 def _processes_per_node(request: Request, run: RunConfig, cluster: ClusterConfig, hosts: list[Host]) -> int:
     wanted = request.processes_per_node or cluster.processes_per_node
     if hosts:
         if wanted is not None and wanted != hosts[0].slots:
             raise ConfigError(f"{wanted} processes a node, but {request.hostfile} has slots={hosts[0].slots}")
         return hosts[0].slots
-    return wanted or run.run.processes or max(1, environ.num_gpus())
+    gpus = environ.num_gpus()
+    if request.backend == "local" and wanted is not None and wanted > gpus > 0:
+        raise ConfigError(
+            f"{wanted} processes, but this machine has {gpus} GPU(s) and every process needs its own; give fewer, or "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return wanted or run.run.processes or max(1, gpus)
 
 
 def _resolve(run: RunConfig, cache: Path, low: int, high: int, per_node: int) -> ResolvedRun:
@@ -167,69 +183,104 @@ def start(launching: Launching) -> int:
     """Write the launch's files and run it; give the exit code.
 
     Raises:
-        ConfigError: something that it needs is not there.
+        ConfigError: something that it needs is not there, or the run goes on already.
     """
-    job = launching.job
+    job, run_dir = launching.job, launching.folder.parent
     secrets = environ.variables(tuple(job.secrets)) if job.backend != "kubernetes" else {}
-    _check_tools(launching)
-    make_run_directory(launching.folder.parent)
-    if job.backend != "kubernetes":
-        outcome.begin(job)
-        job.write(secrets)
+    _check_tools(job)
+    if job.backend == "torchrun":
+        node.check_endpoint(job.endpoint or node.HERE)
+    if joins := is_held(run_dir):
+        _check_joins(job, run_dir)
+    jobs.check_queue(run_dir)
+    make_run_directory(run_dir)
     launching.folder.mkdir(exist_ok=True)
-    for path, content in launching.plan.files.items():
-        write_atomic(path, content.encode())
-    if job.backend in ("slurm", "kubernetes"):
+    if job.backend == "kubernetes":
         return _submit(launching)
     if job.backend == "torchrun":
-        jobs.record(job, launching.folder, "")
+        if not joins:
+            _write(launching, secrets)
+            jobs.record(job, launching.folder, "")
         return node.run_node(job)
-    jobs.record(job, launching.folder, "")
+    lock = RunLock(launching.folder)
     try:
-        return _supervise(launching)
+        _write(launching, secrets)
+        if job.backend == "slurm":
+            return _submit(launching)
+        jobs.record(job, launching.folder, "")
+        try:
+            return _supervise(launching)
+        finally:
+            job.forget_secrets()
     finally:
-        job.forget_secrets()
+        lock.close()
 
 
-def _check_tools(launching: Launching) -> None:
-    if launching.job.backend == "hosts":
-        by_ssh.check_tools(launching.job.options["python"])
-    needed = {"mpi": "mpirun", "slurm": "sbatch", "kubernetes": "kubectl"}.get(launching.job.backend)
+def _write(launching: Launching, secrets: dict[str, str]) -> None:
+    forget(launching.job)
+    launching.job.write(secrets)
+    for path, content in launching.plan.files.items():
+        write_atomic(path, content.encode())
+
+
+def _check_joins(job: Job, run_dir: Path) -> None:
+    """See that a run that goes on already is one that this node is to join.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if job.backend == "torchrun" and job.path.exists() and job.path.read_text() == job.as_json():
+        return
+    raise ConfigError(
+        f"{run_dir}: a run goes on in it already; `basestone jobs stop {run_dir}` lets it save and stop, or give "
+        "another --run-dir"
+    )
+
+
+def _check_tools(job: Job) -> None:
+    if job.backend == "hosts":
+        by_ssh.check_tools(job.options["python"])
+    needed = {"mpi": "mpirun", "slurm": "sbatch", "kubernetes": "kubectl"}.get(job.backend)
     if needed is not None and shutil.which(needed) is None:
         raise ConfigError(
-            f"--on {launching.job.backend}: there is no {needed} on the PATH here; go where there is one (a login "
-            "node, after `module load`), or choose another --on"
+            f"--on {job.backend}: there is no {needed} on the PATH here; go where there is one (a login node, after "
+            "`module load`), or choose another --on"
         )
 
 
 def _submit(launching: Launching) -> int:
-    (command,) = launching.plan.commands
-    done = subprocess.run(command, cwd=launching.plan.directory, capture_output=True, text=True, check=False)
+    job, plan = launching.job, launching.plan
+    if job.backend == "kubernetes":
+        for path, content in plan.files.items():
+            write_atomic(path, content.encode())
+    (command,) = plan.commands
+    # Schedulers keep the environment that they are given.
+    known = {name: value for name, value in environ.child_environment().items() if name not in job.secrets}
+    done = subprocess.run(command, cwd=plan.directory, env=known, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        job.forget_secrets()
         raise ConfigError(f"{command[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}")
-    identity = done.stdout.strip().partition(";")[0] if launching.job.backend == "slurm" else launching.job.name
-    jobs.record(launching.job, launching.folder, identity)
-    print(
-        f"{launching.job.backend} job {identity}; basestone jobs ls {launching.folder.parents[1]} tells how it is"
-    )
+    identity = done.stdout.strip().partition(";")[0] if job.backend == "slurm" else job.name
+    jobs.record(job, launching.folder, identity)
+    print(f"{job.backend} job {identity}; basestone jobs ls {launching.folder.parents[1]} tells how it is")
     return 0
 
 
 def _supervise(launching: Launching) -> int:
     job, plan = launching.job, launching.plan
-    environment = {**environ.agent_environment(job.environment), **plan.environment}
-    command: Callable[[], list[str]] = lambda: plan.commands[0]  # noqa: E731
-    clean_up: Callable[[], None] = lambda: None  # noqa: E731
-    if job.backend == "hosts":
-        environment = by_ssh.runner_environment()
-        present: list[Host] = []
+    if job.backend != "hosts":
+        environment = {**environ.agent_environment(job.environment), **plan.environment}
+        return Supervisor(job, lambda: plan.commands[0], environment).run().exit_code
+    environment, odd = by_ssh.runner_environment()
+    if odd:
+        say(f"not sent to the hosts, for what a shell there would make of it: {', '.join(odd)}")
 
-        def command() -> list[str]:
-            present[:] = by_ssh.present_hosts(job, launching.hosts)
-            by_ssh.write_hostfile(job.folder / "hostfile", present)
-            return by_ssh.runner_command(job, present, port_of(job))
+    def command() -> list[str]:
+        present = by_ssh.present_hosts(job, launching.hosts)
+        by_ssh.write_hostfile(job.folder / "hostfile", present)
+        return by_ssh.runner_command(job, present, port_of(job))
 
-        def clean_up() -> None:
-            by_ssh.reap_everywhere(job, by_ssh.reachable(launching.hosts)[0])
+    def clean_up() -> None:
+        by_ssh.reap_everywhere(job, by_ssh.reachable(launching.hosts)[0])
 
-    return Supervisor(job, command, environment).run(clean_up).exit_code
+    return Supervisor(job, command, environment, plan.directory).run(clean_up).exit_code

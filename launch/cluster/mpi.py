@@ -8,8 +8,8 @@ from .hostfile import Host
 from .job import Job
 
 
-def mpirun_command(job: Job, hosts: Sequence[Host], *, as_root: bool) -> list[str]:
-    """Give Open MPI's command line; the ranks meet at the first host."""
+def mpirun_command(job: Job, hosts: Sequence[Host], sent_on: Sequence[str], *, as_root: bool) -> list[str]:
+    """Give Open MPI's command line; the ranks meet at the first host, and get the variables of these names."""
     num_ranks = sum(host.slots for host in hosts)
     interface = ["--mca", "btl_tcp_if_include", job.interface, "--mca", "oob_tcp_if_include", job.interface]
     return [
@@ -19,6 +19,7 @@ def mpirun_command(job: Job, hosts: Sequence[Host], *, as_root: bool) -> list[st
         *("--host", ",".join(f"{host.name}:{host.slots}" for host in hosts)),
         *("--bind-to", "none"),  # else two ranks have a core each, whatever threads they have
         *(word for word in interface if job.interface is not None and word is not None),
-        *("-x", "MASTER_ADDR", "-x", "MASTER_PORT", "-x", "PATH", "-x", "PYTHONPATH"),
+        *("--mca", "plm_rsh_args", "-o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"),
+        *(word for name in sent_on for word in ("-x", name)),
         *(job.options["python"], "-m", "basestone.launch.cluster.rank", job.token),
     ]

@@ -6,18 +6,16 @@ Imports no torch itself.
 from __future__ import annotations
 
 import errno
-import functools
-import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
-from ...trainer.errors import BasestoneError, ConfigError, exit_code_of, message_of
-from .. import environ, local
+from ...trainer.errors import EXIT_FAULT, EXIT_STOPPED, BasestoneError, ConfigError, exit_code_of, message_of
+from ...trainer.run_lock import is_held
+from .. import environ
 from . import ends, outcome
 from .job import Job, decode, read_job
+from .launcher import Asked, run_launcher, say
 
 MEET_S = 300  # that a node waits for the others
 PORT = 29400
@@ -41,34 +39,26 @@ def run_node(job: Job) -> int:
     Raises:
         ConfigError: nobody says where nodes meet, or this node cannot listen there.
     """
-    endpoint = environ.endpoint() or job.endpoint
+    endpoint = environ.endpoint() if job.backend in ("slurm", "kubernetes") else job.endpoint
     if endpoint is None:
         raise ConfigError("nobody says where the nodes meet; give --endpoint HOST:PORT, the same on every node")
     check_endpoint(endpoint)
     if job.backend == "kubernetes":  # its file came as a ConfigMap
         job.write({})
-    agent = subprocess.Popen(
-        agent_command(job, endpoint),
-        env=environ.agent_environment(job.environment),
-        stdin=subprocess.DEVNULL,
-        preexec_fn=functools.partial(local.die_with_parent, os.getpid()),
-        process_group=0,
-    )
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        asked.append(number)
-        if len(asked) == 1:  # a signal to torchrun would end it before its ranks have saved
-            outcome.ask_to_stop(Path(job.run_dir))
-        elif agent.poll() is None:
-            agent.send_signal(signal.SIGTERM)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    code = agent.wait()
-    found = outcome.outcome(job, code)
-    if found.exit_code not in (0, 75) and (end := ends.cause(job.folder)) is not None:
-        print(f"error: {end.tell()}", file=sys.stderr, flush=True)
+    if not is_held(Path(job.run_dir)):  # else the run goes on, and this node joins it
+        outcome.begin(job)
+    asked = Asked(Path(job.run_dir))
+    with asked.listening():
+        command, environment = agent_command(job, endpoint), environ.agent_environment(job.environment)
+        found = outcome.outcome(job, run_launcher(command, environment, job.folder, asked))
+    if (end := ends.cause(job.folder)) is not None and found.exit_code not in (0, EXIT_STOPPED):
+        say(f"error: {end.tell()}")
+    elif found.exit_code == EXIT_FAULT:
+        say(f"error: torchrun ended without a rank's word; did all nodes meet at {endpoint} within {MEET_S} s?")
+    if found.is_final:
+        job.forget_secrets()
+    if job.backend == "kubernetes" and found.exit_code == EXIT_STOPPED and not asked.signals:
+        return 0  # somebody asked the run to stop: the pods are not to be made anew
     return found.exit_code
 
 
@@ -92,19 +82,29 @@ def agent_command(job: Job, endpoint: str) -> list[str]:
     ]
 
 
-def check_endpoint(endpoint: str) -> None:
-    """See that the endpoint is one, and free where it is on this machine.
+def parse_endpoint(endpoint: str) -> tuple[str, int]:
+    """Give host and port.
 
     Raises:
-        ConfigError: it is neither; or its host has no address.
+        ConfigError: it is no endpoint.
     """
-    if endpoint == HERE:
-        return
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"endpoint {endpoint}: expected HOST:PORT, e.g. node-1:{PORT}")
+    return host, int(port)
+
+
+def check_endpoint(endpoint: str) -> None:
+    """See that the endpoint has an address, and is free where it is on this machine.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if endpoint == HERE:
+        return
+    host, port = parse_endpoint(endpoint)
     try:
-        address = socket.getaddrinfo(host, int(port), socket.AF_UNSPEC, socket.SOCK_STREAM)[0]
+        address = socket.getaddrinfo(host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(
             f"endpoint {endpoint}: {socket.gethostname()} knows no address of {host} ({error}); give an address"

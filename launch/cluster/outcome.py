@@ -31,20 +31,15 @@ def outcome(job: Job, launcher_code: int) -> Outcome:
     run_dir = Path(job.run_dir)
     step = newest_step(run_dir)
     end = ends.cause(job.folder)
-    if is_complete(job):
+    if ends.is_of_this_start(run_dir / "COMPLETE", job.folder):
         return Outcome(0, step)
     if end is not None and end.code in EXITS_THAT_SAY_WHY:
         return Outcome(end.code, step)
-    if _is_new(run_dir / "RESUME", job):
+    if ends.is_of_this_start(run_dir / "RESUME", job.folder):
         return Outcome(EXIT_STOPPED, step)
     if end is not None:
         return Outcome(end.exit_code, step)
     return Outcome(launcher_code if launcher_code > 0 else EXIT_FAULT, step)
-
-
-def is_complete(job: Job) -> bool:
-    """Tell whether this launch has brought the run to its end."""
-    return _is_new(Path(job.run_dir) / "COMPLETE", job)
 
 
 def newest_step(run_dir: Path) -> int:
@@ -54,19 +49,11 @@ def newest_step(run_dir: Path) -> int:
 
 
 def begin(job: Job) -> None:
-    """Forget what an earlier start of the launch left."""
+    """Begin a start: what an earlier one left says nothing of it."""
     ends.clear(job.folder)
-    (Path(job.run_dir) / STOP).unlink(missing_ok=True)
+    ends.begin(job.folder)
 
 
 def ask_to_stop(run_dir: Path) -> None:
     """Let the run finish its step, save and leave, wherever its processes are."""
     (run_dir / STOP).touch()
-
-
-def _is_new(marker: Path, job: Job) -> bool:
-    """Tell whether a mark is of this launch, and not of one before it."""
-    try:
-        return marker.stat().st_mtime_ns >= job.path.stat().st_mtime_ns
-    except OSError:
-        return False

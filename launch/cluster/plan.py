@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -9,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...trainer.errors import ConfigError
+from .. import environ
 from . import hosts as by_ssh
 from . import kubernetes, mpi, node, slurm
 from .config import ClusterConfig
 from .hostfile import Host
 from .job import Job
-
-FIRST_PORT, NUM_PORTS = 20000, 10000
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,14 @@ def make_plan(job: Job, cluster: ClusterConfig, hosts: Sequence[Host], folder: P
         raise ConfigError(f"--on {job.backend} needs --hostfile FILE: one host a line, `worker-1 slots=8`")
     if job.backend == "mpi":
         meeting = {"MASTER_ADDR": hosts[0].name, "MASTER_PORT": str(port_of(job))}
-        return Plan({}, [mpi.mpirun_command(job, hosts, as_root=os.geteuid() == 0)], meeting)
+        sent_on = [*meeting, *environ.clean_environment(("PATH", "PYTHONPATH", "LD_LIBRARY_PATH"))]
+        return Plan({}, [mpi.mpirun_command(job, hosts, sent_on, as_root=os.geteuid() == 0)], meeting)
     listed = "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
-    return Plan({folder / "hostfile": listed}, [by_ssh.runner_command(job, hosts, port_of(job))])
+    # DeepSpeed changes to this directory on every host, by a shell.
+    command = by_ssh.runner_command(job, hosts, port_of(job))
+    return Plan({folder / "hostfile": listed}, [command], directory=Path("/"))
 
 
 def port_of(job: Job) -> int:
     """Give the port at which the ranks of a launch meet; another launch has another one, as a rule."""
-    return FIRST_PORT + sum(job.name.encode()) * 7919 % NUM_PORTS
+    return slurm.FIRST_PORT + int.from_bytes(hashlib.sha256(job.name.encode()).digest()[:4]) % slurm.NUM_PORTS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from pathlib import Path
 
 from ...trainer.errors import ConfigError
 from .config import ClusterConfig, SlurmSection
@@ -100,13 +101,14 @@ def step_command(job: Job, given: dict[str, str]) -> list[str]:
     if "SLURM_CPUS_PER_TASK" in given:  # srun no longer takes it from sbatch by itself
         command.append(f"--cpus-per-task={given['SLURM_CPUS_PER_TASK']}")
     image, mounts = job.options.get("container_image"), job.options.get("container_mounts") or []
+    own = dict.fromkeys((job.run_dir, str(Path(job.run_file).parent)))
     if image and job.options["container"] == "pyxis":
         command += [
             f"--container-image={image}",
-            f"--container-mounts={','.join([f'{job.run_dir}:{job.run_dir}', *mounts])}",
+            f"--container-mounts={','.join([*(f'{place}:{place}' for place in own), *mounts])}",
         ]
     elif image:
-        binds = [option for mount in (job.run_dir, *mounts) for option in ("--bind", mount)]
+        binds = [option for mount in (*own, *mounts) for option in ("--bind", mount)]
         command += ["apptainer", "exec", "--nv", *binds, image]
     return [
         *command,

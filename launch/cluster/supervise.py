@@ -9,114 +9,86 @@ make no progress are counted, requeues too, and there are not many of them.
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from ...data.storage import write_atomic
-from ...trainer.errors import EXIT_STOPPED, BasestoneError, exit_code_of, message_of
-from .. import environ, local
+from ...trainer.errors import EXIT_STOPPED, BasestoneError, ConfigError, exit_code_of, message_of
+from .. import environ
 from . import ends, outcome, slurm
 from .job import Job, decode, read_job
+from .launcher import Asked, run_launcher, say
 
 WAIT_S = 5.0  # before another start
-LEFT_OVER_S = 60.0  # that a launcher has, once a rank has failed, to end by itself
-POLL_S = 0.2
+REQUEUE_S = 60.0  # that Slurm has to end this process
 
 
 class Supervisor:
     """Runs the starts of one launch."""
 
-    def __init__(self, job: Job, command: Callable[[], list[str]], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        command: Callable[[], list[str]],
+        environment: dict[str, str],
+        directory: Path | None = None,
+    ) -> None:
         """Take what to start: `command` gives the launcher's command line, anew for each start."""
-        self._job, self._command, self._environment = job, command, environment
-        self.asked: list[int] = []  # signals that came
-        self._in_a_hurry = False
+        self._job, self._command, self._environment, self._directory = job, command, environment, directory
+        self.asked = Asked(Path(job.run_dir))
 
     def run(self, clean_up: Callable[[], None] = lambda: None) -> outcome.Outcome:
-        """Start until there is an outcome, or no progress; `clean_up` ends what a start left on other nodes."""
-        failures, before = 0, outcome.newest_step(Path(self._job.run_dir))
-        with self._signals():
+        """Start until there is an outcome, or no progress; `clean_up` ends what a start left on other nodes.
+
+        Raises:
+            ConfigError: the first start cannot be begun.
+        """
+        failures, step = 0, outcome.newest_step(Path(self._job.run_dir))
+        command = self._command()
+        clean_up()
+        with self.asked.listening():
             while True:
                 outcome.begin(self._job)
-                found = outcome.outcome(self._job, self._start())
+                code = run_launcher(command, self._environment, self._job.folder, self.asked, self._directory)
+                found = outcome.outcome(self._job, code)
                 clean_up()
-                if found.is_final or self.asked:
+                if found.is_final:
                     return found
-                failures = 0 if found.step > before else failures + 1
-                before = max(before, found.step)
-                self._explain()
-                if failures > self._job.max_restarts:
-                    _say(f"no progress in {failures} start(s) from step {found.step}: giving up")
-                    return found
-                told = f" ({failures} of {self._job.max_restarts} in vain)" if failures else ""
-                _say(f"starting again from step {found.step}{told}")
-                time.sleep(WAIT_S)
+                failures, step = (0 if found.step > step else failures + 1), max(step, found.step)
+                if (end := ends.cause(self._job.folder)) is not None:
+                    say(f"error: {end.tell()}")
+                again = self._next(found, failures)
+                while again is None and failures <= self._job.max_restarts:  # hosts that are not back yet
+                    failures += 1
+                    again = self._next(found, failures)
+                if not again:
+                    return outcome.Outcome(EXIT_STOPPED if self.asked.to_stop else found.exit_code, step)
+                command = again
 
-    def _start(self) -> int:
-        child = subprocess.Popen(
-            self._command(),
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=functools.partial(local.die_with_parent, os.getpid()),
-            process_group=0,
-        )
-        failed_s: float | None = None
-        while child.poll() is None:
-            time.sleep(POLL_S)
-            if failed_s is None and ends.cause(self._job.folder) is not None:
-                failed_s = time.monotonic()
-            if failed_s is not None and time.monotonic() - failed_s > LEFT_OVER_S:
-                _say("a rank has failed, and the launcher does not end: ending it")
-                _end(child)
-            if self._in_a_hurry:
-                _end(child)
-        return child.returncode
-
-    def _explain(self) -> None:
-        if (end := ends.cause(self._job.folder)) is not None:
-            _say(f"error: {end.tell()}")
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def ask(number: int, _: object) -> None:
-            self.asked.append(number)
-            if len(self.asked) > 1 and number != signal.SIGUSR2:
-                _say(f"{signal.Signals(number).name} again: ending it now; the last save is good")
-                self._in_a_hurry = True
-                return
-            outcome.ask_to_stop(Path(self._job.run_dir))
-            _say(f"{signal.Signals(number).name}: the run is asked to save and stop (again: leave at once)")
-
-        before = {
-            number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        }
+    def _next(self, found: outcome.Outcome, failures: int) -> list[str] | None:
+        """Wait, and give the next start's command line: empty where there is none, None where it cannot be begun."""
+        if failures > self._job.max_restarts:
+            say(f"no progress in {failures} start(s) from step {found.step}: giving up")
+            return []
+        told = f" ({failures} of {self._job.max_restarts} in vain)" if failures else ""
+        say(f"starting again from step {found.step}{told}")
+        end_s = time.monotonic() + WAIT_S
+        while time.monotonic() < end_s and not self.asked.to_stop:
+            time.sleep(0.1)
+        if self.asked.to_stop:
+            self.asked.take_back()
+            say("stopped before another start")
+            return []
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        os.killpg(child.pid, number)
-        try:
-            child.wait(timeout=local.GRACE_S)
-        except subprocess.TimeoutExpired:
-            continue
-        return
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            return self._command()
+        except ConfigError as error:
+            say(f"error: {error}")
+            return None
 
 
 def main() -> None:
@@ -124,33 +96,44 @@ def main() -> None:
     try:
         code = run_batch(read_job(decode(sys.argv[1])))
     except BasestoneError as error:
-        _say(f"error: {message_of(error)}")
+        say(f"error: {message_of(error)}")
         code = exit_code_of(error)
     sys.exit(code)
 
 
 def run_batch(job: Job) -> int:
     """Run the job's steps, and put it back into the queue where it was told to make room; give its exit code."""
-    given = environ.slurm()
-    if job.options.get("array") and outcome.is_complete(job):
-        _say("complete already: nothing is left for this job of the array")
+    given, over = environ.slurm(), job.folder / "over"
+    is_array = bool(job.options.get("array"))
+    if is_array and over.exists():
+        say(f"nothing is left for this job of the array: {over.read_text().strip()}")
         return 0
-    environment = environ.agent_environment({**job.environment, "BASESTONE_ENDPOINT": slurm.endpoint(given)})
+    meeting = {"BASESTONE_ENDPOINT": slurm.endpoint(given)}
+    environment = environ.agent_environment({**job.environment, **meeting})
     supervisor = Supervisor(job, lambda: slurm.step_command(job, given), environment)
     before = outcome.newest_step(Path(job.run_dir))
     found = supervisor.run()
-    if found.exit_code == 0:
+    makes_room = found.exit_code == EXIT_STOPPED and signal.SIGUSR2 in supervisor.asked.signals
+    if found.is_final and not makes_room:
         job.forget_secrets()
-    if found.exit_code != EXIT_STOPPED or signal.SIGUSR2 not in supervisor.asked or job.options.get("array"):
+        if is_array:
+            over.write_text(f"the one before left with {found.exit_code} at step {found.step}\n")
+    if not makes_room or is_array:
         return found.exit_code
     count = _count_requeues(job, progress=found.step > before)
     if count["in_vain"] > job.max_restarts or count["all"] > job.options["max_requeues"]:
-        _say(f"requeued {count['all']} times, {count['in_vain']} in a row without progress: giving up")
+        say(f"requeued {count['all']} times, {count['in_vain']} in a row without progress: giving up")
         return found.exit_code
-    _say(f"saved at step {found.step}: back into the queue")
+    say(f"saved at step {found.step}: back into the queue")
     subprocess.run(slurm.requeue_command(given), check=False)
-    time.sleep(LEFT_OVER_S)  # Slurm ends this process now; leaving by itself would end the job
+    time.sleep(REQUEUE_S)  # Slurm ends this process now; leaving by itself would end the job
     return found.exit_code
+
+
+def forget(job: Job) -> None:
+    """Forget what an earlier launch counted and decided."""
+    for name in ("requeues.json", "over"):
+        (job.folder / name).unlink(missing_ok=True)
 
 
 def _count_requeues(job: Job, *, progress: bool) -> dict[str, int]:

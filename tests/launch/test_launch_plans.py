@@ -137,11 +137,25 @@ def test_an_array_takes_the_place_of_requeues():
     [
         (
             "pyxis",
-            ["--container-image=img:1", "--container-mounts=/shared/runs/gpt:/shared/runs/gpt,/data:/data"],
+            [
+                "--container-image=img:1",
+                "--container-mounts=/shared/runs/gpt:/shared/runs/gpt,/shared:/shared,/data:/data",
+            ],
         ),
         (
             "apptainer",
-            ["apptainer", "exec", "--nv", "--bind", "/shared/runs/gpt", "--bind", "/data:/data", "img:1"],
+            [
+                "apptainer",
+                "exec",
+                "--nv",
+                "--bind",
+                "/shared/runs/gpt",
+                "--bind",
+                "/shared",
+                "--bind",
+                "/data:/data",
+                "img:1",
+            ],
         ),
     ],
 )
@@ -269,7 +283,10 @@ def run_file(tmp_path) -> Path:
         (["--on", "slurm", "--nodes", "x"], "--nodes x: expected a number, or MIN:MAX"),
         (["--on", "kubernetes", "--nodes", "1:2"], "needs one number of nodes"),
         (["--on", "slurm", "--nodes", "3", "--set", "parallel.tensor=2"], "3 processes cannot"),
-        (["--on", "torchrun", "--nodes", "1:4", "--set", "parallel.tensor=2"], "  3 node(s): "),
+        (["--on", "slurm", "--nodes", "2:4", "--set", "parallel.tensor=2"], "  3 node(s): "),
+        (["--on", "torchrun", "--nodes", "2"], "--on torchrun needs --endpoint HOST:PORT"),
+        (["--on", "torchrun", "--nodes", "2", "--endpoint", "garbage"], "endpoint garbage: expected HOST:PORT"),
+        (["--on", "slurm", "--endpoint", "n0:1"], "--endpoint is for --on torchrun (got --on slurm)"),
         (["--on", "slurm", "--cluster", "none.toml"], "there is no such cluster file"),
         (
             ["--on", "slurm", "--hostfile", "hosts"],
