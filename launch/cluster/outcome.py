@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...trainer.checkpoint.format import steps_in
 from ...trainer.errors import EXIT_FAULT, EXIT_STOPPED
+from ...trainer.preflight.limits import CHECKED
 from ...trainer.rundir import STOP
 from ..local import EXITS_THAT_SAY_WHY
 from . import ends
@@ -31,7 +32,8 @@ def outcome(job: Job, launcher_code: int) -> Outcome:
     run_dir = Path(job.run_dir)
     step = newest_step(run_dir)
     end = ends.cause(job.folder)
-    if is_complete(job):
+    passed = job.check and _is_new(run_dir / CHECKED, job)
+    if passed or (is_complete(job) and not job.check):
         return Outcome(0, step)
     if end is not None and end.code in EXITS_THAT_SAY_WHY:
         return Outcome(end.code, step)
@@ -56,7 +58,8 @@ def newest_step(run_dir: Path) -> int:
 def begin(job: Job) -> None:
     """Forget what an earlier start of the launch left."""
     ends.clear(job.folder)
-    (Path(job.run_dir) / STOP).unlink(missing_ok=True)
+    for name in (STOP, CHECKED):
+        (Path(job.run_dir) / name).unlink(missing_ok=True)
 
 
 def ask_to_stop(run_dir: Path) -> None:
