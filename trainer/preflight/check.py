@@ -86,6 +86,7 @@ def check(
         group.close()
         told.append(f"all-reduce {rate / 1e9:.3g} GB/s at {group.sizes[-1] >> 20} MiB")
     told.append(f"{time.perf_counter() - begun_s:.1f} s")
+    meeting.end()
     store.set_timeout(processes.TIMEOUT)
     return Passed(store, *opened, ", ".join(told))
 

@@ -142,13 +142,13 @@ class Collectives:
 
     def _neighbours(self, ranks: Sequence[int], rates: list[float]) -> None:
         """Measure each node with the next one, in a ring, pairs that share none at the same time."""
-        pairs = [(rank, ranks[(number + 1) % len(ranks)]) for number, rank in enumerate(ranks)]
-        last = pairs.pop() if len(pairs) % 2 else None
-        rounds = [pairs[::2], pairs[1::2], [last] if last is not None else []]
-        for pair in (pair for pairs_apart in rounds for pair in pairs_apart if self._rank in pair):
-            self._begin(f"an all-reduce between two nodes of {_shown(CPU_BYTES[-1])}")
-            group = dist.new_group(sorted(pair), use_local_synchronization=True)
-            rates.append(_bus_rate(CPU_BYTES[-1], self._device, self._rank, sorted(pair), group))
+        pairs = [sorted((rank, ranks[(number + 1) % len(ranks)])) for number, rank in enumerate(ranks)]
+        last = [pairs.pop()] if len(pairs) % 2 else []
+        for pair in [*pairs[::2], *pairs[1::2], *last]:
+            self._begin(f"an all-reduce of {_shown(CPU_BYTES[-1])} between two nodes")
+            group = dist.new_group(pair)  # every rank takes part in making it
+            if self._rank in pair:
+                rates.append(_bus_rate(CPU_BYTES[-1], self._device, self._rank, pair, group))
 
 
 def _bus_rate(

@@ -149,16 +149,20 @@ def stale_lock_problem(folder: Path) -> str | None:
 
 
 def data_problem(resolved: ResolvedRun, places: DataPlaces) -> str | None:
-    """Read the first chunk of every place of the data; damage is for the run's quarantine to judge."""
+    """Read the first chunk of every place of the data, or the last one: single damage is for the run's quarantine."""
     reader = RangeReader(resolved.run.reading)
     for name, found in places.train.items():
         for shards in found:
             try:
-                open_filled_shard_set(shards, reader).read_chunk(0)
-            except (DataConfigError, DataStorageError, OSError) as error:
+                shard_set = open_filled_shard_set(shards, reader)
+                try:
+                    shard_set.read_chunk(0)
+                except (DataConfigError, DataStorageError):
+                    raise
+                except DataError:
+                    shard_set.read_chunk(shard_set.num_chunks - 1)
+            except (DataError, OSError) as error:
                 return f"data of source {name} cannot be read: {message_of(error)}"
-            except DataError:
-                continue
     return None
 
 

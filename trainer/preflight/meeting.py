@@ -99,6 +99,12 @@ class Meeting:
             return value
         return bool(self._verdict(topic)["chosen"])
 
+    def end(self) -> None:
+        """Let rank 0, whose store it is, wait until nobody has a question left."""
+        self._store.add("ended", 1)
+        if self._rank == 0:
+            self._wait_count("ended", self._world_size)
+
     # ---- every rank -----------------------------------------------------------------------------------------
 
     def _give(self, topic: str, text: str) -> None:
@@ -161,11 +167,12 @@ class Meeting:
 
     def _publish(self, topic: str, problems: list[str], verdict: dict) -> None:
         self._store.set(f"{topic}/verdict", json.dumps(verdict))
-        if not problems:
-            return
-        # The store ends with this process.
-        readers, end_s = self._store.add(f"{topic}/count", 0) - 1, time.monotonic() + READ_S
-        while self._store.add(f"{topic}/read", 0) < readers and time.monotonic() < end_s:
+        if problems:  # the store ends with this process
+            self._wait_count(f"{topic}/read", self._store.add(f"{topic}/count", 0) - 1)
+
+    def _wait_count(self, key: str, count: int) -> None:
+        end_s = time.monotonic() + READ_S
+        while self._store.add(key, 0) < count and time.monotonic() < end_s:
             time.sleep(POLL_S)
 
     def _judge_reports(self, run_dir: Path) -> dict:
