@@ -215,8 +215,12 @@ def open_store(timeout: timedelta = TIMEOUT) -> dist.Store:
         return dist.FileStore(path, world_size())
     if "RANK" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    return store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, with its keys for each start
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        return store
+    # That of env:// would not open before all ranks are there, and nobody could say who is missing.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, world_size(), rank() == 0, timeout, wait_for_workers=False)
 
 
 def become_rank(rank: int, size: int, rendezvous: Path) -> None:
