@@ -57,7 +57,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
     Raises OSError that names ``path``.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Nodes that share a disk write with equal process ids, in containers most of all.
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     with naming(path):
         try:
             with open(partial, "wb") as stream:

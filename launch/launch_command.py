@@ -51,6 +51,9 @@ def launch(
     resume: Annotated[
         str | None, typer.Option("--resume", help="Go on from this step directory; a path or a URL.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the nodes as before training, and leave.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and leave.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -72,6 +75,7 @@ def launch(
         run_dir=(run_dir or Path("runs") / run.stem).resolve(),
         overrides=overrides or [],
         resume=resume,
+        check=check,
         debug=debug,
     )
     launching = prepare(request, environ.cache_dir())

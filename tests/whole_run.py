@@ -41,6 +41,7 @@ def train(
         run_dir=run_dir,
         overrides=[*CHANGES, *changes],
         resume=resume and str(resume),
+        preflight=None,
         debug=False,
     )
     run_ranks(_rank, size, arguments, fault, timeout_s=120)

@@ -64,10 +64,11 @@ class Trainer:
         *,
         resume: str | None = None,
         versions: dict[str, str],
+        preflight: str | None = None,
     ) -> None:
         """Take the lock, build the model, go on from the newest good checkpoint, open the data."""
         self._resolved, self._runtime, self._places = resolved, runtime, places
-        self._versions, self._stop_signals, self._looked_s = versions, 0, 0.0
+        self._versions, self._preflight, self._stop_signals, self._looked_s = versions, preflight, 0, 0.0
         self.step, self._run_dir = 0, run_dir
         self._tokenizer_sha256 = Tokenizer(places.tokenizer).sha256
         self._sinks: list[Sink] = []
@@ -166,6 +167,8 @@ class Trainer:
         if state and not origin.startswith(str(directory.path)):
             where += f" of {origin}"
         directory.event(self.step, event, f"{where} on {self._resolved.world_size} process(es)")
+        if self._preflight is not None:
+            directory.event(self.step, "preflight", self._preflight)
         if begun_with is not None:
             directory.event(self.step, "init", f"weights of {begun_with}")
             self._console.say(f"begins with the weights of {begun_with}")

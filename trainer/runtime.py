@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ..model import cpu
 
@@ -154,7 +155,12 @@ class Mpu:
 
 
 def start(
-    *, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, deterministic: bool = False
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    deterministic: bool = False,
+    store: dist.Store | None = None,
 ) -> Runtime:
     """Join the processes that a launcher started (or be the only one) and make Megatron's groups.
 
@@ -166,40 +172,55 @@ def start(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = meet()
+    device = meet(store)
     join_groups(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
     return _runtime(device)
 
 
-def meet() -> torch.device:
+def meet(store: dist.Store | None = None) -> torch.device:
     """Join the processes that a launcher started, or be the only one; give this one's device.
 
-    After it torch.distributed is there, and nobody who starts it themselves (accelerate, DeepSpeed) starts it anew.
+    The ranks meet at `store` where one was opened before. After it torch.distributed is there, and nobody who starts it
+    themselves (accelerate, DeepSpeed) starts it anew.
     """
-    on_cpu = not torch.cuda.is_available()
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    if not on_cpu:
+    device = own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join("gloo" if on_cpu else "cpu:gloo,cuda:nccl", device)
+        _join(backend_of(device), device, store or open_store())
     return device
 
 
-def _join(backend: str, device: torch.device) -> None:
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def own_device() -> torch.device:
+    """Give the device of this worker: the GPU of its number on the host, or the CPU where there is none."""
+    number = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend_of(device: torch.device) -> str:
+    """Give what connects ranks on such devices."""
+    return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def _join(backend: str, device: torch.device, store: dist.Store) -> None:
     device_id = None if device.type == "cpu" else device
-    store: dist.Store | None = None
+    dist.init_process_group(
+        backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT, device_id=device_id
+    )
+
+
+def open_store(timeout: timedelta = TIMEOUT) -> dist.Store:
+    """Open the store that the ranks of this start meet at, waiting no longer than `timeout` for rank 0's."""
     if path := os.environ.get(RENDEZVOUS):
-        store = dist.FileStore(path, world_size)
-    elif "RANK" not in os.environ:
-        store = dist.HashStore()
-    if store is None:
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
-    else:
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device_id
-        )
+        return dist.FileStore(path, world_size())
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, with its keys for each start
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        return store
+    # That of env:// would not open before all ranks are there, and nobody could say who is missing.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, world_size(), rank() == 0, timeout, wait_for_workers=False)
 
 
 def become_rank(rank: int, size: int, rendezvous: Path) -> None:
@@ -348,6 +369,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Give which of the host's workers this is; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_world_size() -> int:
     """Give how many workers the launcher started on this host, as far as it says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def socket_interfaces() -> dict[str, str]:
+    """Give the variables that say which network interfaces gloo and NCCL use, where they are set."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def extensions_dir() -> Path:
+    """Give where torch builds extensions, DeepSpeed's among them."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")

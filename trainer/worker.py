@@ -15,11 +15,16 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import EXIT_FAULT, EXIT_STOPPED, Stopped, exit_code_of, lost_contact, message_of
+
+if TYPE_CHECKING:
+    from .config import ResolvedRun
+    from .places import DataPlaces
+    from .preflight.check import Passed
 
 warnings.filterwarnings("ignore")  # of libraries, at import; what users must know is said by ourselves
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -30,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     commands = {
         "train": train,
+        "preflight": preflight,
         "verify": verify,
         "evaluate": evaluate,
         "generate": generate,
@@ -59,11 +65,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     with_tokenizer.add_argument("--tokenizer", type=Path)
     parser = argparse.ArgumentParser(prog="basestone-worker")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("train", parents=[common])
-    one.add_argument("run", type=Path)
-    one.add_argument("--run-dir", type=Path, required=True)
-    one.add_argument("--set", action="append", default=[], dest="overrides")
-    one.add_argument("--resume")
+    for name in ("train", "preflight"):
+        one = commands.add_parser(name, parents=[common])
+        one.add_argument("run", type=Path)
+        one.add_argument("--run-dir", type=Path, required=True)
+        one.add_argument("--set", action="append", default=[], dest="overrides")
+        one.add_argument("--resume")
+        one.add_argument("--preflight", type=json.loads, required=name == "preflight")  # its limits
     one = commands.add_parser("verify", parents=[common])
     one.add_argument("run", type=Path)
     one.add_argument("--set", action="append", default=[], dest="overrides")
@@ -118,13 +126,11 @@ def _add_hub_commands(
 def train(arguments: argparse.Namespace) -> None:
     """Be one rank of a training run."""
     from . import runtime as processes
-    from .load import load_run
-    from .places import locate, vocab_size
     from .provenance import versions
 
-    run = load_run(arguments.run, arguments.overrides)
-    places = locate(run.data, run.reading, processes.cache_dir())
-    resolved = run.resolve(processes.world_size(), vocab_size(places))
+    passed = _preflight(arguments) if arguments.preflight is not None else None
+    resolved, places = (passed.resolved, passed.places) if passed is not None else _open_run(arguments)
+    run = resolved.run
     processes.find_own_programs()
     from .engine import check_deepspeed
 
@@ -134,11 +140,18 @@ def train(arguments: argparse.Namespace) -> None:
         pipeline=run.parallel.pipeline,
         virtual_pipeline=run.parallel.virtual_pipeline,
         deterministic=run.run.deterministic,
+        store=passed.store if passed is not None else None,
     )
     from .loop import Trainer
 
     trainer = Trainer(
-        resolved, runtime, places, arguments.run_dir, resume=arguments.resume, versions=versions()
+        resolved,
+        runtime,
+        places,
+        arguments.run_dir,
+        resume=arguments.resume,
+        versions=versions(),
+        preflight=passed.summary if passed is not None else None,
     )
     try:
         trainer.fit()
@@ -148,6 +161,43 @@ def train(arguments: argparse.Namespace) -> None:
     finally:
         trainer.close()
     processes.stop()
+
+
+def preflight(arguments: argparse.Namespace) -> None:
+    """Be one rank of a launch that is only checked."""
+    from .preflight.check import leave_passed
+    from .runtime import rank
+
+    summary = _preflight(arguments).summary
+    if rank() == 0:
+        leave_passed(arguments.run_dir, summary)
+
+
+def _preflight(arguments: argparse.Namespace) -> Passed:
+    """Check the launch; rank 0 says what was found."""
+    from .preflight.check import check
+    from .preflight.limits import PreflightSection
+    from .runtime import rank
+
+    passed = check(
+        functools.partial(_open_run, arguments), arguments.run_dir, PreflightSection(**arguments.preflight)
+    )
+    if rank() == 0:
+        print(f"preflight: {passed.summary}", flush=True)
+    return passed
+
+
+def _open_run(
+    arguments: argparse.Namespace, log: Callable[[str], None] = lambda _: None
+) -> tuple[ResolvedRun, DataPlaces]:
+    """Read the run file and find what it names."""
+    from .load import load_run
+    from .places import locate, vocab_size
+    from .runtime import cache_dir, world_size
+
+    run = load_run(arguments.run, arguments.overrides)
+    places = locate(run.data, run.reading, cache_dir(), log)
+    return run.resolve(world_size(), vocab_size(places)), places
 
 
 def verify(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from ...trainer.load import read_toml, validated
+from ...trainer.preflight.limits import PreflightSection
 from ...trainer.sections import Section
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:@/+=\[\]-]*$")]
@@ -74,13 +75,11 @@ class ClusterConfig(Section):
     python: OneLine | None = Field(None, description="the interpreter on the nodes; by default this one")
     interface: Word | None = Field(None, description="network interface for gloo and NCCL, e.g. ib0")
     max_restarts: int = Field(3, ge=0, description="starts after failures that made no progress")
-    min_all_reduce_gb_per_s: float = Field(
-        0.0, ge=0, description="refuse to train where an all-reduce is slower than this (bus bandwidth)"
-    )
     env: dict[Name, Value] = Field({}, description="variables of every process")
     secrets: tuple[Name, ...] = Field(
         (), strict=False, description="variables that nothing shows, by their names"
     )
+    preflight: PreflightSection = PreflightSection()
     slurm: SlurmSection = SlurmSection()
     kubernetes: KubernetesSection = KubernetesSection()
 

@@ -29,7 +29,7 @@ class Job:
 
     `endpoint` is the host:port that nodes meet at, where it is known before they start. `environment` are the variables
     that every rank gets, `secrets` the names of those that `secrets.json` beside the file holds. `preflight` are the
-    limits of the checks before training.
+    limits of the checks before training; with `check`, there is nothing but them.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Job:
     processes_per_node: int
     overrides: list[str] = field(default_factory=list)
     resume: str | None = None
+    check: bool = False
     debug: bool = False
     endpoint: str | None = None
     interface: str | None = None

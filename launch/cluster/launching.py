@@ -44,6 +44,7 @@ class Request:
     run_dir: Path
     overrides: list[str]
     resume: str | None
+    check: bool
     debug: bool
 
 
@@ -98,7 +99,8 @@ def prepare(request: Request, cache: Path) -> Launching:
         max_restarts=cluster.max_restarts,
         environment=cluster.env,
         secrets=list(cluster.secrets),
-        preflight={"min_all_reduce_gb_per_s": cluster.min_all_reduce_gb_per_s},
+        check=request.check,
+        preflight=cluster.preflight.model_dump(),
         options={"python": cluster.python or sys.executable, **slurm.options_of(cluster.slurm)},
     )
     if request.backend == "slurm" and cluster.slurm.gpus_per_node is None and environ.num_gpus():

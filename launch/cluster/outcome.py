@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...trainer.checkpoint.format import steps_in
 from ...trainer.errors import EXIT_FAULT, EXIT_STOPPED
+from ...trainer.preflight.limits import CHECKED
 from ...trainer.rundir import STOP
 from ..local import EXITS_THAT_SAY_WHY
 from . import ends
@@ -31,7 +32,7 @@ def outcome(job: Job, launcher_code: int) -> Outcome:
     run_dir = Path(job.run_dir)
     step = newest_step(run_dir)
     end = ends.cause(job.folder)
-    if ends.is_of_this_start(run_dir / "COMPLETE", job.folder):
+    if ends.is_of_this_start(run_dir / (CHECKED if job.check else "COMPLETE"), job.folder):
         return Outcome(0, step)
     if end is not None and end.code in EXITS_THAT_SAY_WHY:
         return Outcome(end.code, step)

@@ -7,6 +7,7 @@ shows it, too), and leaves how it ended for those who look for the cause. Import
 from __future__ import annotations
 
 import functools
+import json
 import os
 import signal
 import socket
@@ -72,7 +73,8 @@ def run_rank(job: Job, identity: environ.RankIdentity) -> int:
 
 def worker_arguments(job: Job) -> list[str]:
     """Give the worker's command line."""
-    arguments = ["train", job.run_file, "--run-dir", job.run_dir]
+    arguments = ["preflight" if job.check else "train", job.run_file, "--run-dir", job.run_dir]
+    arguments += ["--preflight", json.dumps(job.preflight)]
     for override in job.overrides:
         arguments += ["--set", override]
     arguments += ["--resume", job.resume] if job.resume else []

@@ -181,3 +181,12 @@ def test_an_endpoint_that_is_taken_is_told_before_anything_starts(tmp_path, corp
             timeout=60,
         )
     assert done.returncode == 64 and f"port {port} is taken on {os.uname().nodename}" in done.stderr
+
+
+def test_a_launch_that_is_only_checked_trains_nothing(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    with launched(corpus, run_dir, "--processes-per-node", "2", "--check") as process:
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, said
+    assert "preflight: 1 node(s), 2 rank(s), all-reduce " in said
+    assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "COMPLETE").exists()

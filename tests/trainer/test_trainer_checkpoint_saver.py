@@ -18,7 +18,6 @@ from run_files import run_of
 from basestone.trainer.checkpoint import saver, share
 from basestone.trainer.checkpoint.background import Background
 from basestone.trainer.checkpoint.reader import Reader
-from basestone.trainer.checkpoint.saver import Saver
 from basestone.trainer.checkpoint.share import TENSORS
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
 from basestone.trainer.engine_state import EngineState
@@ -188,7 +187,7 @@ def test_the_loss_scale_goes_on_as_it_was(monkeypatch):
 
 
 def test_nothing_is_begun_where_nothing_fits(run, monkeypatch):
-    monkeypatch.setattr(Saver, "_space_problem", lambda _: "full")
+    monkeypatch.setattr(saver, "space_problem", lambda *_: "full")
     outcome = run.save(2)
     assert (outcome.path, outcome.problem, run.saver.failed_in_a_row) == (None, "full", 1)
     assert not (run.path / "checkpoints").exists()

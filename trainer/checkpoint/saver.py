@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +71,24 @@ class _Flight:
     blocked_s: float = 0.0
 
 
+def checkpoint_bytes(table: Mapping[str, Parameter]) -> int:
+    """Give the size of the tensors of a checkpoint."""
+    return sum(row.numel for row in table.values()) * len(TENSORS) * FP32_BYTES
+
+
+def space_problem(run_dir: Path, num_bytes: int) -> str | None:
+    """Tell where a checkpoint would not fit on the disk of a run directory, before a byte of it is written."""
+    place = run_dir / CHECKPOINTS
+    place = place if place.is_dir() else run_dir
+    free, needed = shutil.disk_usage(place).free, int(num_bytes * 1.05) + SPARE_BYTES
+    if free >= needed:
+        return None
+    return (
+        f"a checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on the disk of {place}; free "
+        "some, lower checkpoint.keep_last, or choose another run directory"
+    )
+
+
 class Saver:
     """Writes the checkpoints of one run directory, one at a time."""
 
@@ -98,7 +116,7 @@ class Saver:
         self.directory = run_dir / CHECKPOINTS
         self._run_dir, self._table, self._runtime, self._section = run_dir, table, runtime, section
         self._copier, self._others_use = copier, in_use
-        self._num_bytes = sum(row.numel for row in table.values()) * len(TENSORS) * FP32_BYTES
+        self._num_bytes = checkpoint_bytes(table)
         self._share = Share(engine_state, runtime, table)
         self._staging = Staging(self._share, runtime.device) if asynchronous else None
         self._flight: _Flight | None = None
@@ -108,7 +126,7 @@ class Saver:
         self._newest = -1  # step that this attempt has committed
         self.failed_in_a_row = 0
         self.limit_s = LIMIT_S
-        problem = self._space_problem() if runtime.rank == 0 else None
+        problem = space_problem(run_dir, self._num_bytes) if runtime.rank == 0 else None
         if problem := runtime.broadcast(problem):
             raise ConfigError(f"checkpoints: {problem}")
 
@@ -253,23 +271,12 @@ class Saver:
         # The name of an attempt: what a killed one left is never mixed in.
         temporary = self.directory / f".tmp-{step_name(step)}-{uuid.uuid4().hex[:8]}"
         try:
-            if problem := self._space_problem():
+            if problem := space_problem(self._run_dir, self._num_bytes):
                 return problem
             temporary.mkdir(parents=True)
         except OSError as error:
             return f"rank 0: {message_of(error)}"
         return temporary
-
-    def _space_problem(self) -> str | None:
-        """Tell where a checkpoint would not fit on the disk, before a byte of it is written."""
-        place = self.directory if self.directory.is_dir() else self._run_dir
-        free, needed = shutil.disk_usage(place).free, int(self._num_bytes * 1.05) + SPARE_BYTES
-        if free >= needed:
-            return None
-        return (
-            f"a checkpoint needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on the disk of {place}; free "
-            "some, lower checkpoint.keep_last, or choose another run directory"
-        )
 
     def _commit(self, flight: _Flight, reports: list[Any], moved: Callable[[], None]) -> None:
         """Give the directory its name, then remove what is no longer kept.

@@ -54,6 +54,11 @@ class Gpu:
         """Change what it may draw; needs the rights of root, and lasts until the driver is loaded anew."""
         self._ask("nvmlDeviceSetPowerManagementLimit", round(watts * MILLI))
 
+    def uncorrected_errors(self) -> int:
+        """Count the memory errors since the driver was loaded that ECC could see and not mend."""
+        kinds = self._nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self._nvml.NVML_VOLATILE_ECC
+        return int(self._ask("nvmlDeviceGetTotalEccErrors", *kinds))
+
 
 class Nvml:
     """The library, open until `close`."""
@@ -85,6 +90,20 @@ class Nvml:
         except nvml.NVMLError as error:
             raise NvmlError(str(error)) from error
         return Gpu(nvml, handle)
+
+    def driver(self) -> str:
+        """Give the driver's version."""
+        try:
+            return str(self._nvml.nvmlSystemGetDriverVersion())
+        except self._nvml.NVMLError as error:
+            raise NvmlError(str(error)) from error
+
+    def num_gpus(self) -> int:
+        """Count the boards of the machine, whatever this process may see of them."""
+        try:
+            return int(self._nvml.nvmlDeviceGetCount())
+        except self._nvml.NVMLError as error:
+            raise NvmlError(str(error)) from error
 
     def close(self) -> None:
         """Let it go."""
