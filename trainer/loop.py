@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +39,7 @@ from .hub.exporter import Exporter, check_exports
 from .load import fixed_differences
 from .places import DataPlaces
 from .record import Recorder
-from .rundir import STOP, RunDirectory, tell_failure
+from .rundir import RunDirectory, tell_failure
 from .runtime import Runtime
 from .saving import Saving
 from .sinks.opening import open_sinks
@@ -68,7 +67,7 @@ class Trainer:
     ) -> None:
         """Take the lock, build the model, go on from the newest good checkpoint, open the data."""
         self._resolved, self._runtime, self._places = resolved, runtime, places
-        self._versions, self._preflight, self._stop_signals, self._looked_s = versions, preflight, 0, 0.0
+        self._versions, self._preflight, self._stop_signals = versions, preflight, 0
         self.step, self._run_dir = 0, run_dir
         self._tokenizer_sha256 = Tokenizer(places.tokenizer).sha256
         self._sinks: list[Sink] = []
@@ -142,7 +141,6 @@ class Trainer:
                 if (remote := self._resolved.run.checkpoint.remote) is not None:
                     check_place(remote, run_dir)
                 directory = RunDirectory(run_dir)
-                directory.forget_old_stop()
                 self._sinks = open_sinks(self._resolved, directory)
             except (ConfigError, DataError, OSError) as error:  # as a value: the other ranks wait here
                 problem = message_of(error)
@@ -259,7 +257,7 @@ class Trainer:
         self._heldout_losses = {}
         try:
             flags = (
-                self._stop_signals > 0 or self._asked_by_file(),
+                self._stop_signals > 0 or (self._directory is not None and self._directory.asked_to_stop()),
                 *self._accounts.flags(),
                 *self._saving.flags(),
             )
@@ -286,13 +284,6 @@ class Trainer:
                 self._directory.quarantine({"step": self.step + 1, **item})
                 self._console.say(f"passed over {item['bytes']} bytes of {item['source']}: {item['problem']}")
         return figures
-
-    def _asked_by_file(self) -> bool:
-        """Look for RUN/STOP, on rank 0 and once a second: the way to ask a run whose processes are elsewhere."""
-        if self._directory is None or time.monotonic() - self._looked_s < 1.0:
-            return False
-        self._looked_s = time.monotonic()
-        return (self._run_dir / STOP).exists()
 
     def _end_save(self) -> None:
         """See a save in flight through before an error of all ranks; its own failure would hide that one."""
@@ -343,7 +334,7 @@ class Trainer:
             self._saving.save(self.step, state, cause=cause, wait=wait)
         if self._directory is not None and cause == "stop":
             self._directory.mark("RESUME", f"step {self.step}")
-            (self._run_dir / STOP).unlink(missing_ok=True)
+            self._directory.forget_stop()
 
     def _finish(self) -> None:
         if self._directory is not None:

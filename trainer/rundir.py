@@ -26,6 +26,7 @@ from .run_lock import RunLock, open_lock
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
+LOOK_S = 1.0  # between two looks for it
 STOP = "STOP"  # whoever makes this file asks the run to save and stop
 FILES = (
     "run.toml",
@@ -75,6 +76,8 @@ class RunDirectory:
             self.ledger = self._load_ledger()
             self.ledger.attempts += 1
             self._old_failure = _identity(path / "FAILED")
+            self._forget_old_stop()
+            self._looked_s = 0.0
             self._metrics = _Lines(path / "metrics.jsonl")
             self._events = _Lines(path / "events.jsonl")
             self._quarantine: _Lines | None = None
@@ -161,12 +164,22 @@ class RunDirectory:
         if marker is not None:
             write_atomic(self.path / marker, f"{text}\n".encode())
 
-    def forget_old_stop(self) -> None:
-        """Take back a request to stop that is older than this process: it was for another start."""
-        path = self.path / STOP
+    def asked_to_stop(self) -> bool:
+        """Look for RUN/STOP once a second: the way to ask a run whose processes are elsewhere."""
+        if time.monotonic() - self._looked_s < LOOK_S:
+            return False
+        self._looked_s = time.monotonic()
+        return (self.path / STOP).exists()
+
+    def forget_stop(self) -> None:
+        """Take the request back: it was followed."""
+        (self.path / STOP).unlink(missing_ok=True)
+
+    def _forget_old_stop(self) -> None:
+        """Take back a request that is older than this process: it was for another start."""
         with suppress(FileNotFoundError):
-            if path.stat().st_mtime < psutil.Process().create_time():
-                path.unlink()
+            if (self.path / STOP).stat().st_mtime < psutil.Process().create_time():
+                self.forget_stop()
 
     def _another_rank_failed(self) -> bool:
         """Tell whether FAILED was written since this attempt began, which `tell_failure` does."""

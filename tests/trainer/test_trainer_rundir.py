@@ -302,7 +302,7 @@ def test_recording_a_failure_never_raises(tmp_path, caplog):
     directory.fail(7, NumericsError("the loss is not finite"))
     assert (tmp_path / "FAILED").read_text() == "step 7: the loss is not finite\n"
     assert "the failure was not recorded in events.jsonl: storage failed: No space" in caplog.text
-    (tmp_path / f".FAILED.{os.getpid()}").symlink_to("/dev/full")
+    (tmp_path / f".FAILED.{os.uname().nodename}.{os.getpid()}").symlink_to("/dev/full")
     (tmp_path / "FAILED").unlink()
     directory.fail(7, NumericsError("the loss is not finite"))
     assert (tmp_path / "FAILED").read_text() == "", "its name at least is there"
