@@ -284,10 +284,10 @@ def test_one_that_was_stopped_too_long_is_told_that_it_was_replaced(tmp_path, no
 @pytest.mark.faults
 def test_a_beat_that_cannot_be_written_is_told_and_tried_again(tmp_path, no_flock, caplog):
     lock = lock_here(tmp_path)
-    (tmp_path / f".{BEAT}.{os.getpid()}").mkdir()
+    (tmp_path / f".{BEAT}.{os.uname().nodename}.{os.getpid()}").mkdir()
     while "the counter of the lock was not raised" not in caplog.text:
         time.sleep(BEAT_S)
-    (tmp_path / f".{BEAT}.{os.getpid()}").rmdir()
+    (tmp_path / f".{BEAT}.{os.uname().nodename}.{os.getpid()}").rmdir()
     count = json.loads((tmp_path / BEAT).read_text())["count"]
     while json.loads((tmp_path / BEAT).read_text())["count"] == count:
         time.sleep(BEAT_S)
