@@ -98,9 +98,10 @@ def check_queue(run_dir: Path) -> None:
     Raises:
         ConfigError: one does.
     """
-    if not (run_dir / FOLDER / RECORD).exists():
+    try:
+        started = read_started(run_dir)
+    except ConfigError:
         return
-    started = read_started(run_dir)
     if (state := _in_queue(started)) is not None:
         raise ConfigError(
             f"{run_dir}: Slurm job {started.identity} of this run is {state}; `basestone jobs stop {run_dir}` ends "

@@ -41,6 +41,7 @@ class Supervisor:
         """Take what to start: `command` gives the launcher's command line, anew for each start."""
         self._job, self._command, self._environment, self._directory = job, command, environment, directory
         self.asked = Asked(Path(job.run_dir))
+        self._stopped = False
 
     def run(self, clean_up: Callable[[], None] = lambda: None) -> outcome.Outcome:
         """Start until there is an outcome, or no progress; `clean_up` ends what a start left on other nodes.
@@ -67,7 +68,7 @@ class Supervisor:
                     failures += 1
                     again = self._next(found, failures)
                 if not again:
-                    return outcome.Outcome(EXIT_STOPPED if self.asked.to_stop else found.exit_code, step)
+                    return outcome.Outcome(EXIT_STOPPED if self._stopped else found.exit_code, step)
                 command = again
 
     def _next(self, found: outcome.Outcome, failures: int) -> list[str] | None:
@@ -82,6 +83,7 @@ class Supervisor:
             time.sleep(0.1)
         if self.asked.to_stop:
             self.asked.take_back()
+            self._stopped = True
             say("stopped before another start")
             return []
         try:

@@ -40,11 +40,11 @@ def launch(corpus: Path, run_dir: Path, *arguments: object, steps: int = STEPS) 
     return command("launch", corpus / "run.toml", "--run-dir", run_dir, *sets, *arguments)
 
 
-def begin(node: Node, line: list[str], log: Path) -> NodeProcess:
+def begin(node: Node, line: list[str], log: Path, cwd: Path | None = None) -> NodeProcess:
     """Start a command on a node; what it says goes to a file."""
     with log.open("ab") as output:
         return node.popen(
-            line, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            line, env=environment(), cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
 
 
@@ -133,9 +133,14 @@ def test_hosts_by_deepspeeds_launcher_give_the_losses_of_one_machine(
 ):
     run_dir, log = tmp_path / "run 'odd' $(id)", tmp_path / "log"
     line = launch(corpus, run_dir, "--on", "hosts", "--hostfile", hostfile(tmp_path, "n0", "n1"))
-    agent = begin(ssh_cluster.nodes[0], line, log)
+    here = tmp_path / "a;touch planted;b $(touch planted) c"
+    here.mkdir()
+    agent = begin(ssh_cluster.nodes[0], line, log, here)
     with ending(agent):
         assert agent.wait(END_S) == 0, log.read_text()
+    assert not list(tmp_path.rglob("planted")) and not any(
+        Path(place, "planted").exists() for place in ("/", *(node.home for node in ssh_cluster.nodes))
+    )
     assert losses_of(run_dir) == reference
 
 

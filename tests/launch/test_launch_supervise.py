@@ -1,0 +1,310 @@
+"""What a launch does between and after starts: real processes stand for launchers, and the run's marks decide."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from in_process import Command
+
+from basestone.launch.cluster import ends, jobs, launcher, outcome, supervise
+from basestone.launch.cluster.config import ClusterConfig
+from basestone.launch.cluster.job import Job
+from basestone.launch.cluster.outcome import Outcome
+from basestone.launch.cluster.plan import port_of
+from basestone.launch.cluster.slurm import options_of
+from basestone.launch.cluster.supervise import Supervisor
+from basestone.trainer.errors import ConfigError
+from basestone.trainer.run_lock import RunLock, is_held
+from basestone.trainer.rundir import STOP
+
+
+def job_in(run_dir: Path, backend: str = "local", **changes) -> Job:
+    values = {
+        "name": "gpt-1123-120000",
+        "backend": backend,
+        "run_file": "/shared/gpt.toml",
+        "run_dir": str(run_dir),
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "processes_per_node": 1,
+        "options": {"python": sys.executable, **options_of(ClusterConfig().slurm)},
+    }
+    job = Job(**(values | changes))
+    job.write({})
+    return job
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "WAIT_S", 0.2)
+    monkeypatch.setattr(launcher, "LEFT_OVER_S", 0.5)
+
+
+def supervised(job: Job, script: str, clean_up: Callable[[], None] = lambda: None) -> Outcome:
+    """Supervise a launcher that is a Python program; `run` is its run directory, `leave` says how a rank ends."""
+    head = (
+        "import os, sys, time; from pathlib import Path; from basestone.launch.cluster import ends\n"
+        "run = Path(sys.argv[1]); log = run / 'log'\n"
+        "def leave(code, rank=0):\n"
+        "    log.write_text('its last words\\n'); ends.leave(run / 'launch', rank, 'n1', code, log)\n"
+    )
+    command = [sys.executable, "-c", head + script, job.run_dir]
+    return Supervisor(job, lambda: command, dict(os.environ)).run(clean_up)
+
+
+# ---- outcomes -------------------------------------------------------------------------------------------------------
+
+
+def test_marks_of_another_start_say_nothing_of_this_one(tmp_path):
+    job = job_in(tmp_path)
+    for mark in ("COMPLETE", "RESUME"):
+        (tmp_path / mark).touch()
+    ends.leave(job.folder, 0, "n0", 64, tmp_path / "log")
+    time.sleep(0.02)
+    outcome.begin(job)
+    assert outcome.outcome(job, 0) == Outcome(1, 0), "a launcher that leaves with 0 and no mark has failed"
+    assert outcome.outcome(job, 7) == Outcome(7, 0)
+    (tmp_path / "RESUME").write_text("step 3\n")
+    assert outcome.outcome(job, 0).exit_code == 75
+    (tmp_path / "COMPLETE").write_text("step 5\n")
+    assert outcome.outcome(job, 1).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [({0: 1, 1: -9}, 1), ({0: -9, 1: 1, 2: 74}, 2), ({0: 1, 1: 75}, 1), ({3: 64, 1: 64}, 1), ({0: 1}, 0)],
+)
+def test_the_rank_that_says_why_is_the_cause(tmp_path, codes, cause):
+    job = job_in(tmp_path)
+    outcome.begin(job)
+    for rank, code in codes.items():
+        ends.leave(job.folder, rank, "n0", code, tmp_path / "log")
+    assert ends.cause(job.folder).rank == cause
+
+
+# ---- starts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_makes_no_progress_is_given_up(tmp_path, capsys):
+    cleaned: list[int] = []
+    job = job_in(tmp_path, max_restarts=2)
+    found = supervised(job, "leave(-9, 3); sys.exit(3)", lambda: cleaned.append(1))
+    assert found.exit_code == 1
+    said = capsys.readouterr().err
+    assert said.count("rank 3 on n1 was killed by SIGKILL; its last words:\n  its last words") == 3
+    assert (
+        said.count("starting again from step 0") == 2
+        and "no progress in 3 start(s) from step 0: giving up" in said
+    )
+    assert len(cleaned) == 4, "before the first start, and after each"
+
+
+def test_a_run_that_makes_progress_is_started_as_often_as_it_takes(tmp_path):
+    job = job_in(tmp_path, max_restarts=1)
+    script = """
+steps = run / "checkpoints"
+number = len(list(steps.iterdir())) if steps.exists() else 0
+if number == 6: (run / "COMPLETE").touch()
+else: (steps / f"step_{number + 1:08d}").mkdir(parents=True)
+sys.exit(0 if number == 6 else 1)
+"""
+    assert supervised(job, script) == Outcome(0, 6)
+
+
+@pytest.mark.parametrize("code", [64, 74, 76])
+def test_what_people_must_mend_is_not_started_again_and_ends_a_launcher_that_hangs(tmp_path, code, capfd):
+    job = job_in(tmp_path)
+    assert supervised(job, f"leave({code}, 1); time.sleep(600)").exit_code == code
+    said = capfd.readouterr().err
+    assert "the launcher does not end: ending it" in said and "starting again" not in said
+
+
+def test_a_signal_asks_the_run_and_a_second_one_ends_the_launcher(tmp_path, capfd):
+    job = job_in(tmp_path)
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    threading.Timer(1.4, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    started_s = time.monotonic()
+    assert supervised(job, "time.sleep(600)").exit_code == 75
+    assert time.monotonic() - started_s < 30 and "SIGHUP: the run is asked to save" in capfd.readouterr().err
+    assert not (tmp_path / STOP).exists(), "there is nothing left that it could stop"
+
+
+def test_a_request_to_stop_between_two_starts_is_heard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(supervise, "WAIT_S", 60.0)
+    job = job_in(tmp_path)
+    threading.Timer(2.0, (tmp_path / STOP).touch).start()
+    assert supervised(job, "sys.exit(1)").exit_code == 75
+    assert "stopped before another start" in capsys.readouterr().err
+
+
+def test_hosts_that_are_away_for_a_while_are_waited_for(tmp_path, capsys):
+    job, asked = job_in(tmp_path, max_restarts=3), []
+
+    def command() -> list[str]:
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise ConfigError("1 of 2 host(s) cannot be reached")
+        finish = (
+            "import sys, pathlib; pathlib.Path(sys.argv[1], 'COMPLETE').touch()"
+            if len(asked) == 4
+            else "exit(1)"
+        )
+        return [sys.executable, "-c", finish, job.run_dir]
+
+    assert Supervisor(job, command, dict(os.environ)).run() == Outcome(0, 0)
+    assert capsys.readouterr().err.count("cannot be reached") == 2
+
+
+# ---- Slurm's batch process ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_slurm(tmp_path, monkeypatch) -> Path:
+    """A job of Slurm's: srun runs what stands in the file `step`, scontrol writes down what it is asked."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text('#!/bin/sh\nexec sh "$STEP"\n')
+    (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >> "$ASKED"\necho n0\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("STEP", str(tmp_path / "step"))
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n0")
+    monkeypatch.setattr(supervise, "REQUEUE_S", 0.0)
+    return tmp_path
+
+
+def asked_of(folder: Path) -> list[str]:
+    return (folder / "asked").read_text().splitlines()
+
+
+def test_a_job_that_makes_room_is_requeued_until_it_is_in_vain(in_slurm):
+    run_dir = in_slurm / "run"
+    run_dir.mkdir()
+    job = job_in(run_dir, "slurm", max_restarts=1)
+    (in_slurm / "step").write_text(f"kill -USR2 $PPID; sleep 0.5; touch '{run_dir}/RESUME'\n")
+    for _ in range(3):
+        assert supervise.run_batch(job) == 75
+        (run_dir / STOP).unlink(missing_ok=True)
+    assert asked_of(in_slurm).count("requeue 7") == 1, "the second start saved nothing new"
+    supervise.forget(job)
+    assert supervise.run_batch(job) == 75
+    assert asked_of(in_slurm).count("requeue 7") == 2, "a new launch counts anew"
+
+
+def test_a_job_that_was_asked_to_stop_is_not_requeued_and_ends_its_array(in_slurm):
+    run_dir = in_slurm / "run"
+    run_dir.mkdir()
+    job = job_in(run_dir, "slurm", options=job_in(run_dir).options | {"array": 4})
+    (in_slurm / "step").write_text(f"touch '{run_dir}/RESUME'\n")
+    assert supervise.run_batch(job) == 75
+    (in_slurm / "step").write_text("exit 9\n")
+    assert supervise.run_batch(job) == 0, "the next of the array does nothing"
+    assert "requeue 7" not in asked_of(in_slurm)
+
+
+# ---- jobs, locks and what a refusal leaves alone --------------------------------------------------------------------
+
+RUN = """
+[model]
+family = "llama"
+num_layers = 2
+hidden_size = 64
+num_attention_heads = 4
+max_sequence_length = 64
+[data]
+train = "builtin:python"
+tokenizer = "builtin:python"
+sequence_length = 64
+[train]
+steps = 4
+global_batch = 8
+micro_batch = 2
+[optimizer]
+lr = 1e-3
+"""
+
+
+def test_a_refused_launch_leaves_the_run_that_goes_on_alone(basestone: Command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(RUN)
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    job = job_in(run_dir, secrets=["TOKEN"])
+    job.write({"TOKEN": "value"})
+    (run_dir / STOP).touch()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    lock = RunLock(run_dir)
+    try:
+        assert is_held(run_dir)
+        done = basestone("launch", "run.toml", "--set", "optimizer.lr=0.5")
+    finally:
+        lock.close()
+    assert done.code == 64 and "a run goes on in it already; `basestone jobs stop" in done.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not is_held(run_dir)
+
+
+def test_states_are_told_by_the_lock_and_the_marks(basestone: Command, tmp_path):
+    for name in ("going", "done", "broken"):
+        (tmp_path / name / "launch").mkdir(parents=True)
+        job = job_in(tmp_path / name)
+        jobs.record(job, job.folder, "")
+    record = tmp_path / "done" / "launch" / "started.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": 1, "pid_started_s": 0.0}))
+    (tmp_path / "done" / "COMPLETE").touch()
+    (tmp_path / "broken" / "launch" / "started.json").write_text("{")
+    lock = RunLock(tmp_path / "going")
+    try:
+        rows = json.loads(basestone("jobs", "ls", tmp_path, "--json").out)
+        assert [(Path(row["run"]).name, row["state"]) for row in rows] == [
+            ("done", "complete"),
+            ("going", "running"),
+        ]
+        basestone("jobs", "stop", tmp_path / "going")
+        assert (tmp_path / "going" / STOP).exists()
+    finally:
+        lock.close()
+
+
+def test_pods_are_stopped_elsewhere(tmp_path):
+    job = job_in(tmp_path, "kubernetes")
+    jobs.record(job, job.folder, "gpt-1")
+    with pytest.raises(
+        ConfigError, match=r"make the file STOP in it there \(kubectl exec\), or kubectl delete gpt-1"
+    ):
+        jobs.stop(tmp_path)
+
+
+def test_launches_meet_at_ports_of_their_own():
+    ports = {port_of(Job(f"gpt-{number}", "hosts", "r", "d", 1, 1, 1)) for number in range(1000)}
+    assert len(ports) > 950 and min(ports) >= 20000 and max(ports) < 40000
+
+
+def test_a_scheduler_gets_no_secret(basestone: Command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/given\necho 12\n")
+    (tools / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("TOKEN", "canary")
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "cluster.toml").write_text("secrets = ['TOKEN']\n")
+    done = basestone(
+        "launch", "run.toml", "--on", "slurm", "--processes-per-node", "1", "--cluster", "cluster.toml"
+    )
+    assert done.code == 0 and "slurm job 12; basestone jobs ls " in done.out
+    assert "canary" not in (tmp_path / "given").read_text()
+    secrets = tmp_path / "runs" / "run" / "launch" / "secrets.json"
+    assert json.loads(secrets.read_text()) == {"TOKEN": "canary"} and secrets.stat().st_mode & 0o777 == 0o600
