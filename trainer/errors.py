@@ -22,6 +22,7 @@ CONTACT_WORDS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
+    "Timed out waiting",
     "NCCL communicator was aborted",
     "remote process exited",
 )

@@ -6,6 +6,7 @@ The only module outside model/ that speaks to Megatron-core, and the only one in
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import sys
@@ -161,9 +162,11 @@ def start(
     virtual_pipeline: int = 1,
     deterministic: bool = False,
     store: dist.Store | None = None,
+    timeout: timedelta = TIMEOUT,
 ) -> Runtime:
     """Join the processes that a launcher started (or be the only one) and make Megatron's groups.
 
+    A rank that waits for the others for longer than `timeout` gives up; Megatron's groups count whole minutes.
     A launcher is seen by RANK and WORLD_SIZE in the environment: our own, torchrun, deepspeed and srun set them.
     """
     on_cpu = not torch.cuda.is_available()
@@ -172,12 +175,12 @@ def start(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device = meet(store)
-    join_groups(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline)
-    return _runtime(device)
+    device = meet(store, timeout)
+    join_groups(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline, timeout=timeout)
+    return _runtime(device, timeout)
 
 
-def meet(store: dist.Store | None = None) -> torch.device:
+def meet(store: dist.Store | None = None, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the processes that a launcher started, or be the only one; give this one's device.
 
     The ranks meet at `store` where one was opened before. After it torch.distributed is there, and nobody who starts it
@@ -187,7 +190,7 @@ def meet(store: dist.Store | None = None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join(backend_of(device), device, store or open_store())
+        _join(backend_of(device), device, store or open_store(), timeout)
     return device
 
 
@@ -202,10 +205,10 @@ def backend_of(device: torch.device) -> str:
     return "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
-def _join(backend: str, device: torch.device, store: dist.Store) -> None:
+def _join(backend: str, device: torch.device, store: dist.Store, timeout: timedelta) -> None:
     device_id = None if device.type == "cpu" else device
     dist.init_process_group(
-        backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT, device_id=device_id
+        backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=device_id
     )
 
 
@@ -231,7 +234,9 @@ def become_rank(rank: int, size: int, rendezvous: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def join_groups(*, tensor: int, pipeline: int = 1, virtual_pipeline: int = 1) -> None:
+def join_groups(
+    *, tensor: int, pipeline: int = 1, virtual_pipeline: int = 1, timeout: timedelta = TIMEOUT
+) -> None:
     """Make Megatron's groups for a layout, replacing those of an earlier one."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -240,11 +245,11 @@ def join_groups(*, tensor: int, pipeline: int = 1, virtual_pipeline: int = 1) ->
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
     )
 
 
-def _runtime(device: torch.device) -> Runtime:
+def _runtime(device: torch.device, timeout: timedelta) -> Runtime:
     return Runtime(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -259,7 +264,7 @@ def _runtime(device: torch.device) -> Runtime:
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
         dp_group=parallel_state.get_data_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
-        control=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        control=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 

@@ -42,6 +42,12 @@ class RunSection(Section):
     processes: int | None = Field(
         None, gt=0, description="local workers; by default one per GPU, else 1", json_schema_extra=FREE
     )
+    timeout_s: float = Field(
+        1800.0,
+        ge=1,
+        description="a rank that waits for the others for longer gives up; longer than any save or evaluation takes",
+        json_schema_extra=FREE,
+    )
     deterministic: bool = Field(
         False, description="bit-reproducible kernels on a GPU, at some speed", json_schema_extra=FREE
     )

@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,7 @@ def train(arguments: argparse.Namespace) -> None:
         virtual_pipeline=run.parallel.virtual_pipeline,
         deterministic=run.run.deterministic,
         store=passed.store if passed is not None else None,
+        timeout=timedelta(seconds=run.run.timeout_s),
     )
     from .loop import Trainer
 

@@ -190,3 +190,16 @@ def test_a_launch_that_is_only_checked_trains_nothing(tmp_path, corpus):
         assert process.returncode == 0, said
     assert "preflight: 1 node(s), 2 rank(s), all-reduce " in said
     assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "COMPLETE").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_given_up_and_started_again(tmp_path, corpus, undisturbed):
+    """As a node does that has lost power: nobody closes its connections."""
+    run_dir = tmp_path / "run"
+    with launched(corpus, run_dir, "--processes-per-node", "2", "--set", "run.timeout_s=5") as process:
+        wait_for_step(process, run_dir, 10)
+        processes_of(run_dir, "basestone.trainer.worker")[1].send_signal(signal.SIGSTOP)
+        said = process.communicate(timeout=180)[0]
+        assert process.returncode == 0, said
+    assert "lost contact with another rank" in said and "starting again from step" in said
+    assert losses_of(run_dir) == undisturbed
