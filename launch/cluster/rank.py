@@ -6,6 +6,7 @@ shows it, too), and leaves how it ended for those who look for the cause. Import
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -64,11 +65,14 @@ def run_rank(job: Job, identity: environ.RankIdentity) -> int:
             pump.start()
             code = worker.wait()
             pump.join(DRAIN_S)
+    told = code == 0
     if code != 0:
-        ends.leave(job.folder, identity.rank, socket.gethostname(), code, log)
+        with contextlib.suppress(OSError):  # a full disk: the code itself must say it
+            ends.leave(job.folder, identity.rank, socket.gethostname(), code, log)
+            told = True
     final = code in (0, EXIT_STOPPED, *local.EXITS_THAT_SAY_WHY)
     # A launcher that restarts ranks by itself knows one kind of failure; the file says what this was.
-    return 0 if final else code if code > 0 else 1
+    return 0 if final and told else max(code, 1)
 
 
 def worker_arguments(job: Job) -> list[str]:

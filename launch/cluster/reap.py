@@ -28,12 +28,14 @@ GRACE_S = 5.0
 def recorded(folder: Path, rank: int, pid: int) -> Iterator[None]:
     """Write down this process and its worker for as long as they are there."""
     path = folder / FOLDER / f"{socket.gethostname()}.{rank}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({str(one): _started_s(one) for one in (pid, os.getpid())}).encode())
+    with contextlib.suppress(OSError):  # a full disk must not stop what could still train
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({str(one): _started_s(one) for one in (pid, os.getpid())}).encode())
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def reap(folder: Path) -> int:
