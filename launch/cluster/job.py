@@ -19,7 +19,7 @@ from typing import Any
 from ...data.storage import write_atomic
 from ...trainer.errors import ConfigError
 
-FOLDER = "launch"
+FOLDER, SECRETS = "launch", "secrets.json"
 PRIVATE = 0o600
 
 
@@ -77,7 +77,7 @@ class Job:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if secrets:
-            _write_private(self.folder / "secrets.json", json.dumps(secrets).encode())
+            _write_private(self.folder / SECRETS, json.dumps(secrets).encode())
         content = self.as_json().encode()
         if (
             self.backend not in ("torchrun", "kubernetes")
@@ -88,12 +88,12 @@ class Job:
 
     def read_secrets(self) -> dict[str, str]:
         """Read the secrets; none where the pods of a cluster bring them along."""
-        path = self.folder / "secrets.json"
+        path = self.folder / SECRETS
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
     def forget_secrets(self) -> None:
         """Remove the secrets, once no start can need them."""
-        (self.folder / "secrets.json").unlink(missing_ok=True)
+        (self.folder / SECRETS).unlink(missing_ok=True)
 
 
 def read_job(path: Path) -> Job:

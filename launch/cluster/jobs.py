@@ -19,7 +19,7 @@ from ...trainer.errors import ConfigError
 from ...trainer.run_lock import is_held
 from ...trainer.rundir import MARKERS
 from . import outcome
-from .job import FOLDER, Job
+from .job import FOLDER, SECRETS, Job
 
 RECORD = "started.json"
 
@@ -171,6 +171,9 @@ def stop(run_dir: Path) -> str:
         return f"{run_dir}: {status.state} already, at step {status.step}"
     if status.state == "pending":
         done = subprocess.run(["scancel", status.started.identity], capture_output=True, text=True, check=False)
-        return f"{run_dir}: {'taken out of the queue' if done.returncode == 0 else done.stderr.strip()}"
+        if done.returncode != 0:
+            return f"{run_dir}: {done.stderr.strip()}"
+        (run_dir / FOLDER / SECRETS).unlink(missing_ok=True)
+        return f"{run_dir}: taken out of the queue"
     outcome.ask_to_stop(run_dir)
     return f"{run_dir}: asked to save and stop after its step"
