@@ -80,10 +80,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 def test_fsync_order(tmp_path, calls):
     save(tmp_path / "checkpoints")
     made = [tuple("temporary" if part.startswith(".tmp-") else part for part in call) for call in calls]
-    pid = os.getpid()
     expected: list[tuple[str, ...]] = [("fsync", f"rank_{rank:05d}.bin") for rank in range(3)]
     for name in ("index.json", "state.json", "MANIFEST.json"):
-        hidden = f".{name}.{pid}"
+        hidden = f".{name}.{os.uname().nodename}.{os.getpid()}"
         expected += [("fsync", hidden), ("replace", hidden, name), ("fsync", "temporary")]
     expected += [("rename", "temporary", "step_00000001"), ("fsync", "checkpoints")]
     assert [call for call in made if call[0] != "unlink"] == expected

@@ -362,7 +362,7 @@ def test_sizes_that_overflow_are_not_tuned(hub, copied, tmp_path, field):
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_numbers_that_are_none_are_refused(copied, field, name, value):
     change_config(copied, **{field: value})
-    refused(copied, f"{name}: Input should be greater than 0")
+    refused(copied, f"{name}: Input should be a finite number")
 
 
 def test_what_is_too_deep_for_transformers_alone(copied):

@@ -224,9 +224,10 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_resolves_and_describes(recipe):
-    run = load_run(recipe).resolve(2, 4096)
-    got = lines(run)
-    assert "2 process(es)" in got["layout"]
+    run = load_run(recipe)
+    num_processes = 2 * run.parallel.tensor * run.parallel.pipeline
+    got = lines(run.resolve(num_processes, 4096))
+    assert f"{num_processes} process(es)" in got["layout"]
     assert all(text for text in got.values())
 
 
