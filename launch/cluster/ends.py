@@ -30,11 +30,6 @@ class End:
     last_words: list[str]
 
     @property
-    def is_final(self) -> bool:
-        """Tell whether another start would change nothing."""
-        return self.code in (EXIT_STOPPED, *EXITS_THAT_SAY_WHY)
-
-    @property
     def exit_code(self) -> int:
         """Give what a process that stands for the rank leaves with."""
         return self.code if self.code > 0 else 1

@@ -75,7 +75,12 @@ def run_launcher(
     failed_s: float | None = None
     while child.poll() is None:
         time.sleep(POLL_S)
-        if failed_s is None and (end := ends.cause(folder)) is not None and end.is_final:
+        end = ends.cause(folder)
+        if (
+            end is None or end.code not in local.EXITS_THAT_SAY_WHY
+        ):  # ranks may have been started again in place
+            failed_s = None
+        elif failed_s is None:
             failed_s = time.monotonic()
         if failed_s is not None and time.monotonic() - failed_s > LEFT_OVER_S:
             say("a rank has ended the run, and the launcher does not end: ending it")

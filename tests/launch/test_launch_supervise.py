@@ -127,6 +127,13 @@ def test_what_people_must_mend_is_not_started_again_and_ends_a_launcher_that_han
     assert "the launcher does not end: ending it" in said and "starting again" not in said
 
 
+def test_an_end_that_a_start_in_place_has_taken_back_ends_nothing(tmp_path, capfd):
+    job = job_in(tmp_path)
+    took_back = "leave(74); time.sleep(0.35); ends.clear(run / 'launch'); leave(75); time.sleep(1.5)\n"
+    assert supervised(job, took_back + "(run / 'COMPLETE').touch()").exit_code == 0
+    assert "ending it" not in capfd.readouterr().err
+
+
 def test_a_signal_asks_the_run_and_a_second_one_ends_the_launcher(tmp_path, capfd):
     job = job_in(tmp_path)
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGHUP)).start()
