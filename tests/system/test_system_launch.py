@@ -92,7 +92,7 @@ def test_torchrun_over_two_nodes_gives_the_losses_of_one_machine(cluster: Cluste
 
 
 def test_the_run_goes_on_without_a_node_and_again_with_it(cluster: Cluster, tmp_path, corpus):
-    run_dir, log, steps = tmp_path / "run", tmp_path / "log", 1500
+    run_dir, log, steps = tmp_path / "run", tmp_path / "log", 1000
     line = launch(
         corpus,
         run_dir,
