@@ -159,7 +159,9 @@ def _first_failure(workers: Sequence[subprocess.Popen[bytes]], known: int | None
     known_code, worst_code = workers[known].returncode, workers[worst].returncode
     # Ranks that say the same: the first of them, and rank 0 has said it on this terminal.
     gives_way = known_code not in EXITS_THAT_SAY_WHY or known_code == worst_code
-    return worst if worst_code in EXITS_THAT_SAY_WHY and gives_way else known
+    # A rank that has stopped takes a moment to be gone, in which others may already have lost contact with it.
+    says_why = worst_code in (*EXITS_THAT_SAY_WHY, EXIT_STOPPED)
+    return worst if says_why and gives_way else known
 
 
 def _explain(rank: int, code: int, log_dir: Path | None) -> None:

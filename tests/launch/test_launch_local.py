@@ -202,6 +202,7 @@ def test_the_rank_that_says_why_is_the_cause(codes, cause):
 @pytest.mark.parametrize(
     ("codes", "known", "cause"),
     [
+        ([75, 1], 1, 0),  # it stopped, and took a moment to be gone
         ([1, 76], 0, 1),
         ([1, -9], 0, 0),
         ([74, 76], 1, 1),
