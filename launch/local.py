@@ -20,6 +20,7 @@ from .environ import worker_environment
 
 GRACE_S = 10.0  # between the first failure and a SIGTERM to the others, then again before a SIGKILL
 EXITS_THAT_SAY_WHY = (64, 74, 76)  # this rank knew what was wrong; others may only have lost contact with it
+FINAL_EXITS = (0, EXIT_STOPPED, *EXITS_THAT_SAY_WHY)  # another start would change nothing
 PR_SET_PDEATHSIG = 1
 
 
@@ -139,21 +140,25 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], log_dir: Path | None, aske
     return code if code > 0 else 1
 
 
+def innocence(code: int) -> int:
+    """Order the ways in which failed ranks ended by who is the cause: the lowest is.
+
+    Ranks that say why come before those that stopped, these before those that were killed, and all of them before those
+    that lost contact with them.
+    """
+    if code in EXITS_THAT_SAY_WHY:
+        return 0
+    return 1 if code == EXIT_STOPPED else 2 if code < 0 else 3
+
+
 def _first_failure(workers: Sequence[subprocess.Popen[bytes]], known: int | None = None) -> int | None:
     """Give the rank that is the cause, as far as can be seen.
 
     `known` gives way only to one that says why, or says the same.
     """
 
-    def suspicion(rank: int) -> tuple[int, int]:
-        code = workers[rank].returncode
-        if code in EXITS_THAT_SAY_WHY:
-            return 0, rank
-        # Seen in one look: one that was killed is the cause, and those that lost contact with it the effect.
-        return 1 if code == EXIT_STOPPED else 2 if code < 0 else 3, rank
-
     failed = [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)]
-    worst = min(failed, key=suspicion, default=None)
+    worst = min(failed, key=lambda rank: (innocence(workers[rank].returncode), rank), default=None)
     if known is None or worst is None:
         return worst
     known_code, worst_code = workers[known].returncode, workers[worst].returncode

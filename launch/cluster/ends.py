@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...data.storage import write_atomic
-from ...trainer.errors import EXIT_STOPPED
-from ..local import EXITS_THAT_SAY_WHY
+from ..local import EXITS_THAT_SAY_WHY, innocence
 
 NUM_LINES = 20  # of its last words that a failing rank leaves
 FOLDER, START = "ends", "start"
@@ -71,15 +70,13 @@ def _name(rank: int) -> str:
 def cause(folder: Path) -> End | None:
     """Give the end that explains the others, as far as can be seen: None where no rank left one in this start.
 
-    Ranks that say why come before those that were killed, and these before those that lost contact with them.
+    Of ranks that say why the first counts, else the one that ended first.
     """
     paths = [path for path in sorted((folder / FOLDER).glob("rank_*.json")) if is_of_this_start(path, folder)]
     ends = [end for path in paths if (end := _read(path)) is not None]
 
     def suspicion(end: End) -> tuple[int, float]:
-        if end.code in EXITS_THAT_SAY_WHY:
-            return 0, end.rank
-        return 1 if end.code == EXIT_STOPPED else 2 if end.code < 0 else 3, end.time_s
+        return innocence(end.code), end.rank if end.code in EXITS_THAT_SAY_WHY else end.time_s
 
     return min(ends, key=suspicion, default=None)
 

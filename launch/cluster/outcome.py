@@ -9,7 +9,7 @@ from ...trainer.checkpoint.format import steps_in
 from ...trainer.errors import EXIT_FAULT, EXIT_STOPPED
 from ...trainer.preflight.limits import CHECKED
 from ...trainer.rundir import STOP
-from ..local import EXITS_THAT_SAY_WHY
+from ..local import EXITS_THAT_SAY_WHY, FINAL_EXITS
 from . import ends
 from .job import Job
 
@@ -24,7 +24,7 @@ class Outcome:
     @property
     def is_final(self) -> bool:
         """Tell whether another start would change nothing: it is complete, or whoever gave the input must act."""
-        return self.exit_code in (0, EXIT_STOPPED, *EXITS_THAT_SAY_WHY)
+        return self.exit_code in FINAL_EXITS
 
 
 def outcome(job: Job, launcher_code: int) -> Outcome:

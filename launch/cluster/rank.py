@@ -17,7 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ...trainer.errors import EXIT_STOPPED, BasestoneError, exit_code_of, message_of
+from ...trainer.errors import BasestoneError, exit_code_of, message_of
 from .. import environ, local
 from . import ends, reap
 from .job import Job, decode, read_job
@@ -70,9 +70,8 @@ def run_rank(job: Job, identity: environ.RankIdentity) -> int:
         with contextlib.suppress(OSError):  # a full disk: the code itself must say it
             ends.leave(job.folder, identity.rank, socket.gethostname(), code, log)
             told = True
-    final = code in (0, EXIT_STOPPED, *local.EXITS_THAT_SAY_WHY)
     # A launcher that restarts ranks by itself knows one kind of failure; the file says what this was.
-    return 0 if final and told else max(code, 1)
+    return 0 if told and code in local.FINAL_EXITS else max(code, 1)
 
 
 def worker_arguments(job: Job) -> list[str]:

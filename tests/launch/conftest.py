@@ -47,6 +47,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A small run on the embedded corpus."""
+    values = run_values(data__train="builtin:python", data__tokenizer="builtin:python")
+    (tmp_path / "run.toml").write_text(run_to_toml(values))
+    return tmp_path / "run.toml"
+
+
 TEXTS = [
     f"Document {number}: " + "the quick brown fox jumps over the lazy dog. " * (5 + number)
     for number in range(60)

@@ -247,31 +247,6 @@ def _lost(given, known, place: str = "") -> list[str]:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-RUN = """
-[model]
-family = "llama"
-num_layers = 2
-hidden_size = 64
-num_attention_heads = 4
-max_sequence_length = 64
-[data]
-train = "builtin:python"
-tokenizer = "builtin:python"
-sequence_length = 64
-[train]
-steps = 4
-global_batch = 8
-micro_batch = 2
-[optimizer]
-lr = 1e-3
-"""
-
-
-@pytest.fixture
-def run_file(tmp_path) -> Path:
-    (tmp_path / "run.toml").write_text(RUN)
-    return tmp_path / "run.toml"
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

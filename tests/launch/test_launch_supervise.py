@@ -222,29 +222,11 @@ def test_a_job_that_was_asked_to_stop_is_not_requeued_and_ends_its_array(in_slur
 
 # ---- jobs, locks and what a refusal leaves alone --------------------------------------------------------------------
 
-RUN = """
-[model]
-family = "llama"
-num_layers = 2
-hidden_size = 64
-num_attention_heads = 4
-max_sequence_length = 64
-[data]
-train = "builtin:python"
-tokenizer = "builtin:python"
-sequence_length = 64
-[train]
-steps = 4
-global_batch = 8
-micro_batch = 2
-[optimizer]
-lr = 1e-3
-"""
 
-
-def test_a_refused_launch_leaves_the_run_that_goes_on_alone(basestone: Command, tmp_path, monkeypatch):
+def test_a_refused_launch_leaves_the_run_that_goes_on_alone(
+    basestone: Command, run_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.toml").write_text(RUN)
     run_dir = tmp_path / "runs" / "run"
     run_dir.mkdir(parents=True)
     job = job_in(run_dir, secrets=["TOKEN"])
@@ -254,7 +236,7 @@ def test_a_refused_launch_leaves_the_run_that_goes_on_alone(basestone: Command, 
     lock = RunLock(run_dir)
     try:
         assert is_held(run_dir)
-        done = basestone("launch", "run.toml", "--set", "optimizer.lr=0.5")
+        done = basestone("launch", run_file, "--set", "optimizer.lr=0.5")
     finally:
         lock.close()
     assert done.code == 64 and "a run goes on in it already; `basestone jobs stop" in done.err
@@ -298,7 +280,7 @@ def test_launches_meet_at_ports_of_their_own():
     assert len(ports) > 950 and min(ports) >= 20000 and max(ports) < 40000
 
 
-def test_a_scheduler_gets_no_secret(basestone: Command, tmp_path, monkeypatch):
+def test_a_scheduler_gets_no_secret(basestone: Command, run_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -306,7 +288,6 @@ def test_a_scheduler_gets_no_secret(basestone: Command, tmp_path, monkeypatch):
     (tools / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setenv("TOKEN", "canary")
-    (tmp_path / "run.toml").write_text(RUN)
     (tmp_path / "cluster.toml").write_text("secrets = ['TOKEN']\n")
     done = basestone(
         "launch", "run.toml", "--on", "slurm", "--processes-per-node", "1", "--cluster", "cluster.toml"
