@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from basestone.model.layout import decoder_layout
 from basestone.trainer import runtime as processes
-from basestone.trainer.batch import cut
+from basestone.trainer.batch import causal_fields, cut
 from basestone.trainer.checkpoint.format import BLOCK_BYTES, steps_in
 from basestone.trainer.checkpoint.restorer import Restorer
 from basestone.trainer.checkpoint.saver import Saver
@@ -103,7 +103,8 @@ class Bench:
         started_s = time.perf_counter()
         tokens = torch.randint(0, self._vocab, (1, self._length + 1), dtype=torch.int32)
         dist.broadcast(tokens, src=0, group=self.runtime.control)
-        loss = self.engine.forward_backward(cut(tokens, torch.ones(1, self._length), 1), float(self._length))
+        batches = cut(causal_fields(tokens, torch.ones(1, self._length)), 1)
+        loss = self.engine.forward_backward(batches, {"next_token": float(self._length)})
         before_update()
         self.engine.update(1e-4)
         dist.all_reduce(loss)

@@ -17,7 +17,7 @@ import torch
 
 import basestone.trainer.engine
 from basestone.trainer import runtime as processes
-from basestone.trainer.batch import cut
+from basestone.trainer.batch import causal_fields, cut
 from basestone.trainer.config import ResolvedRun, RunConfig
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import Layout, parse_layout
@@ -58,7 +58,8 @@ def measure(resolved: ResolvedRun) -> tuple[int, int, int]:
     built = _status_bytes("VmRSS") - before
     tokens = torch.randint(0, VOCAB, (2, SEQUENCE + 1), dtype=torch.int32)
     for _ in range(2):
-        engine.forward_backward(cut(tokens, torch.ones(2, SEQUENCE), 1), 2.0 * SEQUENCE)
+        batches = cut(causal_fields(tokens, torch.ones(2, SEQUENCE)), 1)
+        engine.forward_backward(batches, {"next_token": 2.0 * SEQUENCE})
         engine.update(1e-4)
     gc.collect()
     return peak, built, _status_bytes("VmRSS") - before

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from basestone.trainer import runtime as processes
-from basestone.trainer.batch import cut
+from basestone.trainer.batch import causal_fields, cut
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import Engine
 from basestone.trainer.forks import run_ranks
@@ -73,7 +73,10 @@ def rank_figures(rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
     tokens = torch.randint(0, VOCAB, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
 
     def step() -> None:
-        total = engine.forward_backward(cut(tokens, weights, MICRO_BATCH), float(MICRO_BATCH * SEQUENCE * size))
+        total = engine.forward_backward(
+            cut(causal_fields(tokens, weights), MICRO_BATCH),
+            {"next_token": float(MICRO_BATCH * SEQUENCE * size)},
+        )
         dist.all_reduce(total)
         float(total)
         engine.update(3e-4)

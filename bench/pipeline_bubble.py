@@ -21,7 +21,7 @@ from basestone.model.decoder import megatron_config
 from basestone.model.pipeline import chunks_of_ranks
 from basestone.model.stage import Stage, prepare_parameters
 from basestone.trainer import runtime as processes
-from basestone.trainer.batch import cut
+from basestone.trainer.batch import causal_fields, cut
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.plan import bubble_share
 
@@ -41,11 +41,11 @@ def seconds(virtual: int, repeats: int) -> dict[int, float]:
     stage = Stage(MODEL, config, chunks)
     prepare_parameters(stage, MODEL, seed=0)
     tokens = torch.randint(0, VOCAB, (max(MICRO_BATCHES), SEQUENCE + 1), dtype=torch.int32)
-    batches = cut(tokens, torch.ones(max(MICRO_BATCHES), SEQUENCE), 1)
+    batches = cut(causal_fields(tokens, torch.ones(max(MICRO_BATCHES), SEQUENCE)), 1)
 
     def forward_step(iterator, chunk):  # type: ignore[no-untyped-def]
         batch = next(iterator)
-        return chunk(batch.tokens, batch.labels), lambda losses_bs: (losses_bs.mean(), {})
+        return chunk(batch), lambda outcomes: (outcomes["next_token"].losses.mean(), {})
 
     taken: dict[int, list[float]] = {count: [] for count in MICRO_BATCHES}
     for repeat in range(repeats + 1):

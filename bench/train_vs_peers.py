@@ -93,7 +93,7 @@ def basestone(steps: int, compiled: bool) -> list[float]:
     import torch.distributed as dist
 
     from basestone.trainer import runtime as processes
-    from basestone.trainer.batch import cut
+    from basestone.trainer.batch import causal_fields, cut
     from basestone.trainer.config import RunConfig
     from basestone.trainer.engine import Engine
 
@@ -121,7 +121,10 @@ def basestone(steps: int, compiled: bool) -> list[float]:
         tokens = batch(step, runtime.rank)
         started = time.perf_counter()
         processes.seed_step(0, step, runtime)
-        loss = engine.forward_backward(cut(tokens, weights, MICRO_BATCH), float(MICRO_BATCH * SEQUENCE * size))
+        loss = engine.forward_backward(
+            cut(causal_fields(tokens, weights), MICRO_BATCH),
+            {"next_token": float(MICRO_BATCH * SEQUENCE * size)},
+        )
         dist.all_reduce(loss)
         float(loss)
         engine.update(3e-4)

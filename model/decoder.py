@@ -5,7 +5,7 @@ Shapes: s sequence, b batch, h hidden, v vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .backend import backend_for
 from .config import ModelConfig
-from .loss import vocab_parallel_cross_entropy
+from .loss import Outcome, vocab_parallel_cross_entropy
 from .pipeline import Chunk, chunks_of_ranks
 
 
@@ -271,14 +271,15 @@ class Decoder(MegatronModule):
             x_sbh, _ = layer(x_sbh, attention_mask=mask, rotary_pos_emb=rope)
         return x_sbh
 
-    def forward(
-        self, tokens_bs: Tensor, labels_bs: Tensor | None = None, starts_bs: Tensor | None = None
-    ) -> Tensor:
-        """Run the stage; with `starts_bs`, true where a document begins, attention keeps to documents.
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Outcome]:
+        """Run the stage on `tokens` int64 [b, s].
 
-        Returns [s, b, h] for the next stage; on the last stage the loss of every position in nats, fp32 [b, s],
-        or without labels the logits [b, s, v] of this rank's part of the padded vocabulary.
+        With `starts`, bool [b, s], true where a document begins, attention keeps to documents.
+
+        Returns [s, b, h] for the next stage; on the last stage with `labels`, int64 [b, s], the loss of every position
+        as `next_token` [b, s], without them the logits [b, s, v] of this rank's part of the padded vocabulary.
         """
+        tokens_bs, starts_bs = batch["tokens"], batch.get("starts")
         if self.first:
             x_sbh = self.embed(tokens_bs, starts_bs)
         else:
@@ -296,7 +297,7 @@ class Decoder(MegatronModule):
             return x_sbh
         weight = self.embed.word.weight if self.model.tied else None
         logits_sbv, _ = self.head(self.norm(x_sbh), weight=weight)
-        if labels_bs is None:
+        if (labels_bs := batch.get("labels")) is None:
             return logits_sbv.transpose(0, 1)
         rank, vocab = parallel_state.get_tensor_model_parallel_rank(), self.model.vocab_size
         assert vocab is not None
@@ -308,7 +309,7 @@ class Decoder(MegatronModule):
             z_loss=self.model.z_loss if self.training else 0.0,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return losses_sb.transpose(0, 1)
+        return {"next_token": Outcome(losses_sb.transpose(0, 1))}
 
 
 def document_mask(starts_bs: Tensor) -> Tensor:

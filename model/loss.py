@@ -9,12 +9,24 @@ Shapes: t positions (sequence x batch), v vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # fp32 scratch: what stays in a core's cache; what fills a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+
+
+class Outcome(NamedTuple):
+    """What a model made of a part of its loss: the loss of every prediction in nats, fp32, and which were right.
+
+    `right` is like `losses`, 0 or 1, or None where the model does not tell: in training.
+    """
+
+    losses: Tensor
+    right: Tensor | None = None
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

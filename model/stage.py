@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.core import parallel_state, tensor_parallel
@@ -53,12 +53,10 @@ class Stage(nn.Module):
             chunk.training = mode
         return super().train(mode)
 
-    def forward(
-        self, tokens_bs: Tensor, labels_bs: Tensor | None = None, starts_bs: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """Run a stage that is the whole model; Megatron-core's schedules call the chunks of others."""
         (chunk,) = self.chunks
-        return chunk(tokens_bs, labels_bs, starts_bs)
+        return chunk(batch)
 
 
 def _schedule_config(config: TransformerConfig, num_chunks: int) -> TransformerConfig:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from basestone.model.layout import decoder_layout
 from basestone.trainer import runtime as processes
-from basestone.trainer.batch import MicroBatch, cut
+from basestone.trainer.batch import MicroBatch, causal_fields, cut
 from basestone.trainer.checkpoint.restorer import Restorer
 from basestone.trainer.checkpoint.saver import SaveOutcome, Saver
 from basestone.trainer.config import RunConfig
@@ -95,14 +95,16 @@ def micro_batches_of(
     apart = run.data.attention == "document"
     starts = np.random.default_rng(10_000 + step).random(weights.shape) < 0.1
     marks = weights + 2 * starts
-    batches = cut(
-        torch.from_numpy(tokens[rows]),
-        torch.from_numpy(marks[rows]),
-        run.train.micro_batch,
-        multiple,
-        documents_apart=apart,
-    )
+    batches = causal_batches(tokens[rows], marks[rows], run.train.micro_batch, multiple, documents_apart=apart)
     return batches, float(weights.sum())
+
+
+def causal_batches(
+    tokens: np.ndarray, marks: np.ndarray, micro_batch: int, multiple: int = 1, *, documents_apart: bool = False
+) -> list[MicroBatch]:
+    """Cut rows of tokens and marks into the micro-batches of a decoder."""
+    fields = causal_fields(torch.from_numpy(tokens), torch.from_numpy(marks), documents_apart=documents_apart)
+    return cut(fields, micro_batch, multiple)
 
 
 def train(
@@ -113,7 +115,7 @@ def train(
     for step in steps:
         batches, num_tokens = micro_batches_of(step, run, slice(runtime.dp_rank, None, runtime.dp_size))
         processes.seed_step(run.run.seed, step, runtime)
-        total = engine.forward_backward(batches, num_tokens)
+        total = engine.forward_backward(batches, {"next_token": num_tokens})
         dist.all_reduce(total)
         before_update()
         norm = engine.update(LR)
@@ -125,11 +127,10 @@ def held_out_loss(engine: Engine, run: RunConfig) -> float:
     """Give the loss of a batch that no step trains on, in a number of micro-batches that no schedule likes."""
     tokens, weights = batch_of(1000)
     mine = slice(engine.runtime.dp_rank, 6, engine.runtime.dp_size)
-    total = engine.evaluate(
-        cut(torch.from_numpy(tokens[mine]), torch.from_numpy(weights[mine]), 2, engine.micro_batch_multiple)
-    ).double()
-    dist.all_reduce(total)
-    return float(total) / float(weights[:6].sum())
+    batches = causal_batches(tokens[mine], weights[mine], 2, engine.micro_batch_multiple)
+    sums = engine.evaluate(batches).double()
+    dist.all_reduce(sums)
+    return float(sums[0, 0]) / float(weights[:6].sum())
 
 
 def curve_of(run: RunConfig, steps: int) -> list[tuple[float, float]]:

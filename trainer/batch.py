@@ -1,18 +1,22 @@
 """One batch: its names, dtypes and axes, and how it gets from the reader to the ranks of a model replica.
 
+What the fields are is the task's affair (data/tasks/). Between reader and ranks each is int32 [samples, columns], all
+of them side by side in one buffer. In a micro-batch they are int64, but for the weights of predictions, fp32. Those of
+the causal task are
+
 field     dtype   axes
 tokens    int64   [micro-batch, sequence]
 labels    int64   [micro-batch, sequence]   the next token
 weights   fp32    [micro-batch, sequence]   1 where the prediction counts
-starts    bool    [micro-batch, sequence]   true where a document begins; None where attention crosses documents
+starts    bool    [micro-batch, sequence]   true where a document begins; missing where attention crosses documents
 
-Between reader and ranks the last two travel as one number a place, its mark: 1 where the prediction counts, and 2
-more where a document begins.
+and travel as tokens, one more than the sequence has, and one number a place, its mark: 1 where the prediction counts,
+and 2 more where a document begins.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -21,14 +25,8 @@ from torch import Tensor
 
 from .runtime import Runtime
 
-
-class MicroBatch(NamedTuple):
-    """What one forward takes."""
-
-    tokens: Tensor
-    labels: Tensor
-    weights: Tensor
-    starts: Tensor | None = None
+MicroBatch = dict[str, Tensor]
+WEIGHTS = frozenset({"weights", "real"})  # fields that say which predictions, or whole samples, count
 
 
 def marks_of(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -37,52 +35,56 @@ def marks_of(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def share(
-    tokens: np.ndarray | None,
-    marks: np.ndarray | None,
-    num_samples: int,
-    sequence_length: int,
-    runtime: Runtime,
-) -> tuple[Tensor, Tensor]:
+    fields: Mapping[str, np.ndarray] | None, widths: Mapping[str, int], num_samples: int, runtime: Runtime
+) -> dict[str, Tensor]:
     """Give every rank of a model replica what its reader has read.
 
     Args:
-        tokens: int32 [num_samples, sequence_length + 1] on the reader, None elsewhere.
-        marks: uint8 [num_samples, sequence_length] on the reader, None elsewhere.
+        fields: integers [num_samples, columns] by name on the reader, None elsewhere.
+        widths: the columns of each field.
 
     Returns:
-        The same two as int32 tensors on the device of training.
+        The same as int32 tensors on the device of training.
     """
-    width = 2 * sequence_length + 1
-    buffer = torch.empty(num_samples, width, dtype=torch.int32)
+    buffer = torch.empty(num_samples, sum(widths.values()), dtype=torch.int32)
     if runtime.reads_data:
-        assert tokens is not None and marks is not None
-        buffer[:, : sequence_length + 1] = torch.from_numpy(tokens)
-        buffer[:, sequence_length + 1 :] = torch.from_numpy(marks)
+        assert fields is not None
+        for name, part in zip(widths, buffer.split(list(widths.values()), dim=1), strict=True):
+            part.copy_(torch.from_numpy(fields[name]))
     buffer = buffer.to(runtime.device, non_blocking=True)
     if dist.get_world_size(runtime.model_group) > 1:
         source = dist.get_process_group_ranks(runtime.model_group)[0]
         dist.broadcast(buffer, src=source, group=runtime.model_group)
-    return buffer[:, : sequence_length + 1], buffer[:, sequence_length + 1 :]
+    return dict(zip(widths, buffer.split(list(widths.values()), dim=1), strict=True))
 
 
-def cut(
-    tokens: Tensor, marks: Tensor, micro_batch: int, multiple: int = 1, *, documents_apart: bool = False
-) -> list[MicroBatch]:
-    """Cut a rank's samples into micro-batches, a multiple of `multiple`; samples that do not count fill them up.
+def causal_fields(tokens: Tensor, marks: Tensor, *, documents_apart: bool = False) -> dict[str, Tensor]:
+    """Turn tokens [samples, sequence + 1] and marks [samples, sequence] into the fields of a causal model.
 
-    With `documents_apart` the micro-batches say where documents begin, and attention keeps to them.
+    With `documents_apart` they say where documents begin, and attention keeps to them.
     """
-    missing = -len(tokens) % (micro_batch * multiple)
-    if missing:
-        tokens = torch.cat((tokens, tokens.new_zeros(missing, tokens.shape[1])))
-        marks = torch.cat((marks, marks.new_zeros(missing, marks.shape[1])))
-    tokens = tokens.long()
+    fields = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "weights": marks % 2}
+    return fields | {"starts": marks >= 2} if documents_apart else fields
+
+
+def num_tokens_of(fields: Mapping[str, Tensor]) -> float:
+    """Count the tokens that the model is trained on: those that are not padding, else those that are predicted."""
+    if "length" not in fields:
+        return float(fields["weights"].sum())
+    lengths = [field for name, field in fields.items() if name.endswith("length")]
+    return float(sum(int(length.sum()) for length in lengths))
+
+
+def cut(fields: Mapping[str, Tensor], micro_batch: int, multiple: int = 1) -> list[MicroBatch]:
+    """Cut a rank's samples into micro-batches, a multiple of `multiple`; samples that do not count fill them up."""
+    columns = {}
+    for name, field in fields.items():
+        if missing := -len(field) % (micro_batch * multiple):
+            field = torch.cat((field, field.new_zeros(missing, field.shape[1])))
+        if field.dtype != torch.bool:
+            field = field.float() if name in WEIGHTS else field.long()
+        columns[name] = field.split(micro_batch)
     return [
-        MicroBatch(
-            part[:, :-1].contiguous(),
-            part[:, 1:].contiguous(),
-            (mark % 2).float(),
-            mark >= 2 if documents_apart else None,
-        )
-        for part, mark in zip(tokens.split(micro_batch), marks.split(micro_batch), strict=True)
+        {name: part.contiguous() for name, part in zip(columns, parts, strict=True)}
+        for parts in zip(*columns.values(), strict=True)
     ]

@@ -243,6 +243,11 @@ class ResolvedRun:
     steps: int
 
     @property
+    def parts(self) -> dict[str, str]:
+        """Give the parts of the loss, each with the field that says which of its predictions count."""
+        return {"next_token": "weights"}
+
+    @property
     def saves_asynchronously(self) -> bool:
         """Tell whether checkpoints are written from a copy, which memory that was offloaded would not hold."""
         wanted = self.run.checkpoint.asynchronous

@@ -21,7 +21,7 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from ..model.decoder import megatron_config
 from ..model.initial import initial_piece
 from ..model.layout import decoder_layout, has_weight_decay
+from ..model.loss import Outcome
 from ..model.pipeline import chunks_of_ranks
 from ..model.stage import Stage, prepare_parameters
 from .batch import MicroBatch
@@ -71,6 +72,7 @@ class Engine:
         self.runtime, self.model = runtime, run.model
         self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
         self._sequence_length, self._micro_batch = run.data.sequence_length, run.train.micro_batch
+        self.parts = resolved.parts
         if runtime.on_cpu and self._dtype == "fp16":
             raise ConfigError("train.dtype = 'fp16' needs a GPU, and there is none; set it to 'bf16'")
         if runtime.on_cpu:
@@ -183,45 +185,50 @@ class Engine:
         """What the number of micro-batches must be a multiple of: the interleaved schedule has a say in it."""
         return self.runtime.pp_size if len(self.module.chunks) > 1 else 1
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], num_tokens: float) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], counts: Mapping[str, float]) -> Tensor:
         """Run forward and backward over this rank's micro-batches.
 
         Args:
             micro_batches: this rank's part of the global batch.
-            num_tokens: predictions that count, in the whole global batch.
+            counts: by part of the loss, the predictions that count in the whole global batch.
 
         Returns:
-            This rank's part of the summed loss in nats, fp32: over all ranks they add up to the global batch's.
+            This rank's share of each part's summed loss in nats, fp32 [parts]: over all ranks they add up to the
+            global batch's.
         """
         self.module.train()
         # The schedule divides by the micro-batches and ZeRO averages over data-parallel ranks: take both back.
-        scale = len(micro_batches) * self.runtime.dp_size / num_tokens
+        scale = len(micro_batches) * self.runtime.dp_size
+        scales = {name: scale / counts[name] for name in self.parts}
         if self._through_engine:
             self._chunks[0].begin_step(len(micro_batches))
-            return self._run(micro_batches, scale)
+            return self._run(micro_batches, scales)[:, 0]
         with contextlib.ExitStack() as reduction:
             if self._zero > 0:
                 reduction.enter_context(self._engine.coalesce_grad_reduction())
-            total = self._run(micro_batches, scale)
+            sums = self._run(micro_batches, scales)
             with self.phases.device("gradient_sync"):
                 self._finish_gradients()
                 reduction.close()
-        return total
+        return sums[:, 0]
 
-    def _run(self, micro_batches: Sequence[MicroBatch], scale: float, *, forward_only: bool = False) -> Tensor:
+    def _run(
+        self, micro_batches: Sequence[MicroBatch], scales: Mapping[str, float], *, forward_only: bool = False
+    ) -> Tensor:
+        """Run the schedule; give this rank's share of the sums by part: [parts, (loss, right predictions)]."""
         reports = run_schedule(
-            self._forward_step(scale),
+            self._forward_step(scales),
             self._chunks,
             micro_batches,
             sequence_length=self._sequence_length,
             micro_batch=self._micro_batch,
             forward_only=forward_only,
         )
-        total = torch.zeros((), device=self.runtime.device)
+        sums = torch.zeros(len(self.parts), 2, device=self.runtime.device)
         if self.runtime.tp_rank == 0:  # its tensor-parallel neighbours have the same sums, earlier stages none
             for report in reports:
-                total += report["loss_sum"]
-        return total
+                sums += report["sums"]
+        return sums
 
     def _finish_gradients(self) -> None:
         """Add up, once a step, the gradients that several ranks of a replica have parts of."""
@@ -232,16 +239,22 @@ class Engine:
         for parameter in self.module.tied_copies:
             add_over([gradient_of(parameter)], runtime.embedding_group)
 
-    def _forward_step(self, scale: float) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
+    def _forward_step(self, scales: Mapping[str, float]) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
         def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> Any:
             batch = next(batches)
-            losses_bs = chunk(batch.tokens, batch.labels, batch.starts)
 
-            def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                total = (output * batch.weights).sum()
-                return total * scale, {"loss_sum": total.detach().clone()}
+            def loss(outputs: dict[str, Outcome]) -> tuple[Tensor, dict[str, Tensor]]:
+                sums = {}
+                for name, weights in self.parts.items():
+                    losses, right = outputs[name]
+                    weight = batch[weights].view_as(losses)
+                    hits = losses.new_zeros(()) if right is None else (right * weight).sum()
+                    sums[name] = torch.stack(((losses * weight).sum(), hits))
+                total = sum(sums[name][0] * scales[name] for name in self.parts)
+                assert isinstance(total, Tensor)
+                return total, {"sums": torch.stack(tuple(sums.values())).detach()}
 
-            return losses_bs, loss
+            return chunk(batch), loss
 
         return forward_step
 
@@ -276,9 +289,12 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Give this rank's part of the summed loss in nats, without dropout and z-loss; like `forward_backward`."""
+        """Give this rank's share of the sums, fp32 [parts, 2], without dropout and z-loss.
+
+        By part: the loss in nats, and the predictions that were right where the model tells.
+        """
         self.module.eval()
-        return self._run(micro_batches, 1.0, forward_only=True)
+        return self._run(micro_batches, dict.fromkeys(self.parts, 1.0), forward_only=True)
 
     def close(self) -> None:
         """Remove this rank's swap files; safe after an exception."""
@@ -369,12 +385,12 @@ class _EngineChunk(nn.Module):
         """Pass on what the schedule hands over."""
         self.stage.chunks[0].set_input_tensor(tensor)
 
-    def forward(self, tokens_bs: Tensor, labels_bs: Tensor, starts_bs: Tensor | None = None) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Any:
         """Run one micro-batch; the last one of a step is the accumulation boundary."""
         if self.stage.training:
             self._remaining -= 1
             self.engine.set_gradient_accumulation_boundary(self._remaining == 0)
-        return self.engine(tokens_bs, labels_bs, starts_bs)
+        return self.engine(batch)
 
 
 @contextlib.contextmanager

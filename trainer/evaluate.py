@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..data.config import ReadingConfig
 from ..data.heldout import load_heldout
 from ..data.reading.reader import RangeReader
-from .batch import cut, marks_of, share
+from .batch import causal_fields, cut, marks_of, share
 from .engine import Engine
 from .runtime import Runtime
 
@@ -47,8 +47,8 @@ class HeldOut:
         reading: ReadingConfig,
     ) -> None:
         """Read the set on every reader and share it with the ranks of its replica."""
-        self.name, self._runtime, self._documents_apart = name, runtime, documents_apart
-        tokens = marks = None
+        self.name = name
+        fields = None
         size = (0, 0, 0)
         if runtime.reads_data:
             data = load_heldout(
@@ -59,28 +59,25 @@ class HeldOut:
                 reader=RangeReader(reading),
             )
             mine = slice(runtime.dp_rank, None, runtime.dp_size)
-            tokens, marks = data.tokens[mine], marks_of(data.weights[mine], data.starts[mine])
+            fields = {"tokens": data.tokens[mine], "marks": marks_of(data.weights[mine], data.starts[mine])}
             size = (len(data.tokens), int(data.weights.sum()), data.num_bytes)
         total, self.num_tokens, self.num_bytes = runtime.broadcast(size)
         own = len(range(runtime.dp_rank, total, runtime.dp_size))
-        self._tokens, self._marks = share(tokens, marks, own, sequence_length, runtime)
+        widths = {"tokens": sequence_length + 1, "marks": sequence_length}
         # Every rank runs as many forwards as the busiest: the schedule's collectives have to match.
         missing = -(-total // runtime.dp_size) - own
-        self._tokens = torch.cat((self._tokens, self._tokens.new_zeros(missing, self._tokens.shape[1])))
-        self._marks = torch.cat((self._marks, self._marks.new_zeros(missing, self._marks.shape[1])))
+        shared = {
+            name: torch.cat((field, field.new_zeros(missing, field.shape[1])))
+            for name, field in share(fields, widths, own, runtime).items()
+        }
+        self._fields = causal_fields(**shared, documents_apart=documents_apart)
 
     def measure(self, engine: Engine, micro_batch: int) -> HeldOutLoss:
         """Run the model over the set; the same result on every rank."""
-        batches = cut(
-            self._tokens,
-            self._marks,
-            micro_batch,
-            engine.micro_batch_multiple,
-            documents_apart=self._documents_apart,
-        )
-        total = engine.evaluate(batches).double()
-        dist.all_reduce(total)
-        nats = float(total)
+        batches = cut(self._fields, micro_batch, engine.micro_batch_multiple)
+        sums = engine.evaluate(batches).double()
+        dist.all_reduce(sums)
+        nats = float(sums[0, 0])
         loss = nats / max(1, self.num_tokens)
         return HeldOutLoss(
             loss=loss,

@@ -12,7 +12,7 @@ from ..data.position import content_differences, merge_states
 from ..data.quarantine import check_bad_bytes
 from ..data.stream import COUNTERS, TokenStream
 from ..data.stream_settings import OpenedSources, StreamSettings
-from .batch import marks_of, share
+from .batch import causal_fields, marks_of, share
 from .config import ResolvedRun
 from .places import DataPlaces
 from .runtime import Runtime
@@ -59,17 +59,18 @@ class Feed:
         """What the restored position did not know of the sources, on the rank that reads for the first replica."""
         return self._stream.changes if self._stream is not None else []
 
-    def read(self, step: int) -> tuple[Tensor, Tensor]:
-        """Give tokens int32 [samples, sequence + 1] and marks int32 [samples, sequence] of a step; see batch.py."""
+    def read(self, step: int) -> dict[str, Tensor]:
+        """Give the fields of a step's samples on this rank; see batch.py."""
         global_batch = self._resolved.batches.global_batch(step)
         batch = self._stream.next_batch(global_batch) if self._stream is not None else None
-        return share(
-            batch.tokens if batch else None,
-            marks_of(batch.weights, batch.starts) if batch else None,
+        data = self._resolved.run.data
+        fields = share(
+            {"tokens": batch.tokens, "marks": marks_of(batch.weights, batch.starts)} if batch else None,
+            {"tokens": data.sequence_length + 1, "marks": data.sequence_length},
             self._resolved.samples_per_rank(global_batch),
-            self._resolved.run.data.sequence_length,
             self._runtime,
         )
+        return causal_fields(**fields, documents_apart=data.attention == "document")
 
     def take_counts(self) -> list[float]:
         """Give what this rank's reader counted since the last call, to be added up over all ranks."""

@@ -69,7 +69,7 @@ def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_
                 decoder.embed.register_forward_hook(lambda _, __, x: see("the embedding", x))
             layer.register_forward_hook(lambda _, __, out, number=number: see(f"layer {number}", out[0]))
             decoder.set_input_tensor(received)
-            received = decoder(ids)
+            received = decoder({"tokens": ids})
             yield from seen
             seen.clear()
             del decoder, layer
@@ -87,8 +87,9 @@ def logits_of(decoder: Decoder, runtime: Runtime) -> Callable[..., Tensor]:
 
     @torch.no_grad()
     def logits(ids: Tensor, starts: Tensor | None = None) -> Tensor:
-        starts = None if starts is None else starts.to(runtime.device)
-        return decoder(ids.to(runtime.device), None, starts)[..., : decoder.model.vocab_size].float().cpu()
+        batch = {"tokens": ids} if starts is None else {"tokens": ids, "starts": starts}
+        scores = decoder({name: field.to(runtime.device) for name, field in batch.items()})
+        return scores[..., : decoder.model.vocab_size].float().cpu()
 
     return logits
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .batch import cut
+from .batch import cut, num_tokens_of
 from .config import ResolvedRun
 from .engine import Engine
 from .errors import NumericsError
@@ -22,11 +22,13 @@ from .schedule import learning_rate
 class StepFigures:
     """What a step gave, the same on every rank but for the seconds.
 
-    `loss` in nats a token, `grad_norm` before clipping, `num_tokens` the predictions that counted. A flag is true where
-    any rank raised it. `data_counts` are those of Feed.take_counts over all ranks. `phase_s` has seconds by phase.
+    `loss` in nats a prediction, the sum of `parts` by name; `grad_norm` before clipping, `num_tokens` what the model
+    was trained on. A flag is true where any rank raised it. `data_counts` are those of Feed.take_counts over all ranks.
+    `phase_s` has seconds by phase.
     """
 
     loss: float
+    parts: dict[str, float]
     grad_norm: float
     lr: float
     num_tokens: int
@@ -57,18 +59,23 @@ class TrainingStep:
             NumericsError: the loss or the gradient norm is not finite, on every rank; nothing was updated for the loss.
         """
         run, runtime, phases = self._resolved.run, self._runtime, self._engine.phases
+        parts = self._resolved.parts
         with phases.host("data"):
-            tokens, marks = self._feed.read(step)
-            # Tokens that count, flags, what the readers met: one small reduction over all ranks.
-            counted = float((marks % 2).sum()) if runtime.reads_data else 0.0
-            num_tokens, *sums = self._sum_over_ranks(counted, *map(float, flags), *self._feed.take_counts())
+            fields = self._feed.read(step)
+            # Tokens and predictions that count, flags, what the readers met: one small reduction over all ranks.
+            counted = [0.0] * (1 + len(parts))
+            if runtime.reads_data:
+                counted = [num_tokens_of(fields), *(float(fields[name].sum()) for name in parts.values())]
+            num_tokens, *sums = self._sum_over_ranks(*counted, *map(float, flags), *self._feed.take_counts())
+        counts = {name: max(1.0, sums.pop(0)) for name in parts}
         seed_step(run.run.seed, step, runtime)
-        batches = cut(tokens, marks, run.train.micro_batch, documents_apart=run.data.attention == "document")
-        own = float(self._engine.forward_backward(batches, max(1.0, num_tokens)))
-        (total,) = self._sum_over_ranks(own)
-        loss = total / max(1.0, num_tokens)
+        batches = cut(fields, run.train.micro_batch)
+        own = self._engine.forward_backward(batches, counts).tolist()
+        totals = self._sum_over_ranks(*own)
+        losses = {name: total / counts[name] for name, total in zip(parts, totals, strict=True)}
+        loss = sum(losses.values())
         if not math.isfinite(loss):
-            self._refuse(step, "loss", own)
+            self._refuse(step, "loss", sum(own))
         with phases.host("checkpoint"):
             self._before_update()
         lr = learning_rate(step, self._resolved.steps, run.optimizer.lr, run.schedule)
@@ -77,6 +84,7 @@ class TrainingStep:
             self._refuse(step, "gradient norm", norm)
         return StepFigures(
             loss=loss,
+            parts=losses,
             grad_norm=norm,
             lr=lr,
             num_tokens=int(num_tokens),

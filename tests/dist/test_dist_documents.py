@@ -36,9 +36,9 @@ def _logits(run, apart):
     module = make_engine(run).module.eval()
     tokens, starts = packed_rows()
     with torch.no_grad():
-        together = module(tokens, None, starts if apart else None)
+        together = module({"tokens": tokens, "starts": starts} if apart else {"tokens": tokens})
         alone = [
-            torch.cat([module(part) for part in row.unsqueeze(0).split(lengths, dim=1)], dim=1)
+            torch.cat([module({"tokens": part}) for part in row.unsqueeze(0).split(lengths, dim=1)], dim=1)
             for row, lengths in zip(tokens, LENGTHS, strict=True)
         ]
     return together.numpy(), torch.cat(alone).numpy()

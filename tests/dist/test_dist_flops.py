@@ -26,7 +26,8 @@ def _flops_per_token(family: str, changes: dict[str, Any]) -> tuple[float, float
     engine = make_engine(run)
     processes.seed_step(run.run.seed, 0, engine.runtime)
     with FlopCounterMode(display=False) as counter:
-        engine.forward_backward(*micro_batches_of(0, run, slice(None)))
+        batches, num_tokens = micro_batches_of(0, run, slice(None))
+        engine.forward_backward(batches, {"next_token": num_tokens})
     shape = (engine.model, SEQUENCE if engine.model.dropout else 0, "full")
     return (
         counter.get_total_flops() / (GLOBAL_BATCH * SEQUENCE),

@@ -70,7 +70,7 @@ def _logits_of_rank(
         received = torch.empty(length, IDS.shape[0], model.hidden_size)
         dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
         chunk.set_input_tensor(received)
-    out = chunk(IDS)
+    out = chunk({"tokens": IDS})
     if not chunk.last:
         dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None

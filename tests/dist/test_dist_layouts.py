@@ -241,11 +241,9 @@ def test_a_parameter_counted_twice_in_the_norm_is_caught():
 def _share(run):
     runtime = make_engine(run).runtime
     generator = np.random.default_rng(runtime.dp_rank)
-    tokens = generator.integers(0, 100, (3, SEQUENCE + 1)).astype(np.int32)
-    weights = generator.integers(0, 2, (3, SEQUENCE)).astype(np.uint8)
-    given = (tokens, weights) if runtime.reads_data else (None, None)
-    got = share(*given, 3, SEQUENCE, runtime)
-    return runtime.dp_rank, bool((got[0].numpy() == tokens).all() and (got[1].numpy() == weights).all())
+    fields = {"tokens": generator.integers(0, 100, (3, 5)), "marks": generator.integers(0, 4, (3, 2))}
+    got = share(fields if runtime.reads_data else None, {"tokens": 5, "marks": 2}, 3, runtime)
+    return runtime.dp_rank, all((got[name].numpy() == field).all() for name, field in fields.items())
 
 
 def test_each_replica_gets_what_its_reader_read():

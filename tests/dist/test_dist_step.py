@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from small import batch_of, make_engine, run_config
 
-from basestone.trainer.batch import share
+from basestone.trainer.batch import causal_fields, share
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.step import TrainingStep
 
@@ -21,7 +20,9 @@ class SameBatch:
 
     def read(self, step):
         tokens, weights = batch_of(0)
-        return share(tokens, weights.astype(np.uint8), len(tokens), tokens.shape[1] - 1, self.runtime)
+        widths = {"tokens": tokens.shape[1], "marks": weights.shape[1]}
+        fields = share({"tokens": tokens, "marks": weights}, widths, len(tokens), self.runtime)
+        return causal_fields(**fields)
 
     def take_counts(self):
         return [0.0]

@@ -105,9 +105,9 @@ def test_gate_and_up_the_wrong_way_round_on_one_rank(proof, monkeypatch):
 def test_tensor_parallel_ranks_with_samples_in_another_order(proof, monkeypatch):
     one = proof("llama", 2)
 
-    def planted(tokens, weights, num_samples, sequence_length, runtime):
-        shared = share(tokens, weights, num_samples, sequence_length, runtime)
-        return tuple(part.roll(runtime.tp_rank, 0) for part in shared)
+    def planted(fields, widths, num_samples, runtime):
+        shared = share(fields, widths, num_samples, runtime)
+        return {name: field.roll(runtime.tp_rank, 0) for name, field in shared.items()}
 
     monkeypatch.setattr(feed, "share", planted)
     named(one("tp2-z1"), "step 1: the loss is off")
