@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from checkpoint_ranks import Rows, drop_cache, load, load_by_deepspeed, saves
 
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer.config import ResolvedRun, RunConfig
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import Layout, parse_layout
@@ -78,7 +78,7 @@ def resolved_of(name: str, shape: tuple[int, int], ds_config: str | None = None)
 
 def num_parameters(resolved: ResolvedRun) -> int:
     """Count the model's parameters."""
-    return sum(row.numel for row in decoder_layout(resolved.run.model).values())
+    return sum(row.numel for row in layout_of(resolved.run.model).values())
 
 
 def shape_of(parameters: float) -> tuple[int, int]:

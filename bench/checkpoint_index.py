@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from basestone.model.config import ModelConfig
-from basestone.model.layout import Parameter, boxes, decoder_layout
+from basestone.model.families import layout_of
+from basestone.model.layout import Parameter, boxes
 from basestone.trainer.checkpoint.format import BLOCK_BYTES
 from basestone.trainer.checkpoint.share import TENSORS
 from basestone.trainer.checkpoint.tensors import FP32_BYTES, index_of
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1024)
     parser.add_argument("--dcp-ranks", type=int, nargs="*", default=[128, 256])
     arguments = parser.parse_args()
-    table = decoder_layout(ModelConfig(preset="llama-70b", vocab_size=128256))
+    table = layout_of(ModelConfig(preset="llama-70b", vocab_size=128256))
     print("| planner | ranks | index MiB | plan s | load and cut s | |\n|---|---|---|---|---|---|")
     for ranks in arguments.dcp_ranks:
         dcp(table, ranks)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import causal_fields, cut
 from basestone.trainer.checkpoint.format import BLOCK_BYTES, steps_in
@@ -81,7 +81,7 @@ class Bench:
         self.runtime: Runtime = processes.start(tensor=parallel.tensor)
         self.engine = Engine(resolved, self.runtime)
         self.deepspeed: Any = self.engine._engine
-        self.table = decoder_layout(self.engine.model)
+        self.table = layout_of(self.engine.model)
         self.folder, self.rows = folder, Rows()
         self._length = resolved.run.data.sequence_length
         self._vocab = resolved.run.model.vocab_size or 1

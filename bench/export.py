@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 from basestone.model.config import ModelConfig
+from basestone.model.families import layout_of
 from basestone.model.hf.adapter import adapter_for
-from basestone.model.layout import decoder_layout
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
 from basestone.trainer.config import RunConfig
@@ -59,7 +59,7 @@ def model_of(num_parameters: float) -> ModelConfig:
     return next(
         model
         for model in map(made, range(1, 200))
-        if sum(row.numel for row in decoder_layout(model).values()) >= num_parameters
+        if sum(row.numel for row in layout_of(model).values()) >= num_parameters
     )
 
 
@@ -71,14 +71,14 @@ def write_checkpoint(place: Path, model: ModelConfig) -> None:
         train={"steps": 1, "global_batch": 1},
         optimizer={"lr": 1e-4},
     )
-    tensors = ((name, torch.randn(row.shape)) for name, row in decoder_layout(model).items())
+    tensors = ((name, torch.randn(row.shape)) for name, row in layout_of(model).items())
     write_step(place, run, tensors, imported_from="random", tokenizer_sha256="", versions={})
     assert Reader(place).verify() == []
 
 
 def tensors_of(place: Path, model: ModelConfig) -> CheckpointTensors:
     """Open the checkpoint."""
-    return CheckpointTensors(Reader(place), decoder_layout(model))
+    return CheckpointTensors(Reader(place), layout_of(model))
 
 
 def anonymous_bytes() -> int:
@@ -208,8 +208,8 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     model = model_of(arguments.parameters)
-    count = sum(row.numel for row in decoder_layout(model).values())
-    largest = max(row.numel for row in decoder_layout(model).values())
+    count = sum(row.numel for row in layout_of(model).values())
+    largest = max(row.numel for row in layout_of(model).values())
     with tempfile.TemporaryDirectory(prefix="basestone-bench-", dir=arguments.dir) as folder:
         place = Path(folder) / "step_00000000"
         run_ranks(partial(write_checkpoint, place, model), 1, timeout_s=3600)

@@ -17,7 +17,7 @@ import time
 import torch
 
 from basestone.model.config import ModelConfig
-from basestone.model.decoder import megatron_config
+from basestone.model.layers import megatron_config
 from basestone.model.pipeline import chunks_of_ranks
 from basestone.model.stage import Stage, prepare_parameters
 from basestone.trainer import runtime as processes

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .bert.config import BertKeys
 from .presets import FAMILIES, PRESETS
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
+GATED = ("swiglu", "geglu")
 
 
 class RopeScaling(BaseModel):
@@ -42,8 +44,8 @@ class RopeScaling(BaseModel):
         return self
 
 
-class ModelConfig(BaseModel):
-    """A decoder-only Transformer in the style of GPT-2, Llama, Mistral or Qwen.
+class ModelConfig(BertKeys):
+    """A Transformer: a decoder in the style of GPT-2, Llama, Mistral or Qwen, or an encoder in that of BERT.
 
     `preset` names a published size, `family` a style; a field given in the file wins over both.
     """
@@ -53,7 +55,7 @@ class ModelConfig(BaseModel):
     preset: str | None = Field(
         None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE
     )
-    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"] = Field(
+    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"] = Field(
         "llama", description="the style, and the Hugging Face class of an export", json_schema_extra=FIXED
     )
     num_layers: int = Field(gt=0, description="Transformer layers", json_schema_extra=FIXED)
@@ -80,8 +82,12 @@ class ModelConfig(BaseModel):
         json_schema_extra=FIXED,
     )
     normalization: Literal["rmsnorm", "layernorm"] = Field(description="norm", json_schema_extra=FIXED)
-    activation: Literal["swiglu", "gelu"] = Field(
-        description="MLP activation; gelu is the tanh form of GPT-2", json_schema_extra=FIXED
+    norm_position: Literal["pre", "post"] = Field(
+        "pre", description="norms before attention and MLP, or behind what they add to", json_schema_extra=FIXED
+    )
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = Field(
+        description="MLP activation; gelu is the tanh form of GPT-2, gelu_erf the exact one of BERT",
+        json_schema_extra=FIXED,
     )
     position: Literal["rope", "learned"] = Field(description="position encoding", json_schema_extra=FIXED)
     bias: bool = Field(description="biases in the linear layers", json_schema_extra=FIXED)
@@ -144,6 +150,8 @@ class ModelConfig(BaseModel):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if problems := self.bert_problems(self.family) + self._family_problems():
+            raise ValueError("; ".join(problems))
         if self.bias and self.qkv_bias:
             raise ValueError(
                 "qkv_bias = true is for models without other biases; with bias = true, queries, keys and values "
@@ -171,6 +179,27 @@ class ModelConfig(BaseModel):
                 "lower data.sequence_length instead"
             )
         return self
+
+    def _family_problems(self) -> list[str]:
+        """Say where a decoder departs from what its module can be, and BERT from its."""
+        style = FAMILIES["bert"]
+        if self.family == "bert":
+            wrong = [name for name in ("norm_position", "position") if getattr(self, name) != style[name]]
+            wrong += ["z_loss"] if self.z_loss else []
+            return [f"{', '.join(wrong)}: family 'bert' has its own; take it out"] if wrong else []
+        return (
+            ["norm_position = 'post' is for family 'bert'; take it out"] if self.norm_position == "post" else []
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Tell whether a token sees only those before it."""
+        return self.family != "bert"
+
+    @property
+    def gated(self) -> bool:
+        """Tell whether the MLP has a gate."""
+        return self.activation in GATED
 
     @property
     def padded_vocab_size(self) -> int:
@@ -210,7 +239,7 @@ def _fill_derived(values: dict[str, Any]) -> dict[str, Any]:
             )
         filled.setdefault("head_dim", hidden // heads)
     if isinstance(hidden, int) and "ffn_hidden_size" not in filled:
-        gated = filled.get("activation") == "swiglu"
+        gated = filled.get("activation") in GATED
         # Llama keeps the parameter count of a 4h MLP over three matrices: 8h/3, rounded up to 64.
         filled["ffn_hidden_size"] = -(-8 * hidden // 3 // 64) * 64 if gated else 4 * hidden
     return filled

@@ -78,34 +78,37 @@ def decoder_layout(config: ModelConfig) -> dict[str, Parameter]:
         shape = (config.max_sequence_length, hidden)
         rows.append(Parameter("embed.position.weight", shape, "embedding", init_std=config.init_std))
     for layer in range(config.num_layers):
-        rows += _layer_rows(config, f"layers.{layer}.")
-    rows += _norm_rows(config, "norm.")
+        rows += layer_rows(config, f"layers.{layer}.")
+    rows += norm_rows(config, "norm.")
     if not config.tied:
         rows.append(Parameter("head.weight", (vocab, hidden), "weight", 0, init_std=config.init_std))
     return {row.name: row for row in rows}
 
 
-def _layer_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
+def layer_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
+    """Make the rows of one layer, whose names begin with `prefix`."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     queries = config.num_attention_heads * config.head_dim
     qkv = queries + 2 * config.num_query_groups * config.head_dim
-    gate = 2 if config.activation == "swiglu" else 1
-    std = config.init_std
-    residual_std = std / math.sqrt(2 * config.num_layers)  # GPT-2: section 2.3
+    gate = 2 if config.gated else 1
+    std, post = config.init_std, config.norm_position == "post"
+    # GPT-2, section 2.3; a post-norm layer normalises what has been added up.
+    residual_std = std if post else std / math.sqrt(2 * config.num_layers)
     attention, mlp = prefix + "self_attention.", prefix + "mlp."
     rows = [
-        *_norm_rows(config, prefix + "input_layernorm."),
+        *([] if post else norm_rows(config, prefix + "input_layernorm.")),
         Parameter(attention + "linear_qkv.weight", (qkv, hidden), "weight", 0, init_std=std),
         Parameter(attention + "linear_qkv.bias", (qkv,), "bias", 0),
         Parameter(attention + "q_layernorm.weight", (config.head_dim,), "norm", per_head=True),
         Parameter(attention + "k_layernorm.weight", (config.head_dim,), "norm", per_head=True),
         Parameter(attention + "linear_proj.weight", (hidden, queries), "weight", 1, init_std=residual_std),
         Parameter(attention + "linear_proj.bias", (hidden,), "bias"),
-        *_norm_rows(config, prefix + "pre_mlp_layernorm."),
+        *norm_rows(config, prefix + ("self_attn_bda.norm." if post else "pre_mlp_layernorm.")),
         Parameter(mlp + "linear_fc1.weight", (gate * ffn, hidden), "weight", 0, gate, init_std=std),
         Parameter(mlp + "linear_fc1.bias", (gate * ffn,), "bias", 0, gate),
         Parameter(mlp + "linear_fc2.weight", (hidden, ffn), "weight", 1, init_std=residual_std),
         Parameter(mlp + "linear_fc2.bias", (hidden,), "bias"),
+        *(norm_rows(config, prefix + "mlp_bda.norm.") if post else []),
     ]
     return [row for row in rows if _is_in(config, row)]
 
@@ -113,16 +116,27 @@ def _layer_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
 def _is_in(config: ModelConfig, row: Parameter) -> bool:
     if row.per_head:
         return config.qk_norm
-    if row.kind != "bias" or "layernorm" in row.name:
+    if row.kind != "bias" or "norm." in row.name:
         return True
     return config.bias or (config.qkv_bias and "linear_qkv" in row.name)
 
 
-def _norm_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
+def norm_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
+    """Make the rows of one norm over the residual stream."""
     rows = [Parameter(prefix + "weight", (config.hidden_size,), "norm")]
     if config.normalization == "layernorm":
         rows.append(Parameter(prefix + "bias", (config.hidden_size,), "bias"))
     return rows
+
+
+def layer_macs(config: ModelConfig, sequence_length: int, *, share: float) -> float:
+    """Count the multiply-adds of one layer's forward for one token; `share` is that of the scores that count."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    projections = hidden * heads * head_dim + 2 * hidden * groups * head_dim + heads * head_dim * hidden
+    scores = share * 2 * heads * head_dim * sequence_length
+    mlp = (3 if config.gated else 2) * hidden * config.ffn_hidden_size
+    return projections + scores + mlp
 
 
 def boxes(parameter: Parameter, tp_rank: int, tp_size: int, start: int, numel: int) -> Iterator[Box]:

@@ -98,3 +98,23 @@ def vocab_parallel_cross_entropy(
     flat = logits.reshape(-1, logits.shape[-1])
     losses = _VocabParallelCrossEntropy.apply(flat, targets.reshape(-1), first_row, vocab_size, z_loss, group)
     return losses.view(targets.shape)
+
+
+@torch.no_grad()
+def vocab_parallel_right(
+    logits: Tensor, targets: Tensor, *, first_row: int, vocab_size: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Tell where the target is the likeliest, fp32 0 or 1, shaped like `targets`; see vocab_parallel_cross_entropy."""
+    valid = min(max(vocab_size - first_row, 0), logits.shape[-1])
+    local = targets - first_row
+    mine = (local >= 0) & (local < logits.shape[-1])
+    picked = logits.gather(-1, torch.where(mine, local, 0).unsqueeze(-1)).squeeze(-1).float()
+    both = torch.stack(
+        (
+            logits[..., :valid].amax(-1).float() if valid else torch.full_like(picked, float("-inf")),
+            torch.where(mine, picked, float("-inf")),
+        )
+    )
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+    return (both[1] >= both[0]).float()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .bert import config as bert
+
 _LLAMA: dict[str, Any] = {
     "normalization": "rmsnorm",
     "activation": "swiglu",
@@ -33,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _LLAMA,
     "qwen2": {**_LLAMA, "qkv_bias": True},
     "qwen3": {**_LLAMA, "qk_norm": True},
+    "bert": bert.STYLE,
 }
 
 
@@ -128,4 +131,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": _qwen3(36, 4096, 32, 12288, tied=False),
     "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
+    **bert.PRESETS,
 }

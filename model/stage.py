@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .decoder import Decoder, Embedding
+from .families import family_of, layout_of
 from .initial import initial_piece
-from .layout import decoder_layout
+from .layers import Embedding, StageChunk
 from .pipeline import Chunk
 
 
 class Stage(nn.Module):
     """A rank's chunks as one module, whose parameters carry their global names."""
 
-    chunks: list[Decoder]
+    chunks: list[StageChunk]
     embed: Embedding
 
     def __init__(
@@ -28,16 +29,18 @@ class Stage(nn.Module):
     ) -> None:
         """Build the chunks of this rank; `config` is that of one layer."""
         super().__init__()
-        built = [Decoder(model, config, chunk, recompute=recompute) for chunk in chunks]
+        make = chunk_class(model)
+        built = [make(model, config, chunk, recompute=recompute) for chunk in chunks]
         schedule = _schedule_config(config, len(built))
         self.layers = nn.ModuleDict()
         for number, chunk in enumerate(built):
             chunk.config = schedule
             chunk.vp_stage = number if len(built) > 1 else None
-            self.layers.update(dict(chunk.layers.items()))
-            for name in ("embed", "norm", "head"):
-                if hasattr(chunk, name):
-                    setattr(self, name, getattr(chunk, name))
+            for name, part in chunk.named_children():
+                if name == "layers":
+                    self.layers.update(dict(part.items()))
+                elif any(True for _ in part.parameters()):
+                    setattr(self, name, part)
         object.__setattr__(self, "chunks", built)  # not sub-modules: their names would depend on the layout
 
     @property
@@ -57,6 +60,13 @@ class Stage(nn.Module):
         """Run a stage that is the whole model; Megatron-core's schedules call the chunks of others."""
         (chunk,) = self.chunks
         return chunk(batch)
+
+
+def chunk_class(model: ModelConfig) -> type[StageChunk]:
+    """Give the class of a family's chunks."""
+    module, name = family_of(model).chunk
+    made: type[StageChunk] = getattr(importlib.import_module(module, __package__), name)
+    return made
 
 
 def _schedule_config(config: TransformerConfig, num_chunks: int) -> TransformerConfig:
@@ -82,7 +92,7 @@ def prepare_parameters(stage: Stage, model: ModelConfig, seed: int | None) -> No
     tensor-parallel rank is a part of a sum, over the rank's slice of the tokens or over its heads. Works on parameters
     that ZeRO-3 has already partitioned only when `seed` is None.
     """
-    table = decoder_layout(model)
+    table = layout_of(model)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     second_copies = {id(copy) for copy in stage.tied_copies if not stage.chunks[0].first}

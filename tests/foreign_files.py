@@ -10,7 +10,7 @@ import pytest
 import torch
 from run_files import run_of
 
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer.config import ResolvedRun
 from basestone.trainer.errors import ConfigError
 
@@ -26,7 +26,7 @@ def resolved_run(family: str = "llama", **changes: Any) -> ResolvedRun:
 
 
 def own_states(resolved: ResolvedRun) -> dict[str, torch.Tensor]:
-    return {name: torch.randn(row.shape) for name, row in decoder_layout(resolved.run.model).items()}
+    return {name: torch.randn(row.shape) for name, row in layout_of(resolved.run.model).items()}
 
 
 def refused(bring_in: Import, saved: Any, *words: str, resolved: ResolvedRun | None = None) -> str:

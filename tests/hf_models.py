@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from basestone.model.config import ModelConfig
+from basestone.model.families import layout_of
 from basestone.model.hf.adapter import LastRead, adapter_for
 from basestone.model.hf.safetensors_file import plan_shards, write_safetensors
-from basestone.model.layout import decoder_layout
 
 LLAMA: dict[str, Any] = {
     "family": "llama",
@@ -63,7 +63,7 @@ def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     """Draw every global parameter at random, norms and biases too; the vocabulary's padding is zeros."""
     generator = torch.Generator().manual_seed(1)
     weights = {}
-    for name, row in decoder_layout(config).items():
+    for name, row in layout_of(config).items():
         weights[name] = torch.randn(row.shape, generator=generator) * 0.2
         if row.kind == "norm":
             weights[name] += 1.0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import MicroBatch, causal_fields, cut
 from basestone.trainer.checkpoint.restorer import Restorer
@@ -59,7 +59,7 @@ def make_engine(run: RunConfig) -> Engine:
 
 def saver_of(engine: Engine, folder: str, *, asynchronous: bool = False, **keys: Any) -> Saver:
     """Give what saves an engine in a run directory; `keys` are those of [checkpoint]."""
-    table, section = decoder_layout(engine.model), CheckpointSection(**keys)
+    table, section = layout_of(engine.model), CheckpointSection(**keys)
     return Saver(Path(folder), table, engine.runtime, engine.state, section, asynchronous=asynchronous)
 
 
@@ -73,7 +73,7 @@ def save(engine: Engine, folder: str, step: int, **keys: Any) -> SaveOutcome:
 
 def restore(engine: Engine, folder: str) -> dict[str, Any] | None:
     """Load the newest good checkpoint of a run directory into an engine."""
-    table = decoder_layout(engine.model)
+    table = layout_of(engine.model)
     return Restorer(Path(folder), table, engine.runtime, engine.state).restore(lambda state: [])
 
 

@@ -3,8 +3,8 @@
 import torch
 
 from basestone.model.config import ModelConfig
+from basestone.model.families import layout_of
 from basestone.model.hf.adapter import adapter_for
-from basestone.model.layout import decoder_layout
 from basestone.trainer.hub.card import CardFacts
 
 TEXT = "".join(f"def function_{i}(value):\n\treturn value + {i}\n" for i in range(300))
@@ -32,7 +32,7 @@ class Weights:
         generator = torch.Generator().manual_seed(3)
         self.tensors = {
             name: torch.randn(row.shape, generator=generator) * 0.2 + (row.kind == "norm")
-            for name, row in decoder_layout(config).items()
+            for name, row in layout_of(config).items()
         }
 
     def names(self):

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..model.layout import decoder_layout
+from ..model.families import layout_of
 from .config import ResolvedRun
 from .errors import ConfigError
 from .sections import OFFLOAD_STAGES
@@ -148,7 +148,7 @@ def nvme_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
 def largest_partition(resolved: ResolvedRun) -> int:
     """Count the elements of the largest piece that ZeRO-3 makes of a parameter."""
     tp, dp = resolved.run.parallel.tensor, resolved.data_parallel
-    rows = decoder_layout(resolved.run.model).values()
+    rows = layout_of(resolved.run.model).values()
     return max(-(-(row.numel if row.axis is None else row.numel // tp) // dp) for row in rows)
 
 

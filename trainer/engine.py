@@ -34,9 +34,10 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from ..model.decoder import megatron_config
+from ..model.families import layout_of
 from ..model.initial import initial_piece
-from ..model.layout import decoder_layout, has_weight_decay
+from ..model.layers import megatron_config
+from ..model.layout import has_weight_decay
 from ..model.loss import Outcome
 from ..model.pipeline import chunks_of_ranks
 from ..model.stage import Stage, prepare_parameters
@@ -139,7 +140,7 @@ class Engine:
         return stage
 
     def _optimizer(self, resolved: ResolvedRun) -> torch.optim.Optimizer:
-        section, table = resolved.run.optimizer, decoder_layout(self.model)
+        section, table = resolved.run.optimizer, layout_of(self.model)
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in self.module.named_parameters():
@@ -159,7 +160,7 @@ class Engine:
 
     def _initialise_stage3(self, seed: int) -> None:
         """Fill each rank's partitions, one parameter at a time, with what every other layout starts from."""
-        table, runtime = decoder_layout(self.model), self.runtime
+        table, runtime = layout_of(self.model), self.runtime
         for fragment in self.state.fragments():
             piece = initial_piece(table[fragment.name], seed, runtime.tp_rank, runtime.tp_size).view(-1)
             values = piece.narrow(0, fragment.start, fragment.numel)

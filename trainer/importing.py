@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
+from ..model.families import layout_of
 from ..model.hf.adapter import adapter_for
-from ..model.layout import Parameter, decoder_layout
+from ..model.layout import Parameter
 from .checkpoint.tensors import index_of
 from .checkpoint.writer import RankWriter, commit
 from .config import RunConfig
@@ -41,7 +42,7 @@ def write_step(
         out: the directory to make; it appears whole or not at all.
         tensors: (global name, fp32 tensor), what `global_tensors` gives.
     """
-    table = decoder_layout(run.model)
+    table = layout_of(run.model)
     state = {
         "step": 0,
         "tokens": 0,
@@ -94,7 +95,7 @@ def global_tensors(
     Raises:
         ConfigError: it holds another model, every difference in one message; or, on the way, what is not finite.
     """
-    table = decoder_layout(model)
+    table = layout_of(model)
 
     def read(name: str) -> Tensor:
         tensor = state_dict[name].detach().float()

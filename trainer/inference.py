@@ -21,7 +21,7 @@ from ..data.reading.transport import is_local, join, shown
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
-from ..model.layout import decoder_layout
+from ..model.families import layout_of
 from . import runtime as processes
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.places import local_path
@@ -34,7 +34,7 @@ from .hub.export import DTYPES, export_checkpoint
 from .load import validate_run
 from .meters.tariff import Tariff
 from .places import locate_heldout
-from .reference import generate, load_decoder, logits_of, trace_of
+from .reference import generate, load_model, logits_of, trace_of
 from .report.records import RunRecords, number, read_records
 from .report.summary import metered_share
 
@@ -58,7 +58,7 @@ class OpenCheckpoint:
         self.name, self.state = os.path.basename(reader.place), reader.state()
         self.run: RunConfig = validate_run(self.state["run"], reader.at())
         self.model: ModelConfig = self.run.model
-        self.tensors = CheckpointTensors(reader, decoder_layout(self.model))
+        self.tensors = CheckpointTensors(reader, layout_of(self.model))
         self._run_place = os.path.dirname(os.path.dirname(reader.place))
         self.tokenizer = self._find_tokenizer(tokenizer)
 
@@ -76,7 +76,7 @@ class OpenCheckpoint:
 
     def _logits(self, dtype: torch.dtype) -> Any:
         runtime = processes.start()
-        return logits_of(load_decoder(self.model, self.tensors, runtime, rounded_to=dtype), runtime)
+        return logits_of(load_model(self.model, self.tensors, runtime, rounded_to=dtype), runtime)
 
     def _trace(self, dtype: torch.dtype, ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         runtime = processes.start()

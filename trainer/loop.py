@@ -13,7 +13,7 @@ from typing import Any
 from ..data.errors import DataError
 from ..data.storage import write_atomic
 from ..data.tokenizer import Tokenizer
-from ..model.layout import decoder_layout
+from ..model.families import layout_of
 from .accounts import Accounts
 from .checkpoint.copier import Copier
 from .checkpoint.format import steps_in
@@ -86,7 +86,7 @@ class Trainer:
         if resolved.run.export.every_steps:
             check_exports(resolved.run.model)
         self._engine = Engine(resolved, runtime)
-        table, section = decoder_layout(resolved.run.model), resolved.run.checkpoint
+        table, section = layout_of(resolved.run.model), resolved.run.checkpoint
         copier, exporter = None, None
         if self._directory is not None and section.remote is not None:
             copier = Copier(section.remote, threads=resolved.run.reading.threads)

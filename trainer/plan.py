@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data.reading.transport import shown
-from ..model.flops import decoder_flops_per_token
-from ..model.layout import Parameter, decoder_layout, has_weight_decay
+from ..model.families import layout_of
+from ..model.flops import flops_per_token
+from ..model.layout import Parameter, has_weight_decay
 from ..model.pipeline import Chunk, chunks_of_ranks, held_by
 from .config import ResolvedRun
 from .ds_config import deepspeed_config, device_of, largest_partition
@@ -23,7 +24,7 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
     """Give (label, text) lines."""
     run = resolved.run
     model, train, parallel = run.model, run.train, run.parallel
-    rows = decoder_layout(model).values()
+    rows = layout_of(model).values()
     total = sum(row.numel for row in rows)
     decayed = sum(row.numel for row in rows if run.optimizer.decay_all or has_weight_decay(row))
     memories = [memory_bytes(resolved, rank) for rank in range(parallel.pipeline)]
@@ -137,7 +138,7 @@ def total_flops(resolved: ResolvedRun) -> float:
     """Count the FLOPs of the whole run."""
     run = resolved.run
     convention = run.meter.attention_flops
-    a_token = decoder_flops_per_token(run.model, run.data.sequence_length, convention)
+    a_token = flops_per_token(run.model, run.data.sequence_length, convention)
     return a_token * resolved.tokens
 
 
@@ -183,7 +184,7 @@ def _chunks(resolved: ResolvedRun) -> list[list[Chunk]]:
 def local_parameters(resolved: ResolvedRun, pipeline_rank: int) -> int:
     """Count the elements of a pipeline rank's tensor-parallel pieces, before ZeRO."""
     model, tp = resolved.run.model, resolved.run.parallel.tensor
-    rows = held_by(decoder_layout(model), _chunks(resolved)[pipeline_rank], tied=model.tied)
+    rows = held_by(layout_of(model), _chunks(resolved)[pipeline_rank], tied=model.tied)
     return sum(_piece(row, tp) for row in rows)
 
 
@@ -282,7 +283,7 @@ def _layer_bytes(resolved: ResolvedRun) -> float:
     run, model, tp = resolved.run, resolved.run.model, resolved.run.parallel.tensor
     tokens = run.train.micro_batch * run.data.sequence_length
     cut = tp if run.parallel.sequence else 1
-    gates = 3 if model.activation == "swiglu" else 2
+    gates = 3 if model.gated else 2
     heads = (model.num_attention_heads + model.num_query_groups) * model.head_dim
     inner = (3 if model.qk_norm else 2) * heads / tp
     per_token = 4 * model.hidden_size / cut + inner + gates * model.ffn_hidden_size / tp

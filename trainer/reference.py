@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..model.decoder import Decoder, megatron_config
-from ..model.pipeline import Chunk
+from ..model.layers import StageChunk, megatron_config
+from ..model.pipeline import Chunk, chunks_of_ranks
+from ..model.stage import chunk_class
 from .runtime import Runtime
 
 
@@ -26,20 +27,21 @@ class Weights(Protocol):
         ...
 
 
-def load_decoder(
+def load_model(
     model: ModelConfig,
     weights: Weights,
     runtime: Runtime,
     *,
     rounded_to: torch.dtype,
     chunk: Chunk | None = None,
-) -> Decoder:
-    """Build an fp32 decoder, or a chunk of it, whose weights were rounded to `rounded_to` on the way."""
+) -> StageChunk:
+    """Build an fp32 model, or a chunk of it, whose weights were rounded to `rounded_to` on the way."""
     config = megatron_config(model, dtype=torch.float32, sequence_parallel=False, on_cpu=runtime.on_cpu)
-    decoder = Decoder(model, config, chunk)
-    for name, parameter in decoder.named_parameters():
+    chunk = chunk or chunks_of_ranks(model.num_layers, pipeline=1)[0][0]
+    built = chunk_class(model)(model, config, chunk)
+    for name, parameter in built.named_parameters():
         parameter.data.copy_(weights.read(name, rounded_to))
-    return decoder.eval()
+    return built.eval()
 
 
 Trace = Callable[[Tensor], Iterator[tuple[str, Tensor]]]
@@ -63,7 +65,7 @@ def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_
         received: Tensor | None = None
         for number in range(model.num_layers):
             chunk = Chunk(range(number, number + 1), first=number == 0, last=number == last)
-            decoder = load_decoder(model, weights, runtime, rounded_to=rounded_to, chunk=chunk)
+            decoder: Any = load_model(model, weights, runtime, rounded_to=rounded_to, chunk=chunk)
             layer: Any = decoder.layers[str(number)]
             if chunk.first:
                 decoder.embed.register_forward_hook(lambda _, __, x: see("the embedding", x))
@@ -79,7 +81,7 @@ def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_
     return trace
 
 
-def logits_of(decoder: Decoder, runtime: Runtime) -> Callable[..., Tensor]:
+def logits_of(decoder: StageChunk, runtime: Runtime) -> Callable[..., Tensor]:
     """Give a function from ids, int64 [batch, sequence], to fp32 logits [batch, sequence, true vocabulary].
 
     Its second argument, bool [batch, sequence], may say where documents begin: attention then keeps to them.

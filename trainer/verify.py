@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..model.layout import decoder_layout
+from ..model.families import layout_of
 from . import runtime as processes
 from .config import ResolvedRun, RunConfig
 from .ds_config import deepspeed_config
@@ -145,7 +145,7 @@ class Verification:
     def _uncovered(self, layout: Layout, ranks: list[Any]) -> str:
         """Name the first parameter whose pieces on all ranks do not make up its copies; nothing where all do."""
         replicas = layout.data if layout.zero == 0 else 1  # ZeRO cuts what they would all hold
-        for name, row in decoder_layout(self._resolved(layout).run.model).items():
+        for name, row in layout_of(self._resolved(layout).run.model).items():
             copies = 2 if name in self._tied and layout.pipeline > 1 else 1
             expected = math.prod(row.local_shape(layout.tensor)) * layout.tensor * replicas * copies
             compared = sum(rank[0][2][name].numel for rank in ranks if name in rank[0][2])
@@ -235,7 +235,7 @@ def _steps(
 def _record(
     resolved: ResolvedRun, places: DataPlaces, folder: Path, num_steps: int
 ) -> tuple[list[float], list[float], list[dict[str, tuple[float, float]]]]:
-    trace = Trace(folder, decoder_layout(resolved.run.model))
+    trace = Trace(folder, layout_of(resolved.run.model))
     losses, norms, largest = [], [], []
     for step, figures, watch, _ in _steps(resolved, places, num_steps):
         losses.append(figures.loss)
@@ -247,7 +247,7 @@ def _record(
 def _measure(
     resolved: ResolvedRun, places: DataPlaces, folder: Path, num_steps: int
 ) -> list[tuple[float, float, dict[str, Difference], float]]:
-    trace = Trace(folder, decoder_layout(resolved.run.model))
+    trace = Trace(folder, layout_of(resolved.run.model))
     return [
         (
             figures.loss,

@@ -14,7 +14,8 @@ import torch
 from pydantic import ValidationError
 
 from ..config import ModelConfig
-from ..layout import Parameter, decoder_layout
+from ..families import layout_of
+from ..layout import Parameter
 from . import gpt2, llama, mistral, qwen2, qwen3
 from .rules import AdapterError, HFTensor, Row, differences
 
@@ -139,7 +140,7 @@ ADAPTERS = tuple(
         family,
         module.MODEL_TYPE,
         module.ARCHITECTURE,
-        decoder_layout,
+        layout_of,
         module.rows,
         module.needed,
         module.hf_fields,

@@ -12,7 +12,7 @@ from basestone.trainer.forks import run_ranks
 from small import VOCAB, curve_of, make_engine, relative_difference, restore, run_config, save, train
 
 from basestone.model.initial import initial_piece
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer.errors import CheckpointError
 from basestone.trainer.layouts import parse_layout
 from basestone.trainer.checkpoint.reader import Reader
@@ -23,7 +23,7 @@ SAVED_AT, STEPS = 4, 9
 
 
 def table_of(run):
-    return decoder_layout(run.resolve(run.parallel.tensor * run.parallel.pipeline, VOCAB).run.model)
+    return layout_of(run.resolve(run.parallel.tensor * run.parallel.pipeline, VOCAB).run.model)
 
 
 def _train_and_save(run, folder):

@@ -13,7 +13,7 @@ import pytest
 from small import GLOBAL_BATCH, SEQUENCE, make_engine, micro_batches_of, run_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from basestone.model.flops import decoder_flops_per_token, recomputed_flops_per_token
+from basestone.model.flops import flops_per_token, recomputed_flops_per_token
 from basestone.trainer import runtime as processes
 from basestone.trainer.forks import run_ranks
 
@@ -31,7 +31,7 @@ def _flops_per_token(family: str, changes: dict[str, Any]) -> tuple[float, float
     shape = (engine.model, SEQUENCE if engine.model.dropout else 0, "full")
     return (
         counter.get_total_flops() / (GLOBAL_BATCH * SEQUENCE),
-        decoder_flops_per_token(*shape),
+        flops_per_token(*shape),
         recomputed_flops_per_token(*shape),
     )
 

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from hf_models import CONFIGS, IDS, logits_from_disk, random_weights, relative_error, write_directory
 from megatron.core import parallel_state
 
-from basestone.model.decoder import megatron_config
+from basestone.model.layers import megatron_config
 from basestone.model.hf.adapter import adapter_for_hf
 from basestone.model.hf.rules import Halves, QueryGroups, Rule
 from basestone.model.hf.safetensors_file import SafetensorsReader
-from basestone.model.layout import Parameter, decoder_layout
+from basestone.model.families import layout_of
+from basestone.model.layout import Parameter
 from basestone.model.pipeline import chunks_of_ranks
 from basestone.model.stage import Stage
 from basestone.trainer import runtime as processes
@@ -59,7 +60,7 @@ def _logits_of_rank(
     layer = megatron_config(model, dtype=torch.float32, sequence_parallel=sequence, on_cpu=True)
     chunks = chunks_of_ranks(model.num_layers, pipeline)[runtime.pp_rank]
     stage = Stage(model, layer, chunks).eval()
-    table = decoder_layout(model)
+    table = layout_of(model)
     weights = dict(adapter.to_global(model, SafetensorsReader(directory).read))
     for name, parameter in stage.named_parameters():
         piece = piece_of(table[name], weights[name], runtime.tp_rank, runtime.tp_size)

@@ -13,7 +13,7 @@ import torch
 from basestone.trainer.forks import run_ranks
 from small import VOCAB, held_out_loss, make_engine, relative_difference, restore, run_config, save, train
 
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import check_deepspeed
 from basestone.trainer.engine_state import MASTER
@@ -173,7 +173,7 @@ def _contract(run: RunConfig) -> list[tuple[str, int, int]]:
 
 def _fulfils_contract(run: RunConfig) -> None:
     answers = run_ranks(_contract, 2, run)
-    table = decoder_layout(run.resolve(2, VOCAB).run.model)
+    table = layout_of(run.resolve(2, VOCAB).run.model)
     for name, row in table.items():
         spans = sorted((start, numel) for answer in answers for found, start, numel in answer if found == name)
         assert spans[0][0] == 0 and sum(numel for _, numel in spans) == row.numel

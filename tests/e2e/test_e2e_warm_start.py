@@ -11,7 +11,7 @@ import pytest
 from commands import losses_of
 from whole_run import train
 
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer.checkpoint.format import steps_in
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
@@ -31,7 +31,7 @@ def first(corpus, tmp_path_factory) -> Path:
 def tensors_of(run_dir: Path) -> tuple[CheckpointTensors, dict]:
     (_, newest), *_ = steps_in(run_dir / "checkpoints")
     state = Reader(newest).state()
-    return CheckpointTensors(Reader(newest), decoder_layout(validate_run(state["run"], "").model)), state
+    return CheckpointTensors(Reader(newest), layout_of(validate_run(state["run"], "").model)), state
 
 
 @pytest.mark.parametrize(

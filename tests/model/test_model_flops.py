@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from basestone.model.config import ModelConfig
-from basestone.model.flops import decoder_flops_per_token, num_parameters
+from basestone.model.flops import flops_per_token, num_parameters
 
 transformers = pytest.importorskip("transformers")
 
@@ -102,24 +102,22 @@ def counted(model: torch.nn.Module) -> float:
 def test_the_closed_form_equals_torchs_count(changes):
     made = config(**changes)
     model = hugging_face(made)
-    assert counted(model) / decoder_flops_per_token(made, SEQUENCE, "full") == pytest.approx(1, abs=1e-6)
+    assert counted(model) / flops_per_token(made, SEQUENCE, "full") == pytest.approx(1, abs=1e-6)
     # the shapes are the same ones, and so is the number of parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(made)
 
 
 def test_causal_counts_half_of_the_attention_scores():
     made = config()
-    full, causal = (decoder_flops_per_token(made, SEQUENCE, how) for how in ("full", "causal"))
+    full, causal = (flops_per_token(made, SEQUENCE, how) for how in ("full", "causal"))
     # 2 FLOPs x 3 passes x (scores and values) x heads x head_dim x sequence x layers
     scores = 6 * 2 * 6 * 16 * SEQUENCE * 3
     assert full - causal == scores / 2
-    assert decoder_flops_per_token(made, SEQUENCE) == causal
+    assert flops_per_token(made, SEQUENCE) == causal
 
 
 def test_six_per_parameter_for_a_large_model():
     """Kaplan et al. 2020: 6 N, where attention is small beside the matrices."""
     made = ModelConfig(preset="llama-70b", vocab_size=128256)
     embedding = made.padded_vocab_size * made.hidden_size
-    assert decoder_flops_per_token(made, 128) == pytest.approx(
-        6 * (num_parameters(made) - embedding), rel=0.002
-    )
+    assert flops_per_token(made, 128) == pytest.approx(6 * (num_parameters(made) - embedding), rel=0.002)

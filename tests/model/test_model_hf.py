@@ -16,10 +16,11 @@ from hf_models import (
     write_directory,
 )
 
+from basestone.model.families import layout_of
 from basestone.model.hf.adapter import LastRead, adapter_for, adapter_for_hf
 from basestone.model.hf.rules import AdapterError, Row, Rule
 from basestone.model.hf.safetensors_file import SafetensorsReader, plan_shards, write_safetensors
-from basestone.model.layout import Parameter, decoder_layout
+from basestone.model.layout import Parameter
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -38,7 +39,7 @@ def test_round_trip_is_bit_identical(name, max_shard_bytes, tmp_path):
     write_directory(config, weights, tmp_path, max_shard_bytes)
     reader = SafetensorsReader(tmp_path)
     back = dict(adapter_for(config).to_global(config, reader.read))
-    assert list(back) == list(decoder_layout(config))
+    assert list(back) == list(layout_of(config))
     for parameter, tensor in weights.items():
         assert torch.equal(back[parameter], tensor), parameter
 
@@ -92,7 +93,7 @@ def test_an_adapter_brings_its_own_table_of_parameters(tmp_path):
     plain = adapter_for(config)
     adapter = replace(
         plain,
-        layout=lambda config: {**decoder_layout(config), more.name: more},
+        layout=lambda config: {**layout_of(config), more.name: more},
         rows=lambda config: [*plain.rows(config), Row(more.name, ("score.weight",), Rule())],
     )
     tensor = list(adapter.tensors(config))[-1]
@@ -119,7 +120,7 @@ def test_each_parameter_is_read_once(tmp_path):
     read = LastRead(Source())
     for tensor in adapter.tensors(config):
         assert adapter.read(tensor, read).shape == tensor.shape
-    assert reads == Counter(dict.fromkeys(decoder_layout(config), 1))
+    assert reads == Counter(dict.fromkeys(layout_of(config), 1))
 
 
 def test_vocabulary_padding_is_cut():

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basestone.model.config import ModelConfig
+from basestone.model.families import layout_of
 from basestone.model.initial import BLOCK, initial_piece
-from basestone.model.layout import Parameter, decoder_layout
+from basestone.model.layout import Parameter
 from basestone.model.presets import FAMILIES
 
 SEED = 7
@@ -47,7 +48,7 @@ def joined(parameter: Parameter, size: int, seed: int = SEED) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_pieces_make_the_same_tensor_in_every_layout(family, size):
-    for parameter in decoder_layout(config(family)).values():
+    for parameter in layout_of(config(family)).values():
         whole = initial_piece(parameter, SEED, 0, 1)
         assert torch.equal(joined(parameter, size), whole), parameter.name
 
@@ -129,7 +130,7 @@ def test_a_rank_draws_its_piece_and_little_more(monkeypatch):
 
 
 def test_norms_begin_at_one_and_biases_at_zero():
-    for name, row in decoder_layout(config("gpt2")).items():
+    for name, row in layout_of(config("gpt2")).items():
         if row.kind == "norm":
             assert (initial_piece(row, SEED, 0, 2) == 1).all(), name
         elif row.kind == "bias":

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basestone.model.config import ModelConfig
-from basestone.model.layout import Box, Parameter, boxes, decoder_layout, has_weight_decay, intersect
+from basestone.model.families import layout_of
+from basestone.model.layout import Box, Parameter, boxes, has_weight_decay, intersect
 from basestone.model.presets import FAMILIES
 
 
@@ -131,7 +132,7 @@ def config(**changes: Any) -> ModelConfig:
 
 def test_query_groups_stay_whole_on_a_rank():
     """A rank's piece of linear_qkv holds whole groups: [the group's queries | its key | its value]."""
-    row = decoder_layout(config())["layers.0.self_attention.linear_qkv.weight"]
+    row = layout_of(config())["layers.0.self_attention.linear_qkv.weight"]
     group_rows = (4 // 2 + 2) * 6
     assert row.shape == (2 * group_rows, 16)
     for rank in range(2):
@@ -140,19 +141,19 @@ def test_query_groups_stay_whole_on_a_rank():
 
 
 def test_gate_and_up_are_cut_one_by_one():
-    row = decoder_layout(config())["layers.1.mlp.linear_fc1.weight"]
+    row = layout_of(config())["layers.1.mlp.linear_fc1.weight"]
     assert (row.shape, row.parts) == ((24, 16), 2)
     rows = [sorted(set((elements(row, rank, 3, 0, row.numel // 3) // 16).tolist())) for rank in range(3)]
     assert rows == [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 16, 17, 18, 19], [8, 9, 10, 11, 20, 21, 22, 23]]
 
 
 def test_a_plain_mlp_has_one_part():
-    row = decoder_layout(config(family="gpt2"))["layers.1.mlp.linear_fc1.weight"]
+    row = layout_of(config(family="gpt2"))["layers.1.mlp.linear_fc1.weight"]
     assert (row.shape, row.parts) == ((12, 16), 1)
 
 
 def test_names_of_a_llama_table():
-    names = list(decoder_layout(config(num_layers=1)))
+    names = list(layout_of(config(num_layers=1)))
     assert names == [
         "embed.word.weight",
         "layers.0.input_layernorm.weight",
@@ -167,7 +168,7 @@ def test_names_of_a_llama_table():
 
 
 def test_a_gpt2_table_adds_positions_and_biases_and_ties_the_head():
-    table = decoder_layout(config(family="gpt2", num_layers=1))
+    table = layout_of(config(family="gpt2", num_layers=1))
     assert table["embed.position.weight"].axis is None
     assert "head.weight" not in table
     layer = "layers.0."
@@ -184,7 +185,7 @@ def test_a_gpt2_table_adds_positions_and_biases_and_ties_the_head():
 
 
 def test_qkv_biases_alone_lie_like_the_rows_of_their_weight():
-    plain, table = (decoder_layout(config(family=family)) for family in ("llama", "qwen2"))
+    plain, table = (layout_of(config(family=family)) for family in ("llama", "qwen2"))
     added = [name for name in table if name not in plain]
     assert added == [f"layers.{layer}.self_attention.linear_qkv.bias" for layer in range(2)]
     bias, weight = table[added[0]], table[added[0].removesuffix("bias") + "weight"]
@@ -192,7 +193,7 @@ def test_qkv_biases_alone_lie_like_the_rows_of_their_weight():
 
 
 def test_norms_of_heads_are_whole_on_every_rank_and_see_its_own_heads():
-    plain, table = (decoder_layout(config(family=family)) for family in ("llama", "qwen3"))
+    plain, table = (layout_of(config(family=family)) for family in ("llama", "qwen3"))
     added = {name: row for name, row in table.items() if name not in plain}
     assert list(added)[:2] == [f"layers.0.self_attention.{part}_layernorm.weight" for part in "qk"]
     assert all(
@@ -202,16 +203,16 @@ def test_norms_of_heads_are_whole_on_every_rank_and_see_its_own_heads():
 
 
 def test_weight_decay_falls_on_matrices_alone():
-    table = decoder_layout(config(family="gpt2"))
+    table = layout_of(config(family="gpt2"))
     decayed = {name.rsplit(".", 2)[-2] for name, row in table.items() if has_weight_decay(row)}
     assert decayed == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
     assert all(row.kind != "weight" or len(row.shape) == 2 for row in table.values())
-    assert has_weight_decay(decoder_layout(config())["head.weight"])
+    assert has_weight_decay(layout_of(config())["head.weight"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_into_the_residual_stream_start_smaller(family):
-    table = decoder_layout(config(family=family, num_layers=8, init_std=0.04))
+    table = layout_of(config(family=family, num_layers=8, init_std=0.04))
     for name, row in table.items():
         if row.kind in ("norm", "bias"):
             assert row.init_std is None
@@ -226,6 +227,6 @@ def test_legal_tensor_sizes_cut_every_row_evenly(family):
     made = config(family=family)
     for size in (1, 2):
         assert made.layout_problems(size) == []
-        for row in decoder_layout(made).values():
+        for row in layout_of(made).values():
             whole = np.prod(row.local_shape(size)) * (1 if row.axis is None else size)
             assert whole == row.numel

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from basestone.model.config import ModelConfig
-from basestone.model.layout import Parameter, decoder_layout
+from basestone.model.families import layout_of
+from basestone.model.layout import Parameter
 from basestone.model.pipeline import Chunk, chunks_of_ranks, held_by, pipeline_problems, spread_layers
 
 
@@ -89,7 +90,7 @@ def table_of(family: str, tied: bool, num_layers: int = 4) -> dict[str, Paramete
         vocab_size=200,
         tied=tied,
     )
-    return decoder_layout(model)
+    return layout_of(model)
 
 
 def names(rows: Iterable[Parameter]) -> set[str]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from small_export import SAMPLES, Weights, assert_nothing_left, hf_trace
 
 from basestone.model.config import ModelConfig
-from basestone.model.layout import decoder_layout
+from basestone.model.families import layout_of
 from basestone.trainer import runtime as processes
 from basestone.trainer.hub import compare
 from basestone.trainer.hub import export as export_module
@@ -159,7 +159,7 @@ def test_a_model_larger_than_memory_is_compared_a_module_at_a_time(
     monkeypatch.setattr(compare.Comparison, "take", take)
     report = export(config=config, source=weights, trace=trace, samples=SAMPLES, tolerance=1e-5)
     assert report.verification.loaded_whole is False and len(held) == config.num_layers + 2
-    assert max(held) < max(row.numel for row in decoder_layout(config).values())
+    assert max(held) < max(row.numel for row in layout_of(config).values())
     assert "a module at a time" in (report.path / "README.md").read_text()
     spoilt = Weights(config)
     spoilt.tensors["layers.1.mlp.linear_fc2.weight"][0] += 1

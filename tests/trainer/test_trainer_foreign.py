@@ -9,8 +9,8 @@ import pytest
 import torch
 from foreign_files import VOCAB, own_states, refused, resolved_run
 
+from basestone.model.families import layout_of
 from basestone.model.hf.adapter import adapter_for
-from basestone.model.layout import decoder_layout
 from basestone.trainer.checkpoint.inspection import problems_of
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
@@ -38,7 +38,7 @@ def states(resolved: ResolvedRun) -> dict[str, torch.Tensor]:
 
 
 def tensors_of(out: Path, resolved: ResolvedRun) -> CheckpointTensors:
-    return CheckpointTensors(Reader(out), decoder_layout(resolved.run.model))
+    return CheckpointTensors(Reader(out), layout_of(resolved.run.model))
 
 
 # ---- what comes in ------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...model.config import ModelConfig
+from ...model.families import layout_of
 from ...model.hf.safetensors_file import SafetensorsReader
-from ...model.layout import decoder_layout
 from ..reference import Trace
 from .card import Verification
 from .weights import ConversionError
@@ -42,7 +42,7 @@ def verify(
         ConversionError: the logits differ by more than `tolerance` of their largest value, naming the first part that
             departs; or transformers would complete or ignore some of the weights.
     """
-    num_bytes = sum(row.numel for row in decoder_layout(config).values()) * FP32_BYTES
+    num_bytes = sum(row.numel for row in layout_of(config).values()) * FP32_BYTES
     whole = num_bytes * HEADROOM < _available_bytes()
     parts = Comparison(trace(ids), command)
     model = load_whole(directory, command) if whole else load_lazily(directory, command)

@@ -17,9 +17,9 @@ from ...data.hf_tokenizer import write_hf_tokenizer
 from ...data.storage import make_readable, new_directory, storage_errors, write_atomic
 from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
+from ...model.families import layout_of
 from ...model.hf.adapter import Adapter, adapter_for
 from ...model.hf.rules import HFTensor
-from ...model.layout import decoder_layout
 from ..errors import ConfigError
 from ..reference import Trace
 from .card import CardFacts, Verification, model_card
@@ -117,7 +117,7 @@ def _check_before(
         )
     if verify:
         check_transformers("export")
-    missing = sorted(set(decoder_layout(config)) - set(source.names()))
+    missing = sorted(set(layout_of(config)) - set(source.names()))
     if missing:
         raise ConversionError(
             f"export: the checkpoint lacks {len(missing)} of the model's parameters, the first {missing[0]}; "

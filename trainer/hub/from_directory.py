@@ -11,9 +11,9 @@ from torch import Tensor
 from ...data.storage import new_directory, storage_errors, write_atomic
 from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
+from ...model.families import layout_of
 from ...model.hf.adapter import Adapter, adapter_for_hf
 from ...model.hf.safetensors_file import SafetensorsReader
-from ...model.layout import decoder_layout
 from .. import runtime as processes
 from ..checkpoint.format import PICKLE_SUFFIXES, step_name
 from ..checkpoint.opening import CHECKPOINTS
@@ -101,7 +101,7 @@ def import_directory(
 
 
 def _compared(directory: Path, step: Path, model: ModelConfig, tolerance: float) -> Verification:
-    tensors = CheckpointTensors(Reader(step), decoder_layout(model))
+    tensors = CheckpointTensors(Reader(step), layout_of(model))
     trace = trace_of(model, tensors, processes.start(), rounded_to=torch.float32)
     ids = ids_to_compare(model, None, model.max_sequence_length)
     try:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...model.config import ModelConfig
+from ...model.families import layout_of
 from ...model.hf.adapter import Adapter, LastRead
 from ...model.hf.safetensors_file import plan_shards, write_safetensors
-from ...model.layout import decoder_layout
 from .. import runtime as processes
 from ..block_file import BlockFile
 from ..errors import EXIT_NUMERICS, BasestoneError
@@ -94,7 +94,7 @@ def write_weights(
         ConversionError: a weight is not finite in `dtype`.
         OSError: the disk is full, or fails.
     """
-    tensors, table = {tensor.name: tensor for tensor in adapter.tensors(config)}, decoder_layout(config)
+    tensors, table = {tensor.name: tensor for tensor in adapter.tensors(config)}, layout_of(config)
     shards = plan_shards(((tensor.name, tensor.shape, dtype) for tensor in tensors.values()), max_shard_bytes)
     num_parts = min(num_processes, len(shards))
 

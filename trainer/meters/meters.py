@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from ...model.flops import decoder_flops_per_token, recomputed_flops_per_token
+from ...model.flops import flops_per_token, recomputed_flops_per_token
 from ..config import ResolvedRun
 from ..runtime import Runtime, visible_gpus
 from .energy import MEANING, EnergyMeter, Source
@@ -49,7 +49,7 @@ class Meters:
         self.tariff = Tariff(section)
         self._convention = section.attention_flops
         shape = (run.model, run.data.sequence_length, section.attention_flops)
-        self.flops_per_token = decoder_flops_per_token(*shape)
+        self.flops_per_token = flops_per_token(*shape)
         self._recomputed_flops = recomputed_flops_per_token(*shape) if run.train.recompute else 0.0
         self._peak, self.peak_note = self._find_peak(resolved)
         self._joules: dict[str, float] = {}

@@ -18,7 +18,7 @@ from ...data.errors import DataConfigError, DataError, DataStorageError
 from ...data.reading.reader import RangeReader
 from ...data.shards import open_filled_shard_set
 from ...data.storage import write_atomic
-from ...model.layout import decoder_layout
+from ...model.families import layout_of
 from ..checkpoint.format import LEFTOVERS
 from ..checkpoint.opening import CHECKPOINTS
 from ..checkpoint.saver import checkpoint_bytes, space_problem
@@ -105,7 +105,7 @@ def run_directory_problem(run_dir: Path, place: Place, resolved: ResolvedRun | N
     # Before the run looks for room, it removes what a killed one left.
     if resolved is None or any((run_dir / CHECKPOINTS).glob(LEFTOVERS)):
         return None
-    return space_problem(run_dir, checkpoint_bytes(decoder_layout(resolved.run.model)))
+    return space_problem(run_dir, checkpoint_bytes(layout_of(resolved.run.model)))
 
 
 def shared_memory_problem(place: Place, uses_gpus: bool, folder: Path = Path("/dev/shm")) -> str | None:

@@ -1,0 +1,119 @@
+"""BERT for any stage of a pipeline: post-norm layers that see both ways, and heads for hidden tokens and sentences.
+
+Shapes: s sequence, b batch, h hidden, v vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..backend import backend_for
+from ..config import ModelConfig
+from ..layers import Embedding, StageChunk, WholeLinear, layer_spec
+from ..loss import Outcome, vocab_parallel_cross_entropy, vocab_parallel_right
+from ..pipeline import Chunk
+
+
+class Bert(StageChunk):
+    """One chunk of a BERT: its layers, the embedding in the first, the heads in the last.
+
+    Parameter names are the global names of `model/bert/layout.py`.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, chunk: Chunk, *, recompute: bool = False
+    ) -> None:
+        """Build the parts that `chunk` names."""
+        super().__init__(model, config, chunk, recompute=recompute)
+        hidden = model.hidden_size
+        if self.first or (self.last and model.tied):  # a tied head has a copy of the word embedding
+            self.embed = Embedding(model, config, whole=self.first)
+        spec = layer_spec(model, config, AttnMaskType.no_mask)
+        self.layers = self.build_layers(spec, chunk.layers, config)
+        if not self.last:
+            return
+        if model.next_sentence:
+            self.pooler = WholeLinear(hidden, hidden, config)
+            self.next_sentence = WholeLinear(hidden, 2, config)
+        # Each rank sees its slice of the sequence alone, as in the norm behind it.
+        self.transform = WholeLinear(hidden, hidden, config, on_slices=config.sequence_parallel)
+        norm = backend_for(model.backend).layer_norm(rms_norm=model.normalization == "rmsnorm")
+        self.norm = norm(config=config, hidden_size=hidden, eps=model.norm_epsilon)
+        self.head = ColumnParallelLinear(
+            hidden,
+            model.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            gather_output=False,
+            skip_weight_param_allocation=model.tied,
+        )
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor] | dict[str, Outcome]:
+        """Run the stage on `tokens` int64 [b, s], with `segments` like it, and `length` [b, 1] of what is no padding.
+
+        Returns [s, b, h] for the next stage. The last stage with `labels` [b, s] gives the losses `masked` [b, s] and,
+        with `next_label` [b, 1] (0 where the second sentence follows), `next_sentence` [b, 1]; without labels the
+        logits by the same names, [b, s, v] of this rank's part of the padded vocabulary and [b, 2].
+        """
+        tokens_bs = batch["tokens"]
+        if self.first:
+            x_sbh = self.embed(tokens_bs, segments_bs=batch.get("segments"))
+        else:
+            assert self.received is not None, "the schedule hands a later stage its input"
+            x_sbh = self.received
+        x_sbh = self.run_layers(self.layers, x_sbh, padding_mask(tokens_bs, batch.get("length")))
+        if not self.last:
+            return x_sbh
+        logits = {"masked": self._token_logits(x_sbh).transpose(0, 1)}
+        if self.model.next_sentence:
+            logits["next_sentence"] = self._sentence_logits(x_sbh)
+        return self._outcomes(logits, batch) if "labels" in batch else logits
+
+    def _token_logits(self, x_sbh: Tensor) -> Tensor:
+        weight = self.embed.word.weight if self.model.tied else None
+        logits_sbv, _ = self.head(self.norm(F.gelu(self.transform(x_sbh))), weight=weight)
+        return logits_sbv
+
+    def _sentence_logits(self, x_sbh: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            # Every rank computes the same with it, so each keeps its own slice of the gradient.
+            x_sbh = tensor_parallel.gather_from_sequence_parallel_region(
+                x_sbh, tensor_parallel_output_grad=False
+            )
+        return self.next_sentence(torch.tanh(self.pooler(x_sbh[0])))
+
+    def _outcomes(self, logits: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Outcome]:
+        masked, vocab = logits["masked"], self.model.vocab_size
+        assert vocab is not None
+        first_row = parallel_state.get_tensor_model_parallel_rank() * masked.shape[-1]
+        group = parallel_state.get_tensor_model_parallel_group()
+        labels_bs = batch["labels"]
+        place = {"first_row": first_row, "vocab_size": vocab, "group": group}
+        right = None if self.training else vocab_parallel_right(masked, labels_bs, **place)
+        outcomes = {"masked": Outcome(vocab_parallel_cross_entropy(masked, labels_bs, **place), right)}
+        if (next_label := batch.get("next_label")) is not None:
+            scores, label = logits["next_sentence"].float(), next_label[:, 0]
+            losses = F.cross_entropy(scores, label, reduction="none")
+            right = None if self.training else (scores.argmax(-1) == label).float()[:, None]
+            outcomes["next_sentence"] = Outcome(losses[:, None], right)
+        return outcomes
+
+
+def padding_mask(tokens_bs: Tensor, length_b1: Tensor | None) -> Tensor | None:
+    """Say what attention may not see: bool [b, 1, 1, s], true for padding.
+
+    A sample without tokens, which fills a batch up, sees its first place: a softmax over nothing is no number.
+    """
+    if length_b1 is None:
+        return None
+    places = torch.arange(tokens_bs.shape[1], device=tokens_bs.device)
+    return (places >= length_b1.clamp(min=1))[:, None, None]

@@ -1,0 +1,62 @@
+"""BERT's own keys of `[model]`, its style and its published sizes (Devlin et al. 2019, section 3). Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class BertKeys(BaseModel):
+    """Keys that the `bert` family adds."""
+
+    num_segments: int = Field(
+        0,
+        ge=0,
+        description="bert: segments that have an embedding; 0 without",
+        json_schema_extra={"on_resume": "fixed"},
+    )
+    next_sentence: bool = Field(
+        False,
+        description="bert: a head that tells whether a second sentence follows the first; false in RoBERTa's style",
+        json_schema_extra={"on_resume": "fixed"},
+    )
+
+    def bert_problems(self, family: str) -> list[str]:
+        """Say which keys do not go with a family."""
+        given = [name for name in BertKeys.model_fields if getattr(self, name)]
+        if family == "bert" or not given:
+            return []
+        return [f"{', '.join(given)}: for family 'bert' alone, got {family!r}; take them out"]
+
+
+STYLE: dict[str, Any] = {
+    "normalization": "layernorm",
+    "norm_position": "post",
+    "activation": "gelu_erf",
+    "position": "learned",
+    "bias": True,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "tied": True,
+    "num_segments": 2,
+    "next_sentence": True,
+    "norm_epsilon": 1e-12,
+    "dropout": 0.1,
+}
+
+
+def _bert(layers: int, hidden: int, heads: int, sequence: int = 512) -> dict[str, Any]:
+    return {
+        "family": "bert",
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "max_sequence_length": sequence,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base": _bert(12, 768, 12),
+    "bert-large": _bert(24, 1024, 16),
+}

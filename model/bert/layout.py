@@ -1,0 +1,47 @@
+"""BERT's parameters and FLOPs. Imports no torch.
+
+Around the layers stand `embed.*` with a norm of its own, and behind them the two heads: `transform.*`, `norm.*` and
+`head.*` predict hidden tokens, `pooler.*` and `next_sentence.*` whether the second sentence follows.
+"""
+
+from __future__ import annotations
+
+from ..config import ModelConfig
+from ..layout import Parameter, layer_macs, layer_rows, norm_rows
+
+
+def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
+    """Make the table: global name -> Parameter, in the order of the forward pass."""
+    hidden, vocab, std = config.hidden_size, config.padded_vocab_size, config.init_std
+    rows = [
+        Parameter("embed.word.weight", (vocab, hidden), "embedding", 0, init_std=std),
+        Parameter("embed.position.weight", (config.max_sequence_length, hidden), "embedding", init_std=std),
+    ]
+    if config.num_segments:
+        rows.append(Parameter("embed.segment.weight", (config.num_segments, hidden), "embedding", init_std=std))
+    rows += norm_rows(config, "embed.norm.")
+    for layer in range(config.num_layers):
+        rows += layer_rows(config, f"layers.{layer}.")
+    if config.next_sentence:
+        rows += _linear_rows("pooler.", hidden, hidden, std) + _linear_rows("next_sentence.", 2, hidden, std)
+    rows += _linear_rows("transform.", hidden, hidden, std) + norm_rows(config, "norm.")
+    if not config.tied:
+        rows.append(Parameter("head.weight", (vocab, hidden), "weight", 0, init_std=std))
+    rows.append(Parameter("head.bias", (vocab,), "bias", 0))
+    return {row.name: row for row in rows}
+
+
+def _linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Parameter]:
+    return [
+        Parameter(prefix + "weight", (num_out, num_in), "weight", init_std=std),
+        Parameter(prefix + "bias", (num_out,), "bias"),
+    ]
+
+
+def bert_macs(config: ModelConfig, sequence_length: int) -> float:
+    """Count the multiply-adds of a forward for one token of a sequence, the heads' among them."""
+    hidden = config.hidden_size
+    heads = hidden * hidden + hidden * config.padded_vocab_size
+    if config.next_sentence:
+        heads += (hidden * hidden + 2 * hidden) / sequence_length
+    return config.num_layers * layer_macs(config, sequence_length, share=1.0) + heads

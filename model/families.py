@@ -1,0 +1,40 @@
+"""What a family is made of: its parameters, its FLOPs and its module, by the name in `model.family`. Imports no torch.
+
+A family of its own shape has a folder here; gpt2, llama and their like are all decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .bert.layout import bert_layout, bert_macs
+from .config import ModelConfig
+from .layout import Parameter, decoder_layout
+
+
+class Family(NamedTuple):
+    """One kind of model.
+
+    `layout` makes the table of parameters; `macs` counts the multiply-adds of a forward for one token, None where they
+    follow the convention of decoders; `chunk` is the module and class of a stage's chunk; `parts` are the parts of the
+    loss, each with the field of a batch that says which predictions count.
+    """
+
+    layout: Callable[[ModelConfig], dict[str, Parameter]]
+    macs: Callable[[ModelConfig, int], float] | None
+    chunk: tuple[str, str]
+
+
+DECODER = Family(decoder_layout, None, (".decoder", "Decoder"))
+BERT = Family(bert_layout, bert_macs, (".bert.chunk", "Bert"))
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Give what a model's family is made of."""
+    return BERT if config.family == "bert" else DECODER
+
+
+def layout_of(config: ModelConfig) -> dict[str, Parameter]:
+    """Make the table of a model's parameters: global name -> Parameter, in the order of the forward pass."""
+    return family_of(config).layout(config)
