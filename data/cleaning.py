@@ -6,8 +6,9 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-# C0 and C1 control characters but tab and newline, and the non-characters of the basic plane
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
+# C0 and C1 control characters but tab, newline and U+001F, which divides the two texts of a pair (passages.py), and
+# the non-characters of the basic plane
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1e\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
 LINE_ENDS = re.compile("\r\n?")
 BYTE_ORDER_MARK = "\ufeff"
 DIGEST_BYTES = 16

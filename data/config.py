@@ -1,4 +1,4 @@
-"""Declare the ``[data]`` and ``[reading]`` sections of a run file."""
+"""Declare the ``[data]``, ``[task]`` and ``[reading]`` sections of a run file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,24 @@ from .division import MAX_LANES, USUAL_LANES
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_NAMES = ("builtin:python",)
+BUILTIN_SYMBOLS = "builtin:python-symbols"  # a tokenizer only
+BUILTIN_TOKENIZERS = (*BUILTIN_NAMES, BUILTIN_SYMBOLS)
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
+# what only one task reads
+TASK_SETTINGS = {
+    "masked": (
+        "predicted",
+        "masked",
+        "replaced",
+        "whole_words",
+        "max_predictions",
+        "next_sentence",
+        "short_fraction",
+    ),
+    "spans": ("noise", "mean_span"),
+    "contrastive": ("pairs",),
+}
 
 
 def _check_place(place: str) -> None:
@@ -116,7 +132,8 @@ class DataConfig(Section):
     )
     tokenizer: str = Field(
         ...,
-        description="A SentencePiece model, a tokenizer.json or its directory, a tiktoken file, or builtin:python",
+        description="A SentencePiece model, a tokenizer.json or its directory, a tiktoken file, builtin:python, or "
+        "builtin:python-symbols, which has masks and sentinels too",
         json_schema_extra=FIXED,
     )
     sequence_length: int = Field(..., description="Tokens predicted in each sequence", json_schema_extra=FIXED)
@@ -206,7 +223,10 @@ class DataConfig(Section):
     @field_validator("tokenizer")
     @classmethod
     def _check_tokenizer(cls, value: str) -> str:
-        _check_place(value)
+        if value.startswith(BUILTIN_PREFIX) and value not in BUILTIN_TOKENIZERS:
+            raise ValueError(f"got {value!r}; the embedded tokenizers are: {', '.join(BUILTIN_TOKENIZERS)}")
+        if value != BUILTIN_SYMBOLS:
+            _check_place(value)
         return value
 
     @field_validator("sequence_length")
@@ -222,6 +242,93 @@ class DataConfig(Section):
         if not 0 <= value <= 256:
             raise ValueError(f"got {value}; use 0 (read in the training process) to 256")
         return value
+
+
+class TaskConfig(Section):
+    """Say what is made of the data's tokens, and so what the model learns to predict."""
+
+    name: Literal["causal", "masked", "spans", "contrastive"] | None = Field(
+        default=None,
+        description="Predict the next token, hidden tokens (BERT), hidden spans (T5), or which texts belong together; "
+        "by default what the model is usually trained on",
+        json_schema_extra=FIXED,
+    )
+    predicted: float = Field(
+        default=0.15, gt=0, lt=1, description="masked: part of the tokens to predict", json_schema_extra=FIXED
+    )
+    masked: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="masked: part of these that the mask hides",
+        json_schema_extra=FIXED,
+    )
+    replaced: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="masked: part of these that a random token replaces; the others stay",
+        json_schema_extra=FIXED,
+    )
+    whole_words: bool = Field(
+        default=False, description="masked: hide all tokens of a word or none", json_schema_extra=FIXED
+    )
+    max_predictions: int | None = Field(
+        default=None, gt=0, description="masked: most predictions in a sequence", json_schema_extra=FIXED
+    )
+    next_sentence: bool = Field(
+        default=False,
+        description="masked: sequences are two parts, and whether the second follows the first is predicted too",
+        json_schema_extra=FIXED,
+    )
+    short_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="next_sentence: part of the sequences that aim at a random shorter length",
+        json_schema_extra=FIXED,
+    )
+    noise: float = Field(
+        default=0.15, gt=0, lt=1, description="spans: part of the tokens to predict", json_schema_extra=FIXED
+    )
+    mean_span: float = Field(
+        default=3.0, ge=1, description="spans: their mean length in tokens", json_schema_extra=FIXED
+    )
+    pairs: Literal["dropout", "given", "neighbours"] = Field(
+        default="dropout",
+        description="contrastive: a passage and itself under another dropout; two texts with U+001F between them in "
+        "each document; or two passages that follow one another",
+        json_schema_extra=FIXED,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if self.masked + self.replaced > 1:
+            raise ValueError(
+                f"masked is {self.masked} and replaced {self.replaced}; together they are at most 1, and the rest stays"
+            )
+        if self._changed("short_fraction") and not self.next_sentence:
+            raise ValueError(
+                "short_fraction is that of sentence pairs; set next_sentence = true, or leave it out"
+            )
+        if self.name is not None and (problem := self.misplaced(self.name)):
+            raise ValueError(problem)
+        return self
+
+    def misplaced(self, task: str) -> str | None:
+        """Say which settings are not the defaults and are none of a task's, None where all fit."""
+        for name, settings in TASK_SETTINGS.items():
+            given = [key for key in settings if self._changed(key)]
+            if given and task != name:
+                return (
+                    f"the task is {task}, and {', '.join(given)} belongs to {name}; leave it out, or set "
+                    f'name = "{name}"'
+                )
+        return None
+
+    def _changed(self, key: str) -> bool:
+        # not what was given: a run's record of its settings gives them all
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
 
 class ReadingConfig(Section):

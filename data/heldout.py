@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,17 @@ import numpy as np
 
 from .errors import DataConfigError
 from .lanes import check_tokenizer
+from .packing import Cursor
+from .parts import PartCutter
+from .passages import SentenceCutter, window_packer
 from .reading.reader import RangeReader
 from .shards import ShardSet, open_filled_shard_set
+from .stream import StreamBatch
+from .tasks.causal import CausalTask
+from .tasks.task import Task
 from .tokenizer import Tokenizer
+
+HELDOUT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,15 @@ class HeldOutSet:
     tokens: np.ndarray
     weights: np.ndarray
     starts: np.ndarray
+    num_bytes: int
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class TaskHeldOut:
+    """Hold a task's fields, int32 [num_samples, columns], of whole documents, whose text has ``num_bytes``."""
+
+    arrays: dict[str, np.ndarray]
     num_bytes: int
     num_documents: int
 
@@ -48,21 +65,12 @@ def load_heldout(
         raise DataConfigError(
             f"sequence length is {sequence_length} and the most tokens {max_tokens}; at least 1 and 2 are needed"
         )
-    taken: list[np.ndarray] = []
-    num_tokens = num_bytes = 0
-    for tokens, size in _documents(open_filled_shard_set(directory, reader), Tokenizer(tokenizer)):
-        if len(tokens) > max_tokens:
-            continue
-        if num_tokens + len(tokens) > max_tokens:
-            break
-        taken.append(tokens)
-        num_tokens += len(tokens)
-        num_bytes += size
-    if not taken:
-        raise DataConfigError(f"{directory}: no document fits into {max_tokens} tokens; allow more tokens")
-    pad = Tokenizer(tokenizer).pad
+    opened = Tokenizer(tokenizer)
+    read = _read_whole(directory, opened, max_tokens, reader)
+    taken = [tokens for _, tokens in read.documents]
+    num_tokens = sum(map(len, taken))
     num_sequences = -(-(num_tokens - 1) // sequence_length)
-    stream = np.full(num_sequences * sequence_length + 1, pad, np.int32)
+    stream = np.full(num_sequences * sequence_length + 1, opened.pad, np.int32)
     stream[:num_tokens] = np.concatenate(taken)
     starts = np.arange(num_sequences)[:, None] * sequence_length
     targets = starts + np.arange(1, sequence_length + 1)
@@ -70,17 +78,142 @@ def load_heldout(
         tokens=stream[starts + np.arange(sequence_length + 1)],
         weights=(targets < num_tokens).astype(np.uint8),
         starts=np.isin(starts + np.arange(sequence_length), np.cumsum([0, *map(len, taken)])),
-        num_bytes=num_bytes,
+        num_bytes=read.num_bytes,
         num_documents=len(taken),
     )
 
 
-def _documents(shard_set: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield each document's framed tokens and the size of its text in bytes."""
+def load_task_heldout(
+    directory: Path | str,
+    tokenizer: Path,
+    task: Task,
+    *,
+    max_tokens: int,
+    short_fraction: float = 0.1,
+    reader: RangeReader | None = None,
+) -> TaskHeldOut:
+    """Load the documents that ``load_heldout`` takes as the arrays of a task, each document once.
+
+    What is drawn depends on a sample's place in the set alone, not on the run's seed, so every evaluation of every run
+    hides the same. ``short_fraction`` is that of sentence pairs.
+
+    Raises DataConfigError where nothing fits or nothing can be made of it, DataError for damaged shards.
+    """
+    if isinstance(task, CausalTask):
+        found = load_heldout(
+            directory, tokenizer, sequence_length=task.row_tokens, max_tokens=max_tokens, reader=reader
+        )
+        rows = np.arange(len(found.tokens))
+        lengths = 1 + found.weights.sum(axis=1, dtype=np.int64)
+        batch = StreamBatch(found.tokens, found.weights, found.starts, rows, 0 * rows, lengths)
+        return TaskHeldOut(task.arrays(batch), found.num_bytes, found.num_documents)
+    opened = Tokenizer(tokenizer)
+    read = _read_whole(directory, opened, max_tokens, reader)
+    if task.packing == "split":
+        batch = _cut_rows([tokens for _, tokens in read.documents], task.row_tokens, opened.pad)
+    else:
+        packer = window_packer(
+            task.packing,
+            _Once([document for document, _ in read.documents], opened),
+            Cursor(),
+            1,
+            HELDOUT_SEED,
+            sentences=SentenceCutter(opened),
+            short_fraction=short_fraction,
+        )
+        sequences = packer.pack_window(task.row_tokens + 1)
+        if not sequences:
+            raise DataConfigError(f"{directory}: nothing to measure on, for {packer.nothing}; give other text")
+        batch = _write_rows(sequences, task.row_tokens, opened.pad)
+    return TaskHeldOut(task.reseeded(HELDOUT_SEED).arrays(batch), read.num_bytes, len(read.documents))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Documents as they lie in shards, each with its framed tokens, and the size of their text."""
+
+    documents: list[tuple[str | np.ndarray, np.ndarray]]
+    num_bytes: int
+
+
+class _Once:
+    """Documents as the one chunk of a source: see packing.Documents."""
+
+    num_chunks = 1
+
+    def __init__(self, documents: list[str | np.ndarray], tokenizer: Tokenizer) -> None:
+        parts = PartCutter(tokenizer)
+        self._documents, self.cut, self.tokenize = documents, parts.cut, parts.tokenize
+
+    def read(self, chunk: int) -> Sequence[str] | Sequence[np.ndarray]:
+        """Return all documents."""
+        return self._documents  # type: ignore[return-value]
+
+    def expect(self, chunk: int) -> None:
+        """Do nothing: all is read."""
+
+
+def _cut_rows(documents: Sequence[np.ndarray], row_tokens: int, pad: int) -> StreamBatch:
+    """Lay documents end to end and cut them into rows as the stream does, the last one padded."""
+    flat = np.concatenate(documents)
+    num_rows = -(-len(flat) // row_tokens)
+    filled = np.full(num_rows * row_tokens + 1, pad, np.int32)
+    filled[: len(flat)] = flat
+    firsts = np.arange(num_rows) * row_tokens
+    starts = np.zeros(num_rows * row_tokens, bool)
+    starts[np.cumsum([0, *map(len, documents[:-1])])] = True
+    return _batch(
+        filled[firsts[:, None] + np.arange(row_tokens + 1)],
+        starts.reshape(num_rows, row_tokens),
+        np.minimum(row_tokens + 1, len(flat) - firsts),
+    )
+
+
+def _write_rows(sequences: Sequence[Sequence[np.ndarray]], row_tokens: int, pad: int) -> StreamBatch:
+    """Write sequences, each in pieces, into rows."""
+    tokens = np.full((len(sequences), row_tokens + 1), pad, np.int32)
+    starts = np.zeros((len(sequences), row_tokens + 1), bool)
+    lengths = np.zeros(len(sequences), np.int64)
+    for row, pieces in enumerate(sequences):
+        ends = np.cumsum([0, *map(len, pieces)])
+        tokens[row, : ends[-1]] = np.concatenate(pieces)
+        starts[row, ends[:-1]] = True
+        lengths[row] = ends[-1]
+    return _batch(tokens, starts[:, :-1], lengths)
+
+
+def _batch(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> StreamBatch:
+    rows = np.arange(len(tokens))
+    weights = (rows[:, None] * 0 + np.arange(1, tokens.shape[1]) < lengths[:, None]).astype(np.uint8)
+    return StreamBatch(tokens, weights, starts, rows, rows * 0, lengths)
+
+
+def _read_whole(
+    directory: Path | str, tokenizer: Tokenizer, max_tokens: int, reader: RangeReader | None
+) -> _Read:
+    """Read documents in file order up to ``max_tokens`` tokens, passing over ones longer than that alone."""
+    taken: list[tuple[str | np.ndarray, np.ndarray]] = []
+    num_tokens = num_bytes = 0
+    for document, tokens, size in _documents(open_filled_shard_set(directory, reader), tokenizer):
+        if len(tokens) > max_tokens:
+            continue
+        if num_tokens + len(tokens) > max_tokens:
+            break
+        taken.append((document, tokens))
+        num_tokens += len(tokens)
+        num_bytes += size
+    if not taken:
+        raise DataConfigError(f"{directory}: no document fits into {max_tokens} tokens; allow more tokens")
+    return _Read(taken, num_bytes)
+
+
+def _documents(shard_set: ShardSet, tokenizer: Tokenizer) -> Iterator[tuple[str | np.ndarray, np.ndarray, int]]:
+    """Yield each document, its framed tokens and the size of its text in bytes."""
     check_tokenizer(shard_set, tokenizer)
     for chunk in range(shard_set.num_chunks):
         for document in shard_set.read_documents(chunk):
             if isinstance(document, str):
-                yield tokenizer.encode_document(document), len(document.encode())
+                yield document, tokenizer.encode_document(document), len(document.encode())
             else:
-                yield document.astype(np.int32), len(tokenizer.decode(document).encode())
+                tokens = document.astype(np.int32)
+                yield tokens, tokens, len(tokenizer.decode(tokens).encode())

@@ -19,8 +19,9 @@ import numpy as np
 from .errors import DataConfigError, DataError
 from .mixing import Mix
 from .order import hash_integers, permute_all, permute_index
-from .packing import CURSOR_COLUMNS, BestFitPacker, Cursor, Packer, SplitPacker, window_chunks
+from .packing import CURSOR_COLUMNS, Cursor, Packer, SplitPacker, window_chunks
 from .parts import PartCutter
+from .passages import WINDOW_PACKINGS, SentenceCutter, window_packer
 from .quarantine import Quarantine
 from .shards import ShardSet
 from .tokenizer import Tokenizer
@@ -29,6 +30,7 @@ DOCUMENT_ORDER = 1  # sets the keys of document orders apart from those of chunk
 SEQUENCE_ORDER = 3  # and those of a window's sequences
 ROW_ARRAYS = ("ids", "sources", "cursors", "lengths", "num_starts", "tokens")  # of a group of samples
 USUAL_TOKEN_BYTES = 4  # of text, where only its size is known
+PACKINGS = ("split", *WINDOW_PACKINGS)
 
 
 class Source:
@@ -57,6 +59,7 @@ class Source:
         self._shard_sets, self._seed = shard_sets, seed
         self._number, self.quarantine = number, quarantine
         self.parts = PartCutter(tokenizer)
+        self.sentences = SentenceCutter(tokenizer)
         self._pool = pool if any(shard_set.is_remote for shard_set in shard_sets) else None
         self._ahead: dict[int, Future[bytes]] = {}
         self._ends = np.cumsum([shard_set.num_chunks for shard_set in shard_sets])
@@ -193,6 +196,7 @@ class LaneGroup:
         packing: str,
         seed: int,
         dtype: np.dtype,
+        short_fraction: float = 0.1,
     ) -> None:
         """Start at global sample ``position`` (a multiple of the lanes).
 
@@ -207,6 +211,7 @@ class LaneGroup:
         self._next = 0
         self._sequence_length = sequence_length
         self._dtype = dtype
+        self._short_fraction = short_fraction
         for lane in self._own_lanes:  # over a network the first chunks come together, not one after another
             source = mix.source_of(position + lane)
             sources[source].expect(lane + self._cursor(source, lane).chunk * num_lanes)
@@ -247,7 +252,16 @@ class LaneGroup:
         if self._packing == "split":
             return SplitPacker(documents, cursor)
         window = window_chunks(source.tokens_per_chunk, self._sequence_length)
-        return BestFitPacker(documents, cursor, window, hash_integers(self._seed, lane, SEQUENCE_ORDER))
+        key = hash_integers(self._seed, lane, SEQUENCE_ORDER)
+        return window_packer(
+            self._packing,
+            documents,
+            cursor,
+            window,
+            key,
+            sentences=source.sentences,
+            short_fraction=self._short_fraction,
+        )
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ WINDOW_SEQUENCES = 64  # fewer leave more filler at a window's end, more take lo
 class Cursor:
     """Hold the place of a lane in a source: chunks finished, and the place within the present ones.
 
-    Where documents are cut that is the part (see parts.py) in the chunk's order, and the token within it; the
-    sequence of the window, and 0, where they are kept whole.
+    Where documents are laid end to end that is the part (see parts.py) in the chunk's order, and the token within
+    it; in other packings the sequence of the window, and 0.
     """
 
     chunk: int = 0
@@ -119,17 +120,15 @@ class SplitPacker:
             cursor.part, cursor.token = cursor.part + 1, 0
 
 
-class BestFitPacker:
-    """Keep documents whole: put each into the sequence with the least room that still takes it.
+class WindowPacker(ABC):
+    """Make the sequences of a window of chunks at once, and hand them out in a shuffled order."""
 
-    Best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling") over a window of chunks;
-    only documents longer than a sequence are cut, and what is left of a sequence stays empty.
-    """
+    nothing = "no document of two tokens or more could be read"  # what a whole pass in vain means
 
     def __init__(self, documents: Documents, cursor: Cursor, window_chunks: int, key: int) -> None:
         """Start at a cursor, whose chunk is the first of a window of ``window_chunks`` chunks.
 
-        ``key`` decides the order of a window's sequences, which come out of the packing sorted by length.
+        ``key`` decides the order of a window's sequences, and what is drawn in making them.
         """
         self._source = documents
         self.cursor = cursor
@@ -138,12 +137,14 @@ class BestFitPacker:
         self._sequences: list[list[np.ndarray]] = []
 
     def fill(self, row: np.ndarray) -> tuple[int, list[int]]:
-        """See Packer."""
+        """See Packer; a sequence is written piece by piece, and each piece begins where ``starts`` says."""
         cursor, first_chunk = self.cursor, self.cursor.chunk
         while True:
             if self._open_window != cursor.chunk:
-                _check_progress(cursor.chunk - first_chunk - self._window_chunks, self._source)
-                self._sequences = self._pack_window(len(row))
+                _check_progress(cursor.chunk - first_chunk - self._window_chunks, self._source, self.nothing)
+                sequences = self.pack_window(len(row))
+                order = permute_all(len(sequences), hash_integers(self._key, cursor.chunk))
+                self._sequences = [sequences[number] for number in order]
                 self._open_window = cursor.chunk
             if cursor.part < len(self._sequences):
                 break
@@ -157,28 +158,42 @@ class BestFitPacker:
             filled += len(piece)
         return filled, starts
 
-    def _pack_window(self, size: int) -> list[list[np.ndarray]]:
+    @abstractmethod
+    def pack_window(self, size: int) -> list[list[np.ndarray]]:
+        """Return the sequences of the window that begins at the cursor, each in pieces of ``size`` tokens together."""
+
+    def _expect_window(self) -> range:
+        """Begin to read the window's chunks, and return their numbers."""
         chunks = range(self.cursor.chunk, self.cursor.chunk + self._window_chunks)
         for chunk in chunks:
             self._source.expect(chunk)
+        return chunks
+
+
+class BestFitPacker(WindowPacker):
+    """Keep documents whole: put each into the sequence with the least room that still takes it.
+
+    Best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling") over a window of chunks;
+    only documents longer than a sequence are cut, and what is left of a sequence stays empty.
+    """
+
+    def pack_window(self, size: int) -> list[list[np.ndarray]]:
         pieces = [
             tokens[start : start + size]
-            for chunk in chunks
+            for chunk in self._expect_window()
             for tokens in map(self._source.tokenize, self._source.read(chunk))
             for start in range(0, len(tokens), size)
         ]
         # a piece of one token predicts nothing
-        sequences = best_fit([piece for piece in pieces if len(piece) > 1], size)
-        order = permute_all(len(sequences), hash_integers(self._key, self.cursor.chunk))
-        return [sequences[number] for number in order]
+        return best_fit([piece for piece in pieces if len(piece) > 1], size)
 
 
-def _check_progress(num_chunks: int, source: Documents) -> None:
+def _check_progress(num_chunks: int, source: Documents, nothing: str = WindowPacker.nothing) -> None:
     """Refuse to look for ever: after so many chunks of a lane it has seen each of them, and none gave a sequence."""
     if num_chunks > source.num_chunks:
         raise DataError(
-            "a whole pass over the data gave nothing to train on: no document of two tokens or more could be read; "
-            "look at the shards with `basestone data inspect`"
+            f"a whole pass over the data gave nothing to train on: {nothing}; look at the shards with "
+            "`basestone data inspect`"
         )
 
 

@@ -22,8 +22,8 @@ class StreamBatch:
     ``tokens`` int32 [num_samples, sequence_length + 1]; ``weights`` uint8 [num_samples, sequence_length],
     1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples, sequence_length], true where a
     document begins (see packing.positions_of and packing.document_lengths); ``ids`` int64 [num_samples], the global
-    sample ids; ``sources`` int64 [num_samples], the number of the source of each. Filler samples come last: id and
-    source -1, weights 0.
+    sample ids; ``sources`` int64 [num_samples], the number of the source of each; ``lengths`` int64 [num_samples],
+    how many of a row's tokens are there. Filler samples come last: id and source -1, weights and length 0.
     """
 
     tokens: np.ndarray
@@ -31,6 +31,7 @@ class StreamBatch:
     starts: np.ndarray
     ids: np.ndarray
     sources: np.ndarray
+    lengths: np.ndarray
 
 
 COUNTERS = ("retries", "cache_hits", "bytes_read", "bad_chunks")
@@ -168,6 +169,7 @@ class TokenStream:
         weights = np.zeros((num_samples, length), np.uint8)
         starts = np.zeros((num_samples, length + 1), np.bool_)
         ids, sources = np.full(num_samples, -1, np.int64), np.full(num_samples, -1, np.int64)
+        lengths = np.zeros(num_samples, np.int64)
         if group is not None:
             real = len(group.ids)
             # one worker gives them in order, and a slice spares a copy of all tokens
@@ -179,14 +181,14 @@ class TokenStream:
             rank = np.empty(real, np.int64)
             rank[order] = np.arange(real)
             starts[np.repeat(rank, group.num_starts), group.starts] = True
-            lengths = group.lengths[order]
-            for row in np.flatnonzero(lengths <= length):
+            lengths[:real] = group.lengths[order]
+            for row in np.flatnonzero(lengths[:real] <= length):
                 there = int(lengths[row])
                 tokens[row, there:] = self._pad
                 weights[row, max(0, there - 1) :] = 0
             if self._settings.mask_document_start:
                 weights[:real][starts[:real, 1:]] = 0
-        return StreamBatch(tokens, weights, starts[:, :-1], ids, sources)
+        return StreamBatch(tokens, weights, starts[:, :-1], ids, sources, lengths)
 
     def _count(self, group: SampleGroup) -> None:
         self._samples += np.bincount(group.sources, minlength=len(self._samples))

@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import ReadingConfig
 from .errors import DataConfigError, DataError
-from .lanes import Source, data_fingerprint
+from .lanes import PACKINGS, Source, data_fingerprint
 from .mixing import Mix, MixPhase, SourceSettings, comparable_sizes, mix_weights
 from .quarantine import Quarantine
 from .reading.reader import RangeReader
@@ -24,7 +24,8 @@ class StreamSettings:
 
     ``lanes`` divides every global batch. ``phases`` are rows ``(first sample that they no longer rule, weights by
     source name)`` of the mix before the sources' own weights begin. ``mask_document_start`` gives weight 0 to
-    predicting a document's first token.
+    predicting a document's first token; ``packing`` is one of lanes.PACKINGS, and ``short_fraction`` is that of its
+    sentence pairs (tasks/sentences.py).
     """
 
     sources: tuple[SourceSettings, ...]
@@ -37,6 +38,7 @@ class StreamSettings:
     temperature: float | None = None
     phases: tuple[tuple[int, dict[str, float]], ...] = ()
     reading: dict[str, Any] = field(default_factory=dict)
+    short_fraction: float = 0.1
 
     @staticmethod
     def of_json(values: dict[str, Any]) -> StreamSettings:
@@ -51,6 +53,8 @@ class StreamSettings:
         """Raise DataConfigError for what cannot be meant."""
         if not self.sources or not all(source.places for source in self.sources):
             raise DataConfigError("no shard directories; give at least one in data.train")
+        if self.packing not in PACKINGS:
+            raise DataConfigError(f"packing is {self.packing!r}; it is one of {', '.join(PACKINGS)}")
         if self.sequence_length < 1 or self.lanes < 1:
             raise DataConfigError(
                 f"sequence length is {self.sequence_length} and lanes {self.lanes}; at least 1 is needed of each"

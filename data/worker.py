@@ -104,6 +104,7 @@ class LocalReader:
             packing=settings.packing,
             seed=settings.seed,
             dtype=token_dtype(opened.tokenizer.vocab_size),
+            short_fraction=settings.short_fraction,
         )
 
     def read(self, count: int) -> SampleGroup:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..stream import StreamBatch
+
 PADDING_SEGMENT = 0
 
 
@@ -55,3 +57,33 @@ def document_positions(lengths: Sequence[int], num_tokens: int) -> np.ndarray:
     pieces = np.array([*lengths, num_tokens - sum(lengths)])
     starts = np.cumsum(pieces) - pieces
     return (np.arange(num_tokens) - np.repeat(starts, pieces)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class CausalTask:
+    """Make rows of the stream the inputs of a decoder: see task.Task.
+
+    Fields: ``tokens`` [sequence_length + 1], and ``marks`` [sequence_length], 1 where the prediction of the token one
+    further on counts, and 2 more where a document begins.
+    """
+
+    row_tokens: int
+    packing: str
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """See task.Task."""
+        return {"tokens": self.row_tokens + 1, "marks": self.row_tokens}
+
+    @property
+    def counts(self) -> dict[str, str]:
+        """See task.Task."""
+        return {"next_token": "marks"}
+
+    def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
+        """See task.Task."""
+        return {"tokens": batch.tokens, "marks": batch.weights + 2 * batch.starts.astype(np.int32)}
+
+    def reseeded(self, seed: int) -> CausalTask:
+        """See task.Task: nothing is drawn here."""
+        return self

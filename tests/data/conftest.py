@@ -98,3 +98,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) ->
 def texts(tokenizer: Tokenizer) -> list[np.ndarray]:
     """Python's documentation topics as tokens."""
     return [tokenizer.encode(text) for text in topics.values()]
+
+
+@pytest.fixture(scope="session")
+def symbols_model(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    """A tokenizer with all that tasks need."""
+    out = tmp_path_factory.mktemp("symbols") / "tokenizer.model"
+    sentinels = tuple(f"<extra_id_{number}>" for number in reversed(range(30)))
+    train_tokenizer(iter(documents), out, vocab_size=700, specials=("[CLS]", "[SEP]", "[MASK]", *sentinels))
+    return out
+
+
+@pytest.fixture(scope="session")
+def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of documents that are two texts each, with U+001F between them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    pairs = [f"{name} is a topic of Python\x1f{text}" for name, text in topics.items()]
+    (folder / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pairs))
+    prepare([str(folder)], folder / "shards", heldout_fraction=0.15, chunk_bytes=4096)
+    return folder / "shards"
