@@ -244,6 +244,9 @@ class DataConfig(Section):
         return value
 
 
+PART_OF_TASK = {"causal": "next_token", "masked": "masked", "spans": "spans", "contrastive": "contrastive"}
+
+
 class TaskConfig(Section):
     """Say what is made of the data's tokens, and so what the model learns to predict."""
 
@@ -276,9 +279,10 @@ class TaskConfig(Section):
     max_predictions: int | None = Field(
         default=None, gt=0, description="masked: most predictions in a sequence", json_schema_extra=FIXED
     )
-    next_sentence: bool = Field(
-        default=False,
-        description="masked: sequences are two parts, and whether the second follows the first is predicted too",
+    next_sentence: bool | None = Field(
+        default=None,
+        description="masked: sequences are two parts, and whether the second follows the first is predicted too; by "
+        "default where the model has a head for it",
         json_schema_extra=FIXED,
     )
     short_fraction: float = Field(
@@ -307,13 +311,20 @@ class TaskConfig(Section):
             raise ValueError(
                 f"masked is {self.masked} and replaced {self.replaced}; together they are at most 1, and the rest stays"
             )
-        if self._changed("short_fraction") and not self.next_sentence:
+        if self._changed("short_fraction") and self.next_sentence is False:
             raise ValueError(
                 "short_fraction is that of sentence pairs; set next_sentence = true, or leave it out"
             )
         if self.name is not None and (problem := self.misplaced(self.name)):
             raise ValueError(problem)
         return self
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Return the parts of the loss, each with the field that says, 0 or 1, which of its predictions count."""
+        assert self.name is not None
+        parts = {PART_OF_TASK[self.name]: "real" if self.name == "contrastive" else "weights"}
+        return parts | {"next_sentence": "real"} if self.next_sentence else parts
 
     def misplaced(self, task: str) -> str | None:
         """Say which settings are not the defaults and are none of a task's, None where all fit."""

@@ -6,7 +6,7 @@ A family of its own shape has a folder here; gpt2, llama and their like are all 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .bert.layout import bert_layout, bert_macs
 from .config import ModelConfig
@@ -17,17 +17,18 @@ class Family(NamedTuple):
     """One kind of model.
 
     `layout` makes the table of parameters; `macs` counts the multiply-adds of a forward for one token, None where they
-    follow the convention of decoders; `chunk` is the module and class of a stage's chunk; `parts` are the parts of the
-    loss, each with the field of a batch that says which predictions count.
+    follow the convention of decoders; `chunk` is the module and class of a stage's chunk; `task` is the name of what it
+    is trained on.
     """
 
     layout: Callable[[ModelConfig], dict[str, Parameter]]
     macs: Callable[[ModelConfig, int], float] | None
     chunk: tuple[str, str]
+    task: Literal["causal", "masked", "spans", "contrastive"]
 
 
-DECODER = Family(decoder_layout, None, (".decoder", "Decoder"))
-BERT = Family(bert_layout, bert_macs, (".bert.chunk", "Bert"))
+DECODER = Family(decoder_layout, None, (".decoder", "Decoder"), "causal")
+BERT = Family(bert_layout, bert_macs, (".bert.chunk", "Bert"), "masked")
 
 
 def family_of(config: ModelConfig) -> Family:

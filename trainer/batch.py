@@ -29,11 +29,6 @@ MicroBatch = dict[str, Tensor]
 WEIGHTS = frozenset({"weights", "real"})  # fields that say which predictions, or whole samples, count
 
 
-def marks_of(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Join weights (0 or 1) and starts, both [num_samples, sequence_length], into marks, uint8."""
-    return weights.astype(np.uint8) + 2 * starts.astype(np.uint8)
-
-
 def share(
     fields: Mapping[str, np.ndarray] | None, widths: Mapping[str, int], num_samples: int, runtime: Runtime
 ) -> dict[str, Tensor]:
@@ -56,6 +51,11 @@ def share(
         source = dist.get_process_group_ranks(runtime.model_group)[0]
         dist.broadcast(buffer, src=source, group=runtime.model_group)
     return dict(zip(widths, buffer.split(list(widths.values()), dim=1), strict=True))
+
+
+def model_fields(fields: dict[str, Tensor], *, documents_apart: bool) -> dict[str, Tensor]:
+    """Turn the fields of a task into those of its model; only those of the causal task differ."""
+    return causal_fields(**fields, documents_apart=documents_apart) if "marks" in fields else fields
 
 
 def causal_fields(tokens: Tensor, marks: Tensor, *, documents_apart: bool = False) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..data.config import DataConfig, ReadingConfig
+from ..data.config import DataConfig, ReadingConfig, TaskConfig
 from ..data.division import num_lanes, samples_per_reader
 from ..model.config import ModelConfig
+from ..model.families import family_of
 from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
 from .ramp import BatchSchedule, Phase
@@ -34,6 +35,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelConfig
     data: DataConfig
+    task: TaskConfig = TaskConfig()
     reading: ReadingConfig = ReadingConfig()
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
@@ -67,6 +69,8 @@ class RunConfig(Section):
             model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
         )
         problems += self._problems() + self._offload_problems()
+        task = self.filled_task
+        problems += _task_problems(model, task)
         ranks = parallel.tensor * parallel.pipeline
         if world_size % ranks:
             problems.append(
@@ -97,7 +101,7 @@ class RunConfig(Section):
         if problems:
             raise ConfigError("\n".join(problems))
         return ResolvedRun(
-            run=self.model_copy(update={"model": model}),
+            run=self.model_copy(update={"model": model, "task": task}),
             world_size=world_size,
             data_parallel=dp,
             batches=batches,
@@ -105,6 +109,15 @@ class RunConfig(Section):
             mix_ends=mix_ends,
             steps=train.steps or batches.steps_for(train.tokens or 0),
         )
+
+    @property
+    def filled_task(self) -> TaskConfig:
+        """Give the task with what it leaves to the model."""
+        task, model = self.task, self.model
+        task = task.model_copy(update={"name": task.name or family_of(model).task})
+        if task.name == "masked" and task.next_sentence is None:
+            task = task.model_copy(update={"next_sentence": model.next_sentence})
+        return task
 
     def _lane_problems(self, sizes: list[int], dp: int, lanes: int) -> list[str]:
         """Check that the lanes divide every batch, and feed every data-parallel rank."""
@@ -230,6 +243,23 @@ class RunConfig(Section):
         return problems
 
 
+def _task_problems(model: ModelConfig, task: TaskConfig) -> list[str]:
+    """Check that the model has what its task trains."""
+    usual = family_of(model).task
+    if task.name != usual:
+        return [
+            f"task.name = '{task.name}': model.family = '{model.family}' is trained on '{usual}'; leave it out"
+        ]
+    problems = [f"task: {problem}"] if (problem := task.misplaced(usual)) else []
+    if bool(task.next_sentence) != model.next_sentence:
+        given = str(task.next_sentence).lower()
+        problems.append(
+            f"task.next_sentence = {given} and model.next_sentence = {str(model.next_sentence).lower()}: the model has "
+            "a head for what the task makes, or neither; leave the first out"
+        )
+    return problems
+
+
 @dataclass(frozen=True)
 class ResolvedRun:
     """A run with everything derived: `run.model.vocab_size` is set, the layout factors, the steps are known."""
@@ -245,7 +275,7 @@ class ResolvedRun:
     @property
     def parts(self) -> dict[str, str]:
         """Give the parts of the loss, each with the field that says which of its predictions count."""
-        return {"next_token": "weights"}
+        return self.run.task.parts
 
     @property
     def saves_asynchronously(self) -> bool:

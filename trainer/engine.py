@@ -203,7 +203,7 @@ class Engine:
         scales = {name: scale / counts[name] for name in self.parts}
         if self._through_engine:
             self._chunks[0].begin_step(len(micro_batches))
-            return self._run(micro_batches, scales)[:, 0]
+            return self._run(micro_batches, scales)[:, 0].contiguous()
         with contextlib.ExitStack() as reduction:
             if self._zero > 0:
                 reduction.enter_context(self._engine.coalesce_grad_reduction())
@@ -211,7 +211,7 @@ class Engine:
             with self.phases.device("gradient_sync"):
                 self._finish_gradients()
                 reduction.close()
-        return sums[:, 0]
+        return sums[:, 0].contiguous()  # a collective on a view would add up something else
 
     def _run(
         self, micro_batches: Sequence[MicroBatch], scales: Mapping[str, float], *, forward_only: bool = False

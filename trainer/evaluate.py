@@ -1,87 +1,108 @@
-"""Held-out loss, perplexity and bits per byte."""
+"""Held-out loss of each part, and what follows from it: perplexity, bits per byte, the share of right predictions."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from ..data.config import ReadingConfig
-from ..data.heldout import load_heldout
+from ..data.heldout import load_task_heldout
 from ..data.reading.reader import RangeReader
-from .batch import causal_fields, cut, marks_of, share
-from .engine import Engine
+from .batch import cut, model_fields, share
+from .config import ResolvedRun
+from .places import DataPlaces, task_of
 from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from .engine import Engine  # brings DeepSpeed along, which a look at a checkpoint needs not
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Loss in nats per token; bits per byte over the UTF-8 bytes of the same documents."""
+    """What a held-out set gave.
+
+    `loss` in nats a prediction, the sum of `losses` by part; `accuracies` by part where the model tells; `perplexity`
+    of the first part; `bits_per_byte` over the UTF-8 bytes of the same documents, where every token is predicted;
+    `tokens` the predictions of the first part.
+    """
 
     loss: float
+    losses: dict[str, float]
+    accuracies: dict[str, float]
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
 
     def record(self) -> dict[str, float]:
-        """Give the fields by name."""
-        return asdict(self)
+        """Give the fields by name; parts and accuracies only where there are several parts, or any."""
+        record = {"loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
+        if self.bits_per_byte is not None:
+            record["bits_per_byte"] = self.bits_per_byte
+        if len(self.losses) > 1:
+            record |= {f"{name}_loss": loss for name, loss in self.losses.items()}
+        return record | {f"{name}_accuracy": share for name, share in self.accuracies.items()}
 
 
 class HeldOut:
     """One held-out set, this rank's share of it in memory."""
 
     def __init__(
-        self,
-        name: str,
-        place: str,
-        tokenizer: Path,
-        runtime: Runtime,
-        *,
-        sequence_length: int,
-        max_tokens: int,
-        documents_apart: bool,
-        reading: ReadingConfig,
+        self, name: str, place: str, resolved: ResolvedRun, places: DataPlaces, runtime: Runtime
     ) -> None:
         """Read the set on every reader and share it with the ranks of its replica."""
-        self.name = name
-        fields = None
-        size = (0, 0, 0)
+        run = resolved.run
+        self.name, self._parts = name, resolved.parts
+        task = task_of(run, places.tokenizer)
+        fields, size = None, (0, 0)
         if runtime.reads_data:
-            data = load_heldout(
+            data = load_task_heldout(
                 place,
-                tokenizer,
-                sequence_length=sequence_length,
-                max_tokens=max_tokens,
-                reader=RangeReader(reading),
+                places.tokenizer,
+                task,
+                max_tokens=run.evaluate.max_tokens,
+                short_fraction=run.task.short_fraction,
+                reader=RangeReader(run.reading),
             )
-            mine = slice(runtime.dp_rank, None, runtime.dp_size)
-            fields = {"tokens": data.tokens[mine], "marks": marks_of(data.weights[mine], data.starts[mine])}
-            size = (len(data.tokens), int(data.weights.sum()), data.num_bytes)
-        total, self.num_tokens, self.num_bytes = runtime.broadcast(size)
+            fields = {name: values[runtime.dp_rank :: runtime.dp_size] for name, values in data.arrays.items()}
+            size = (len(data.arrays["tokens"]), data.num_bytes)
+        total, self._num_bytes = runtime.broadcast(size)
         own = len(range(runtime.dp_rank, total, runtime.dp_size))
-        widths = {"tokens": sequence_length + 1, "marks": sequence_length}
         # Every rank runs as many forwards as the busiest: the schedule's collectives have to match.
         missing = -(-total // runtime.dp_size) - own
         shared = {
             name: torch.cat((field, field.new_zeros(missing, field.shape[1])))
-            for name, field in share(fields, widths, own, runtime).items()
+            for name, field in share(fields, task.widths, own, runtime).items()
         }
-        self._fields = causal_fields(**shared, documents_apart=documents_apart)
+        self._fields = model_fields(shared, documents_apart=run.data.attention == "document")
+        counts = [float(self._fields[weights].sum()) for weights in self._parts.values()]
+        counted = torch.tensor(
+            counts if runtime.reads_data else [0.0] * len(counts), dtype=torch.float64, device=runtime.device
+        )
+        dist.all_reduce(counted)
+        self._counts = dict(zip(self._parts, counted.tolist(), strict=True))
 
     def measure(self, engine: Engine, micro_batch: int) -> HeldOutLoss:
         """Run the model over the set; the same result on every rank."""
-        batches = cut(self._fields, micro_batch, engine.micro_batch_multiple)
-        sums = engine.evaluate(batches).double()
+        sums = engine.evaluate(cut(self._fields, micro_batch, engine.micro_batch_multiple)).double()
         dist.all_reduce(sums)
-        nats = float(sums[0, 0])
-        loss = nats / max(1, self.num_tokens)
-        return HeldOutLoss(
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            bits_per_byte=nats / math.log(2) / max(1, self.num_bytes),
-            tokens=self.num_tokens,
-        )
+        return held_out_loss(dict(zip(self._parts, sums.tolist(), strict=True)), self._counts, self._num_bytes)
+
+
+def held_out_loss(sums: dict[str, list[float]], counts: dict[str, float], num_bytes: int) -> HeldOutLoss:
+    """Make the figures of a set from each part's summed loss and right predictions, and how many there were."""
+    first = next(iter(sums))
+    losses = {name: total / max(1.0, counts[name]) for name, (total, _) in sums.items()}
+    causal = first == "next_token"
+    return HeldOutLoss(
+        loss=sum(losses.values()),
+        losses=losses,
+        accuracies={}
+        if causal
+        else {name: right / max(1.0, counts[name]) for name, (_, right) in sums.items()},
+        perplexity=math.exp(min(losses[first], 700.0)),
+        bits_per_byte=sums[first][0] / math.log(2) / max(1, num_bytes) if causal else None,
+        tokens=int(counts[first]),
+    )

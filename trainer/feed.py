@@ -12,9 +12,10 @@ from ..data.position import content_differences, merge_states
 from ..data.quarantine import check_bad_bytes
 from ..data.stream import COUNTERS, TokenStream
 from ..data.stream_settings import OpenedSources, StreamSettings
-from .batch import causal_fields, marks_of, share
+from ..data.tasks.task import Task
+from .batch import model_fields, share
 from .config import ResolvedRun
-from .places import DataPlaces
+from .places import DataPlaces, task_of
 from .runtime import Runtime
 
 
@@ -24,7 +25,8 @@ class Feed:
     def __init__(self, resolved: ResolvedRun, places: DataPlaces, runtime: Runtime) -> None:
         """Open the sources on the rank that reads for its replica; `start` comes before the first `read`."""
         self._resolved, self._runtime = resolved, runtime
-        self._settings = stream_settings(resolved, places)
+        self._task = task_of(resolved.run, places.tokenizer)
+        self._settings = stream_settings(resolved, places, self._task)
         self._names = [source.name for source in self._settings.sources]
         self._opened = OpenedSources(self._settings) if runtime.reads_data else None
         self._stream: TokenStream | None = None
@@ -63,14 +65,13 @@ class Feed:
         """Give the fields of a step's samples on this rank; see batch.py."""
         global_batch = self._resolved.batches.global_batch(step)
         batch = self._stream.next_batch(global_batch) if self._stream is not None else None
-        data = self._resolved.run.data
         fields = share(
-            {"tokens": batch.tokens, "marks": marks_of(batch.weights, batch.starts)} if batch else None,
-            {"tokens": data.sequence_length + 1, "marks": data.sequence_length},
+            self._task.arrays(batch) if batch else None,
+            self._task.widths,
             self._resolved.samples_per_rank(global_batch),
             self._runtime,
         )
-        return causal_fields(**fields, documents_apart=data.attention == "document")
+        return model_fields(fields, documents_apart=self._resolved.run.data.attention == "document")
 
     def take_counts(self) -> list[float]:
         """Give what this rank's reader counted since the last call, to be added up over all ranks."""
@@ -131,7 +132,7 @@ class Feed:
             self._stream.close()
 
 
-def stream_settings(resolved: ResolvedRun, places: DataPlaces) -> StreamSettings:
+def stream_settings(resolved: ResolvedRun, places: DataPlaces, task: Task) -> StreamSettings:
     """Say what a run streams."""
     run, data = resolved.run, resolved.run.data
     sources = tuple(
@@ -142,12 +143,13 @@ def stream_settings(resolved: ResolvedRun, places: DataPlaces) -> StreamSettings
     return StreamSettings(
         sources=sources,
         tokenizer=str(places.tokenizer.resolve()),
-        sequence_length=data.sequence_length,
+        sequence_length=task.row_tokens,
         lanes=resolved.lanes,
         seed=run.run.seed,
-        packing=data.packing,
+        packing=task.packing,
         mask_document_start=data.mask_document_start,
         temperature=data.temperature,
         phases=tuple((end, dict(row.weights)) for end, row in zip(resolved.mix_ends, data.mix, strict=True)),
         reading=run.reading.model_dump(),
+        short_fraction=run.task.short_fraction,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import platform
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from ..data.errors import DataConfigError
-from ..data.heldout import HeldOutSet, load_heldout
+from ..data.heldout import TaskHeldOut, load_task_heldout
 from ..data.reading.reader import RangeReader
 from ..data.reading.transport import is_local, join, shown
 from ..data.storage import write_atomic
@@ -23,18 +22,20 @@ from ..data.tokenizer import Tokenizer
 from ..model.config import ModelConfig
 from ..model.families import layout_of
 from . import runtime as processes
+from .batch import cut, model_fields
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.places import local_path
 from .checkpoint.tensors import CheckpointTensors
 from .config import RunConfig
 from .console import tenths
 from .errors import ConfigError
+from .evaluate import held_out_loss
 from .hub.card import CardFacts
 from .hub.export import DTYPES, export_checkpoint
 from .load import validate_run
 from .meters.tariff import Tariff
-from .places import locate_heldout
-from .reference import generate, load_model, logits_of, trace_of
+from .places import locate_heldout, task_of
+from .reference import generate, load_model, logits_of, sums_of, trace_of
 from .report.records import RunRecords, number, read_records
 from .report.summary import metered_share
 
@@ -99,36 +100,27 @@ class OpenCheckpoint:
         } or self._own_heldout()
         if not places:
             raise ConfigError("nothing to evaluate on: the run has no data.heldout; name shards with --data")
-        logits = self._logits(self._working_dtype())
+        runtime = processes.start()
+        model = load_model(self.model, self.tensors, runtime, rounded_to=self._working_dtype())
         results = {}
         for name, path in places.items():
             data = self._heldout_set(path, max_tokens)
-            nats = 0.0
-            apart = self.run.data.attention == "document"
-            for tokens, weights, starts in zip(data.tokens, data.weights, data.starts, strict=True):
-                ids = torch.from_numpy(tokens).long()
-                begins = torch.from_numpy(starts)[None] if apart else None
-                scores = logits(ids[None, :-1], begins)[0].log_softmax(-1)
-                picked = scores.gather(1, ids[1:, None]).squeeze(1)
-                nats -= float((picked * torch.from_numpy(weights)).sum())
-            count = int(data.weights.sum())
-            results[name] = {
-                "loss": nats / count,
-                "perplexity": math.exp(min(nats / count, 700.0)),
-                "bits_per_byte": nats / math.log(2) / data.num_bytes,
-                "tokens": count,
-            }
+            fields = {key: torch.from_numpy(values) for key, values in data.arrays.items()}
+            batches = cut(model_fields(fields, documents_apart=self.run.data.attention == "document"), 1)
+            found = sums_of(model, batches, self.run.filled_task.parts, runtime)
+            results[name] = held_out_loss(*found, data.num_bytes).record()
         return results
 
     def _own_heldout(self) -> dict[str, str]:
         return locate_heldout(self.run.data, self.run.reading, processes.cache_dir(), self.tokenizer)
 
-    def _heldout_set(self, place: str, max_tokens: int) -> HeldOutSet:
-        return load_heldout(
+    def _heldout_set(self, place: str, max_tokens: int) -> TaskHeldOut:
+        return load_task_heldout(
             place,
             self.tokenizer,
-            sequence_length=self.run.data.sequence_length,
+            task_of(self.run, self.tokenizer),
             max_tokens=max_tokens,
+            short_fraction=self.run.task.short_fraction,
             reader=RangeReader(self.run.reading),
         )
 
@@ -189,7 +181,8 @@ class OpenCheckpoint:
             return None
         for path in places.values():
             data = self._heldout_set(path, self.run.evaluate.max_tokens)
-            return torch.from_numpy(data.tokens[:VERIFY_SEQUENCES, :-1]).long()
+            tokens = torch.from_numpy(data.arrays["tokens"][:VERIFY_SEQUENCES]).long()
+            return tokens[:, :-1] if "marks" in data.arrays else tokens
         return None
 
     def _facts(self, name: str, licence: str) -> CardFacts:

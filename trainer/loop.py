@@ -198,18 +198,8 @@ class Trainer:
         return differences + self._feed.differences(state["data"])
 
     def _open_held_out(self) -> list[HeldOut]:
-        run = self._resolved.run
         return [
-            HeldOut(
-                name,
-                path,
-                self._places.tokenizer,
-                self._runtime,
-                sequence_length=run.data.sequence_length,
-                max_tokens=run.evaluate.max_tokens,
-                documents_apart=run.data.attention == "document",
-                reading=run.reading,
-            )
+            HeldOut(name, path, self._resolved, self._places, self._runtime)
             for name, path in sorted(self._places.heldout.items())
         ]
 
@@ -297,6 +287,9 @@ class Trainer:
             "kind": "step",
             "step": self.step,
             "loss": figures.loss,
+            **(
+                {f"{name}_loss": loss for name, loss in figures.parts.items()} if len(figures.parts) > 1 else {}
+            ),
             "grad_norm": figures.grad_norm,
             "lr": figures.lr,
             "global_batch": self._resolved.batches.global_batch(self.step - 1),

@@ -12,7 +12,9 @@ from ..data.config import BUILTIN_PREFIX, DataConfig, ReadingConfig
 from ..data.errors import DataConfigError
 from ..data.indexing import Indexer
 from ..data.reading.reader import RangeReader
+from ..data.tasks.task import Task, make_task
 from ..data.tokenizer import Tokenizer
+from .config import RunConfig
 
 ONLY_SOURCE = "train"  # the name of the source where data.train names the shards
 Log = Callable[[str], None]
@@ -115,6 +117,22 @@ def locate_tokenizer(data: DataConfig, reading: ReadingConfig, cache_dir: Path) 
     tokenizer = locator.tokenizer()
     _refuse(locator.problems)
     return tokenizer
+
+
+def task_of(run: RunConfig, tokenizer: Path) -> Task:
+    """Give what makes training arrays of the data of a run.
+
+    Raises:
+        DataConfigError: the tokenizer lacks what the task needs, or settings do not go together.
+    """
+    return make_task(
+        run.filled_task,
+        Tokenizer(tokenizer),
+        sequence_length=run.data.sequence_length,
+        packing=run.data.packing,
+        mask_document_start=run.data.mask_document_start,
+        seed=run.run.seed,
+    )
 
 
 def _refuse(problems: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,18 @@ from .errors import message_of
 from .load import run_to_toml
 from .rundir import RunDirectory, warned_of
 from .sinks.sink import Sink
+
+
+def heldout_text(record: Mapping[str, Any]) -> str:
+    """Say what a held-out set gave in a line."""
+    texts = [f"loss {record['loss']:.4f}", f"perplexity {record['perplexity']:.2f}"]
+    if "bits_per_byte" in record:
+        texts.append(f"{record['bits_per_byte']:.4f} bits per byte")
+    for name, value in record.items():
+        part, _, kind = name.rpartition("_")
+        if part and kind in ("loss", "accuracy"):
+            texts.append(f"{part.replace('_', ' ')} {kind} {value:.4f}")
+    return ", ".join(texts)
 
 
 class Recorder:
@@ -55,10 +67,8 @@ class Recorder:
         if self._directory is None:
             return
         self._directory.metric(record)
-        self._console.say(
-            f"step {record['step']} held-out {record['name']}: loss {record['loss']:.4f}, "
-            f"perplexity {record['perplexity']:.2f}, {record['bits_per_byte']:.4f} bits per byte"
-        )
+        found = heldout_text(record)
+        self._console.say(f"step {record['step']} held-out {record['name']}: {found}")
         self._hand(lambda sink: sink.evaluation(record))
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from ..model.config import ModelConfig
 from ..model.layers import StageChunk, megatron_config
 from ..model.pipeline import Chunk, chunks_of_ranks
 from ..model.stage import chunk_class
+from .batch import MicroBatch
 from .runtime import Runtime
 
 
@@ -127,3 +128,20 @@ def generate(
         if int(token) == eos:
             break
     return ids
+
+
+@torch.no_grad()
+def sums_of(
+    model: StageChunk, batches: Iterable[MicroBatch], parts: Mapping[str, str], runtime: Runtime
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Give what a whole model makes of batches: (loss in nats, right predictions) by part, and how many count."""
+    sums, counts = {name: [0.0, 0.0] for name in parts}, dict.fromkeys(parts, 0.0)
+    for batch in batches:
+        outcomes = model({name: field.to(runtime.device) for name, field in batch.items()})
+        for name, weights in parts.items():
+            losses, right = outcomes[name]
+            weight = batch[weights].view(losses.shape).to(losses.device)
+            counts[name] += float(weight.sum())
+            sums[name][0] += float((losses * weight).sum())
+            sums[name][1] += 0.0 if right is None else float((right * weight).sum())
+    return sums, counts

@@ -194,12 +194,14 @@ def _open_run(
 ) -> tuple[ResolvedRun, DataPlaces]:
     """Read the run file and find what it names."""
     from .load import load_run
-    from .places import locate, vocab_size
+    from .places import locate, task_of, vocab_size
     from .runtime import cache_dir, world_size
 
     run = load_run(arguments.run, arguments.overrides)
     places = locate(run.data, run.reading, cache_dir(), log)
-    return run.resolve(world_size(), vocab_size(places)), places
+    resolved = run.resolve(world_size(), vocab_size(places))
+    task_of(run, places.tokenizer)
+    return resolved, places
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -246,6 +248,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a checkpoint on held-out shards, in one process, with the trainer's model."""
     from .inference import OpenCheckpoint
+    from .record import heldout_text
 
     opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
     results = opened.evaluate(arguments.data, arguments.max_tokens)
@@ -253,10 +256,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(results, indent=1))
         return
     for name, result in results.items():
-        print(
-            f"{name}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
-            f"{result['bits_per_byte']:.4f} bits per byte over {result['tokens']} tokens"
-        )
+        print(f"{name}: {heldout_text(result)} over {result['tokens']} tokens")
 
 
 def generate(arguments: argparse.Namespace) -> None:

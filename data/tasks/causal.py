@@ -75,11 +75,6 @@ class CausalTask:
         """See task.Task."""
         return {"tokens": self.row_tokens + 1, "marks": self.row_tokens}
 
-    @property
-    def counts(self) -> dict[str, str]:
-        """See task.Task."""
-        return {"next_token": "marks"}
-
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""
         return {"tokens": batch.tokens, "marks": batch.weights + 2 * batch.starts.astype(np.int32)}

@@ -43,11 +43,6 @@ class ContrastiveTask:
             columns |= {"other_tokens": self.length, "other_length": 1}
         return columns
 
-    @property
-    def counts(self) -> dict[str, str]:
-        """See task.Task."""
-        return {"contrastive": "real"}
-
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""
         fields = {

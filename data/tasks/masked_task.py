@@ -79,11 +79,6 @@ class MaskedTask:
         length = self.hiding.length
         return {"tokens": length, "labels": length, "weights": length, "length": 1}
 
-    @property
-    def counts(self) -> dict[str, str]:
-        """See task.Task."""
-        return {"masked": "weights"}
-
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""
         fields = self.hiding.empty(len(batch.ids))
@@ -127,11 +122,6 @@ class SentencePairTask:
         length = self.hiding.length
         columns = {"tokens": length, "labels": length, "weights": length, "length": 1}
         return {**columns, "segments": length, "next_label": 1, "real": 1}
-
-    @property
-    def counts(self) -> dict[str, str]:
-        """See task.Task."""
-        return {"masked": "weights", "next_sentence": "real"}
 
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""

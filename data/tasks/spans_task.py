@@ -52,11 +52,6 @@ class SpansTask:
             "length": 1,
         }
 
-    @property
-    def counts(self) -> dict[str, str]:
-        """See task.Task."""
-        return {"spans": "weights"}
-
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""
         num_tokens, num_samples = self.row_tokens, len(batch.ids)

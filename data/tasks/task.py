@@ -31,9 +31,7 @@ class Task(Protocol):
     """Make training arrays of a stream's rows.
 
     ``row_tokens`` and ``packing`` are the stream's sequence length (its rows have one token more) and packing.
-    ``widths`` are the fields and their columns; every field is int32 [num_samples, columns]. ``counts`` gives for each
-    part of the loss the field that says, 0 or 1, which predictions count (of ``marks`` of the causal task, the
-    lowest bit).
+    ``widths`` are the fields and their columns; every field is int32 [num_samples, columns].
     """
 
     @property
@@ -47,10 +45,6 @@ class Task(Protocol):
     @property
     def widths(self) -> dict[str, int]:
         """Return the fields' columns."""
-
-    @property
-    def counts(self) -> dict[str, str]:
-        """Return the parts of the loss, and the field of each that counts."""
 
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """Return the fields of a batch; filler samples are padding, and nothing in them counts."""
