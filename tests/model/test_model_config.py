@@ -125,7 +125,7 @@ def test_the_vocabulary_is_padded_up(vocab, multiple, padded):
 
 
 def test_an_unknown_preset_is_refused():
-    assert "preset: no preset is called 'gpt5'; there are gpt2-1.5b" in refusal(preset="gpt5")
+    assert "preset: no preset is called 'gpt5'; there are bert-base" in refusal(preset="gpt5")
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
