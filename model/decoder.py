@@ -70,13 +70,13 @@ class Decoder(StageChunk):
                 skip_weight_param_allocation=model.tied,
             )
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Outcome]:
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor] | dict[str, Outcome]:
         """Run the stage on `tokens` int64 [b, s].
 
         With `starts`, bool [b, s], true where a document begins, attention keeps to documents.
 
-        Returns [s, b, h] for the next stage; on the last stage with `labels`, int64 [b, s], the loss of every position
-        as `next_token` [b, s], without them the logits [b, s, v] of this rank's part of the padded vocabulary.
+        Returns [s, b, h] for the next stage; on the last stage `next_token`: with `labels`, int64 [b, s], the loss of
+        every position [b, s], without them the logits [b, s, v] of this rank's part of the padded vocabulary.
         """
         tokens_bs, starts_bs = batch["tokens"], batch.get("starts")
         if self.first:
@@ -93,7 +93,7 @@ class Decoder(StageChunk):
         weight = self.embed.word.weight if self.model.tied else None
         logits_sbv, _ = self.head(self.norm(x_sbh), weight=weight)
         if (labels_bs := batch.get("labels")) is None:
-            return logits_sbv.transpose(0, 1)
+            return {"next_token": logits_sbv.transpose(0, 1)}
         rank, vocab = parallel_state.get_tensor_model_parallel_rank(), self.model.vocab_size
         assert vocab is not None
         losses_sb = vocab_parallel_cross_entropy(

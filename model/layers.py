@@ -265,6 +265,9 @@ def own_masks(config: TransformerConfig) -> AbstractContextManager[None]:
 class StageChunk(MegatronModule):
     """The frame of a chunk of any family: what Megatron-core's schedules ask of it, and how its layers run."""
 
+    embed: nn.Module
+    layers: nn.ModuleDict
+
     def __init__(
         self, model: ModelConfig, config: TransformerConfig, chunk: Chunk, *, recompute: bool = False
     ) -> None:
@@ -282,6 +285,16 @@ class StageChunk(MegatronModule):
         return nn.ModuleDict(
             {str(layer): build_module(spec, config=config, layer_number=layer + 1) for layer in numbers}
         )
+
+    def traced(self) -> Iterator[tuple[str, nn.Module]]:
+        """Give what another implementation is compared by: (name, module), in the order of the forward pass.
+
+        A module's output, or the first of several, is [s, b, h].
+        """
+        if self.first:
+            yield "the embedding", self.embed
+        for number, layer in self.layers.items():
+            yield f"layer {number}", layer
 
     def run_layers(
         self, layers: nn.ModuleDict, x_sbh: Tensor, mask: Tensor | None, **more: Tensor | None

@@ -173,16 +173,16 @@ class OpenCheckpoint:
             checked = f"logits equal the trainer's within {report.verification.relative_error:.1e} (relative)"
         return f"{out}: {self.name}, {dtype}, {checked}"
 
-    def _samples(self) -> torch.Tensor | None:
-        """Give some real held-out text as ids, where the run has any that is still there."""
+    def _samples(self) -> dict[str, torch.Tensor] | None:
+        """Give some real held-out text as fields, where the run has any that is still there."""
         try:
             places = self._own_heldout()
         except ValueError:
             return None
         for path in places.values():
             data = self._heldout_set(path, self.run.evaluate.max_tokens)
-            tokens = torch.from_numpy(data.arrays["tokens"][:VERIFY_SEQUENCES]).long()
-            return tokens[:, :-1] if "marks" in data.arrays else tokens
+            fields = {name: torch.from_numpy(values[:VERIFY_SEQUENCES]) for name, values in data.arrays.items()}
+            return {name: field.long() for name, field in model_fields(fields, documents_apart=False).items()}
         return None
 
     def _facts(self, name: str, licence: str) -> CardFacts:

@@ -45,39 +45,42 @@ def load_model(
     return built.eval()
 
 
-Trace = Callable[[Tensor], Iterator[tuple[str, Tensor]]]
+Trace = Callable[[Mapping[str, Tensor]], Iterator[tuple[str, Tensor]]]
 
 
 def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_to: torch.dtype) -> Trace:
-    """Give a function from ids to what the model makes of them, part by part.
+    """Give a function from a batch to what the model makes of it, part by part.
 
-    It takes int64 [batch, sequence] and gives (name, fp32 tensor) of the embedding and of every layer's output,
-    [batch, sequence, hidden], then of the logits, [batch, sequence, true vocabulary]. Only one layer is held.
+    It takes fields, int64 [batch, sequence], and gives (name, fp32 tensor) of the embedding and of every layer's
+    output, [batch, sequence, hidden], then of all logits, [batch, sequence, true vocabulary] the first. Only one layer
+    is held.
     """
 
     @torch.no_grad()
-    def trace(ids: Tensor) -> Iterator[tuple[str, Tensor]]:
-        ids, last = ids.to(runtime.device), model.num_layers - 1
+    def trace(batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        fields = {name: field.to(runtime.device) for name, field in batch.items()}
+        last = model.num_layers - 1
         seen: list[tuple[str, Tensor]] = []
 
         def see(name: str, x_sbh: Tensor) -> None:
             seen.append((name, x_sbh.transpose(0, 1).float().cpu()))
 
-        received: Tensor | None = None
+        received: Any = None
         for number in range(model.num_layers):
             chunk = Chunk(range(number, number + 1), first=number == 0, last=number == last)
-            decoder: Any = load_model(model, weights, runtime, rounded_to=rounded_to, chunk=chunk)
-            layer: Any = decoder.layers[str(number)]
-            if chunk.first:
-                decoder.embed.register_forward_hook(lambda _, __, x: see("the embedding", x))
-            layer.register_forward_hook(lambda _, __, out, number=number: see(f"layer {number}", out[0]))
-            decoder.set_input_tensor(received)
-            received = decoder({"tokens": ids})
+            built = load_model(model, weights, runtime, rounded_to=rounded_to, chunk=chunk)
+            for name, module in built.traced():
+                module.register_forward_hook(
+                    lambda _, __, out, name=name: see(name, out[0] if isinstance(out, tuple) else out)
+                )
+            built.set_input_tensor(received)
+            received = built(fields)
             yield from seen
             seen.clear()
-            del decoder, layer
-        assert received is not None
-        yield "the logits", received[..., : model.vocab_size].float().cpu()
+            del built, module
+        for number, (name, logits) in enumerate(received.items()):
+            named = f"the logits of {name.replace('_', ' ')}" if number else "the logits"
+            yield named, logits[..., : model.vocab_size].float().cpu()
 
     return trace
 
@@ -91,7 +94,7 @@ def logits_of(decoder: StageChunk, runtime: Runtime) -> Callable[..., Tensor]:
     @torch.no_grad()
     def logits(ids: Tensor, starts: Tensor | None = None) -> Tensor:
         batch = {"tokens": ids} if starts is None else {"tokens": ids, "starts": starts}
-        scores = decoder({name: field.to(runtime.device) for name, field in batch.items()})
+        scores = decoder({name: field.to(runtime.device) for name, field in batch.items()})["next_token"]
         return scores[..., : decoder.model.vocab_size].float().cpu()
 
     return logits

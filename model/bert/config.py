@@ -13,7 +13,7 @@ class BertKeys(BaseModel):
     num_segments: int = Field(
         0,
         ge=0,
-        description="bert: segments that have an embedding; 0 without",
+        description="bert: segments, each with an embedding",
         json_schema_extra={"on_resume": "fixed"},
     )
     next_sentence: bool = Field(
@@ -25,7 +25,9 @@ class BertKeys(BaseModel):
     def bert_problems(self, family: str) -> list[str]:
         """Say which keys do not go with a family."""
         given = [name for name in BertKeys.model_fields if getattr(self, name)]
-        if family == "bert" or not given:
+        if family == "bert":
+            return [] if self.num_segments else ["num_segments = 0: a BERT has 1 at least"]
+        if not given:
             return []
         return [f"{', '.join(given)}: for family 'bert' alone, got {family!r}; take them out"]
 

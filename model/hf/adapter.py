@@ -6,13 +6,15 @@ and other readers of these directories agree on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from ..bert import hf as bert
 from ..config import ModelConfig
 from ..families import layout_of
 from ..layout import Parameter
@@ -29,7 +31,7 @@ class Adapter:
     `layout` gives the parameters of a model by their global names, and `rows` says how they are spelt there.
     `needed` gives what fields of a model must be for the class to hold it. `hf_fields` and `model_fields` turn a model
     into the fields of config.json, and those into a model's; the latter raises AdapterError, or KeyError for a field
-    that is missing.
+    that is missing. `inputs` spells the fields of a batch, and `outputs` are the class's logits in the order of ours.
     """
 
     family: str
@@ -40,6 +42,8 @@ class Adapter:
     needed: Callable[[ModelConfig], dict[str, object]]
     hf_fields: Callable[[ModelConfig], dict[str, Any]]
     model_fields: Callable[[dict[str, Any]], dict[str, Any]]
+    inputs: Mapping[str, str] = field(default_factory=lambda: {"tokens": "input_ids"})
+    outputs: tuple[str, ...] = ("logits",)
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Name every field of a model that its class cannot hold."""
@@ -153,12 +157,30 @@ ADAPTERS = tuple(
         ("qwen3", qwen3),
         ("gpt2", gpt2),
     )
+) + tuple(
+    Adapter(
+        "bert",
+        bert.MODEL_TYPE,
+        architecture,
+        layout_of,
+        bert.rows,
+        functools.partial(bert.needed, architecture=architecture),
+        bert.hf_fields,
+        lambda hf, architecture=architecture: {
+            **bert.model_fields(hf),
+            "next_sentence": architecture == bert.PRE_TRAINING,
+        },
+        bert.INPUTS,
+        outputs,
+    )
+    for architecture, outputs in bert.OUTPUTS.items()
 )
 
 
 def adapter_for(config: ModelConfig) -> Adapter:
     """Give the adapter of the model's family; raises AdapterError where its class cannot hold the model."""
-    adapter = next(adapter for adapter in ADAPTERS if adapter.family == config.family)
+    candidates = [adapter for adapter in ADAPTERS if adapter.family == config.family]
+    adapter = next((one for one in candidates if not one.problems(config)), candidates[0])
     if problems := adapter.problems(config):
         able = [other.family for other in ADAPTERS if not other.problems(config)]
         advice = f"family {' or '.join(able)} can" if able else "no family's class can; change these fields"
@@ -167,10 +189,13 @@ def adapter_for(config: ModelConfig) -> Adapter:
 
 
 def adapter_for_hf(hf_config: dict[str, Any]) -> Adapter:
-    """Give the adapter for a config.json by its model_type; raises AdapterError for a type that has none."""
-    model_type = hf_config.get("model_type")
-    for adapter in ADAPTERS:
-        if adapter.model_type == model_type:
-            return adapter
-    known = ", ".join(adapter.model_type for adapter in ADAPTERS)
+    """Give the adapter for a config.json by its model_type and, where several classes have it, its architecture.
+
+    Raises AdapterError for a type that has none.
+    """
+    model_type, architectures = hf_config.get("model_type"), hf_config.get("architectures") or []
+    candidates = [adapter for adapter in ADAPTERS if adapter.model_type == model_type]
+    if candidates:
+        return next((one for one in candidates if one.architecture in architectures), candidates[0])
+    known = ", ".join(dict.fromkeys(adapter.model_type for adapter in ADAPTERS))
     raise AdapterError(f"config.json has model_type {model_type!r}; this package can read {known}")

@@ -106,7 +106,7 @@ def test_it_learns(serial):
 
 
 def test_without_next_sentences():
-    one = bert(model__next_sentence=False, model__num_segments=0, parallel__zero=0)
+    one = bert(model__next_sentence=False, model__num_segments=1, parallel__zero=0)
     reference = run_ranks(curve_of, 1, one)[0]
     layout = parse_layout("tp2-sp-pp2-z2")
     many = layout.of(bert(model__next_sentence=False, model__num_segments=0))

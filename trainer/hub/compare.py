@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...model.config import ModelConfig
 from ...model.families import layout_of
+from ...model.hf.adapter import Adapter
 from ...model.hf.safetensors_file import SafetensorsReader
 from ..reference import Trace
 from .card import Verification
@@ -27,15 +28,22 @@ HEADROOM = 1.5  # of memory over the weights, for what is loaded beside them
 
 
 def verify(
-    directory: Path, config: ModelConfig, trace: Trace, ids: Tensor, tolerance: float, *, command: str
+    directory: Path,
+    adapter: Adapter,
+    config: ModelConfig,
+    trace: Trace,
+    batch: Mapping[str, Tensor],
+    tolerance: float,
+    *,
+    command: str,
 ) -> Verification:
     """Load a directory as any client would, and compare what it computes with the trainer's.
 
     A model that does not fit into this host's memory is loaded a module at a time.
 
     Args:
-        trace: gives what the trainer makes of ids.
-        ids: int64 [batch, sequence].
+        trace: gives what the trainer makes of a batch.
+        batch: fields, int64 [batch, sequence].
         command: "export" or "import", for messages.
 
     Raises:
@@ -44,19 +52,26 @@ def verify(
     """
     num_bytes = sum(row.numel for row in layout_of(config).values()) * FP32_BYTES
     whole = num_bytes * HEADROOM < _available_bytes()
-    parts = Comparison(trace(ids), command)
-    model = load_whole(directory, command) if whole else load_lazily(directory, command)
+    parts = Comparison(trace(batch), command)
+    model = (load_whole if whole else load_lazily)(directory, adapter.architecture, command)
+    model.config.use_cache = False
     with torch.no_grad():
         parts.watch(model, config.num_layers)
-        parts.take(model(input_ids=ids, use_cache=False).logits)
-    _, error, difference = parts.rows[-1]
+        found = model(**{theirs: batch[ours] for ours, theirs in adapter.inputs.items()})
+    for name in adapter.outputs:
+        parts.take(found[name])
+    _, error, difference = max(parts.rows[-len(adapter.outputs) :], key=lambda row: _worse(row[1]))
     if not error <= tolerance:
         raise ConversionError(
             f"{command}: the Hugging Face model's logits differ from the trainer's by {error:.3e} relative "
             f"({difference:.3e} at most), more than {tolerance:.1e}; {parts.first_beyond(tolerance)}; "
             f"nothing was {command}ed"
         )
-    return Verification(error, difference, ids.numel(), tolerance, loaded_whole=whole)
+    return Verification(error, difference, batch["tokens"].numel(), tolerance, loaded_whole=whole)
+
+
+def _worse(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 class Comparison:
@@ -104,23 +119,22 @@ class Comparison:
         if number == 0:
             return f"they depart at {name} already ({error:.1e})"
         before, its_error, _ = self.rows[number - 1]
-        after = " after the final norm and the head" if number == len(self.rows) - 1 else ""
+        after = " after the final norm and the head" if name.startswith("the logits") else ""
         return f"they depart at {name}{after} ({error:.1e}), behind {before} ({its_error:.1e})"
 
 
-def load_whole(directory: Path, command: str) -> Any:
-    """Load a directory with transformers, fp32; refuse one that it would complete with random weights."""
-    from transformers import AutoModelForCausalLM
+def load_whole(directory: Path, architecture: str, command: str) -> Any:
+    """Load a directory with the class of transformers, fp32; refuse one that it would complete with random weights."""
+    import transformers
     from transformers.utils import logging
 
     show_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, architecture).from_pretrained(
             directory,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -132,24 +146,25 @@ def load_whole(directory: Path, command: str) -> Any:
     return model.eval()
 
 
-def load_lazily(directory: Path, command: str) -> Any:
+def load_lazily(directory: Path, architecture: str, command: str) -> Any:
     """Build the same model without weights; every module reads its own from the directory as it is called."""
+    import transformers
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    made: Any = getattr(transformers, architecture)
+    config = made.config_class.from_pretrained(directory, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model: Any = made._from_config(config, dtype=torch.float32)
     reader = SafetensorsReader(directory)
     names, there = set(model.state_dict()), set(reader.names())
-    tied = {}
-    if config.tie_word_embeddings:
-        model.tie_weights()
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        embedding = model.get_input_embeddings().weight
-        embedded = next(name for name in there if parameters.get(name) is embedding)
-        tied = {name: embedded for name, value in parameters.items() if value is embedding and name != embedded}
+    tied: dict[str, str] = {}
+    model.tie_weights()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(value): name for name, value in parameters.items() if name in there}
+    for name, value in parameters.items():
+        if name not in there and id(value) in held:
+            tied[name] = held[id(value)]
     missing, unexpected = sorted(names - there - tied.keys()), sorted(there - names)
     _refuse({"missing_keys": missing, "unexpected_keys": unexpected} if missing or unexpected else {}, command)
     attach_align_device_hook(

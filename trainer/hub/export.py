@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,7 +55,7 @@ def export_checkpoint(
     facts: CardFacts,
     sequence_length: int,
     trace: Trace | None,
-    samples: torch.Tensor | None,
+    samples: Mapping[str, torch.Tensor] | None,
     tolerance: float = 1e-4,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportReport:
@@ -68,7 +68,7 @@ def export_checkpoint(
         num_processes: that write weights; each takes whole files.
         sequence_length: the longest that the model was trained on.
         trace: what the trainer makes of ids, rounded to `dtype`; asked for behind the weights. None: not verified.
-        samples: held-out ids [batch, sequence]; one random sequence is always added.
+        samples: held-out fields [batch, sequence]; one random sequence is always added.
         tell: is told (bytes written, bytes in all) after every tensor.
 
     Raises:
@@ -95,8 +95,10 @@ def export_checkpoint(
                 tell=tell,
             )
             _write_configs(adapter, config, tokens, partial, DTYPES[dtype], sequence_length)
-        ids = ids_to_compare(config, samples, sequence_length)
-        verified = None if trace is None else verify(partial, config, trace, ids, tolerance, command="export")
+        batch = batch_to_compare(adapter, config, samples, sequence_length)
+        verified = None
+        if trace is not None:
+            verified = verify(partial, adapter, config, trace, batch, tolerance, command="export")
         with storage_errors(f"writing {out}"):
             card = model_card(config, facts, dtype=dtype, verification=verified)
             write_atomic(partial / "README.md", card.encode())
@@ -167,10 +169,19 @@ def _write_configs(
     write_hf_tokenizer(tokens.path, out, model_max_length=sequence_length)
 
 
-def ids_to_compare(config: ModelConfig, samples: torch.Tensor | None, sequence_length: int) -> torch.Tensor:
-    """Give the samples and a random sequence of their length as one batch."""
+def batch_to_compare(
+    adapter: Adapter, config: ModelConfig, samples: Mapping[str, torch.Tensor] | None, sequence_length: int
+) -> dict[str, torch.Tensor]:
+    """Give, by field, samples and a random sequence of their length as one batch."""
     assert config.vocab_size is not None
-    length = samples.shape[1] if samples is not None else min(sequence_length, RANDOM_POSITIONS)
+    highest = {"segments": config.num_segments}  # of all other fields tokens
     generator = torch.Generator().manual_seed(0)
-    random = torch.randint(config.vocab_size, (1, length), generator=generator)
-    return random if samples is None else torch.cat((random, samples))
+    batch = {}
+    for name in adapter.inputs:
+        given = (samples or {}).get(name)
+        length = given.shape[1] if given is not None else min(sequence_length, RANDOM_POSITIONS)
+        if given is None and samples:
+            given, length = torch.zeros_like(samples["tokens"]), samples["tokens"].shape[1]
+        random = torch.randint(highest.get(name, config.vocab_size), (1, length), generator=generator)
+        batch[name] = random if given is None else torch.cat((random, given))
+    return batch

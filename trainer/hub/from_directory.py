@@ -27,7 +27,7 @@ from ..reference import trace_of
 from .card import Verification
 from .compare import verify
 from .config_file import name_of, read_config
-from .export import check_transformers, ids_to_compare
+from .export import batch_to_compare, check_transformers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first is what transformers takes
 PICKLES = (".bin", *PICKLE_SUFFIXES)
@@ -94,18 +94,20 @@ def import_directory(
             versions=versions,
         )
         if compare:
-            verification = _compared(directory, step, model, tolerance)
+            verification = _compared(directory, step, adapter, model, tolerance)
         write_atomic(partial / run.data.tokenizer, tokens.content)
         write_atomic(partial / RUN_FILE, run_to_toml(_sections(run), COMMENTS).encode())
     return model, verification
 
 
-def _compared(directory: Path, step: Path, model: ModelConfig, tolerance: float) -> Verification:
+def _compared(
+    directory: Path, step: Path, adapter: Adapter, model: ModelConfig, tolerance: float
+) -> Verification:
     tensors = CheckpointTensors(Reader(step), layout_of(model))
     trace = trace_of(model, tensors, processes.start(), rounded_to=torch.float32)
-    ids = ids_to_compare(model, None, model.max_sequence_length)
+    batch = batch_to_compare(adapter, model, None, model.max_sequence_length)
     try:
-        return verify(directory, model, trace, ids, tolerance, command="import")
+        return verify(directory, adapter, model, trace, batch, tolerance, command="import")
     except RecursionError as error:
         raise ConfigError(f"{directory / 'config.json'}: is nested too deeply for transformers") from error
 
