@@ -87,14 +87,14 @@ class PairPacker(WindowPacker):
             if document
         ]
         documents = [document for _, _, document in rows]
-        documents += self._look_ahead(documents, chunks.stop)
+        room = size - 2  # but for the label, and the place that stays empty
+        documents += self._look_ahead(documents, chunks.stop, room)
         # where a window holds several epochs of a chunk a document comes more than once: it is no other to itself
         contents = [np.concatenate(document).tobytes() for document in documents]
         sequences = []
         for place, (chunk, number, document) in enumerate(rows):
             others = _others(documents, contents, place)
             random = SampleRandom(hash_integers(self._key, chunk), number)
-            room = size - 2  # but for the label, and the place that stays empty
             pairs = sentence_pairs(
                 document, others, random, max_tokens=room, short_fraction=self._short_fraction
             )
@@ -106,23 +106,25 @@ class PairPacker(WindowPacker):
     def _read(self, chunk: int) -> list[Document]:
         return [self._sentences.cut(self._source.tokenize(text)) for text in self._source.read(chunk)]
 
-    def _look_ahead(self, documents: Sequence[Document], chunk: int) -> list[Document]:
+    def _look_ahead(self, documents: Sequence[Document], chunk: int, room: int) -> list[Document]:
         """Return what follows the window, from ``chunk`` on, as far as it takes to have what pairs need.
 
-        That is a second document, to draw from, and one of two sentences, as a sign that there are such at all.
+        That is a second document, to draw from, and one that gives a second part which follows, as a sign that there
+        are such at all: a sentence that fills the room of ``room`` tokens alone is a first part without one.
         """
         found: list[Document] = []
         end = chunk + min(self._source.num_chunks, LOOK_AHEAD_CHUNKS)
         while documents:
             have = [*documents, *found]
             several = any(not _same(document, have[0]) for document in have[1:])
-            if several and any(len(document) > 1 for document in have):
+            if several and any(len(sentence) < room for document in have for sentence in document[:-1]):
                 break
             if chunk == end:
-                what = "a document of two sentences" if several else "a second document"
+                following = f"a document of two sentences, the first of less than {room} tokens"
+                what = following if several else "a second document"
                 raise DataConfigError(
                     f"sentence pairs need {what}, and a whole pass over the data, or {LOOK_AHEAD_CHUNKS} chunks of it, "
-                    "had none; sentences end at a full stop or a newline: give such text, or set "
+                    "had none; sentences end at a full stop or a newline: give such text, longer sequences, or set "
                     "task.next_sentence = false"
                 )
             found += [document for document in self._read(chunk) if document]

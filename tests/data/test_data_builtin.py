@@ -78,6 +78,29 @@ def test_settings_have_a_copy_each(tmp_path: Path) -> None:
     assert first.train != second.train and Tokenizer(first.tokenizer).vocab_size == 512
 
 
+def test_a_tokenizer_with_symbols_has_the_same_pieces_and_corpus(tmp_path: Path) -> None:
+    said: list[str] = []
+    with_symbols = prepare_builtin("builtin:python-symbols", tmp_path, said.append, **SMALL)
+    assert any("preparing builtin:python-symbols" in line for line in said)
+    said.clear()
+    plain = prepare_builtin("builtin:python", tmp_path, said.append, **SMALL)
+    assert (
+        said == [] and prepare_builtin("builtin:python-symbols", tmp_path, said.append, **SMALL) == with_symbols
+    )
+    assert said == []
+    assert (with_symbols.train, with_symbols.heldout) == (plain.train, plain.heldout)
+    ours, theirs = Tokenizer(with_symbols.tokenizer), Tokenizer(plain.tokenizer)
+    assert ours.vocab_size == theirs.vocab_size + 103 == with_symbols.report["vocab_size"]
+    assert (
+        ours.pieces()[4 + 103 :] == theirs.pieces()[4:]
+        and ours.sha256 == with_symbols.report["tokenizer_sha256"]
+    )
+    assert [ours.token_id(piece) for piece in ("[CLS]", "[SEP]", "[MASK]")] == [4, 5, 6]
+    assert [ours.token_id(f"<extra_id_{number}>") for number in range(100)] == list(range(106, 6, -1))
+    text = "[MASK] is text in a document"
+    assert 6 not in ours.encode(text) and ours.decode(ours.encode(text)) == text
+
+
 @pytest.mark.faults
 def test_processes_that_ask_together_share_one_copy(tmp_path: Path) -> None:
     asked = [

@@ -29,11 +29,18 @@ def test_one_directory_may_be_a_plain_string() -> None:
         ({"sequence_length": 1}, "got 1; a sequence needs at least 2 tokens"),
         ({"workers": -1}, "got -1; use 0"),
         ({"worker": 1}, "Extra inputs are not permitted"),
+        ({"tokenizer": "builtin:perl"}, "embedded tokenizers are: builtin:python, builtin:python-symbols"),
+        ({"train": "builtin:python-symbols"}, "the embedded corpora are: builtin:python .type"),
     ],
 )
 def test_mistakes_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DataConfig(**{**GOOD, **change})
+
+
+def test_a_tokenizer_may_be_embedded() -> None:
+    for name in ("builtin:python", "builtin:python-symbols"):
+        assert DataConfig(**{**GOOD, "tokenizer": name}).tokenizer == name
 
 
 def sources(**changes: dict) -> dict:
