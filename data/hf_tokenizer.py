@@ -12,11 +12,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import DataConfigError
 from .hf_tiktoken import convert_ranks
 from .storage import storage_errors, write_atomic
+from .tasks.special_pieces import CLS_PIECES, MASK_PIECES, SEP_PIECES, find_frame, find_piece
 from .tokenizer import Tokenizer
 from .tokenizer_engines import META_SPACE
 from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, TEMPLATE, read_tokenizer_file
@@ -24,6 +25,7 @@ from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, TEMPLATE, read_tokenize
 # piece types of sentencepiece_model.proto
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 BPE_MODEL = 2
+Framing = Literal["document", "sentences", "spans"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class SentencePieceModel:
     ids: dict[str, int]
 
 
-def write_hf_tokenizer(model_path: Path, out_dir: Path, *, model_max_length: int) -> None:
+def write_hf_tokenizer(
+    model_path: Path, out_dir: Path, *, model_max_length: int, framing: Framing = "document"
+) -> None:
     """Write tokenizer.json and tokenizer_config.json into ``out_dir``; of a SentencePiece model also its file.
 
-    Encoding with ``add_special_tokens=False`` gives the tokenizer's own ids. With ``True`` it puts bos first, as
-    the documents of training start with it; a tokenizer.json keeps what it says itself. Reads the same in
-    transformers 4 and 5.
+    Encoding with ``add_special_tokens=False`` gives the tokenizer's own ids. With ``True`` it frames a text as training
+    did: "document" puts bos first, "sentences" writes [CLS] text [SEP], and [SEP] behind a second text, "spans" ends
+    with eos; a tokenizer.json keeps what it says itself. Reads the same in transformers 4 and 5.
 
     Raises DataConfigError for a tokenizer that has no exact equivalent.
     """
@@ -59,13 +63,17 @@ def write_hf_tokenizer(model_path: Path, out_dir: Path, *, model_max_length: int
     if file.kind == SENTENCEPIECE:
         model = read_sentencepiece_model(model_path)
         files = {
-            "tokenizer.json": _build_tokenizer(model).to_str(pretty=True).encode(),
-            "tokenizer_config.json": _json(_tokenizer_config(model, model_max_length)),
+            "tokenizer.json": _build_tokenizer(model, _template(model, tokenizer, framing))
+            .to_str(pretty=True)
+            .encode(),
+            "tokenizer_config.json": _json(
+                _tokenizer_config(model, model_max_length) | _task_config(tokenizer, framing)
+            ),
             "tokenizer.model": file.content,
         }
     else:
         content = file.content if file.kind == HUGGINGFACE else convert_ranks(file, tokenizer)
-        config = _named_config(file.settings, model_max_length)
+        config = _named_config(file.settings, model_max_length) | _task_config(tokenizer, framing)
         files = {"tokenizer.json": content, "tokenizer_config.json": _json(config)}
     with storage_errors(f"writing the tokenizer into {out_dir}"):
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -163,8 +171,8 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     return merges
 
 
-def _build_tokenizer(model: SentencePieceModel) -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+def _build_tokenizer(model: SentencePieceModel, template: Any) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     unknown = next(piece.text for piece in model.pieces if piece.kind == UNKNOWN)
     fast = Tokenizer(
@@ -195,11 +203,42 @@ def _build_tokenizer(model: SentencePieceModel) -> Any:
             if piece.kind == USER_DEFINED
         ]
     )
-    bos = _control(model, "<s>")
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, model.ids[bos])]
-    )
+    fast.post_processor = template
     return fast
+
+
+def _template(model: SentencePieceModel, tokenizer: Tokenizer, framing: Framing) -> Any:
+    """Make what frames texts."""
+    from tokenizers import processors
+
+    bos, eos = _control(model, "<s>"), _control(model, "</s>")
+    if framing == "document":
+        single, pair, specials = f"{bos} $A", f"{bos} $A {bos} $B", [bos]
+    elif framing == "spans":
+        single, pair, specials = f"$A {eos}", f"$A {eos} $B {eos}", [eos]
+    else:
+        frame = find_frame(tokenizer)
+        cls, sep = (model.pieces[number].text for number in (frame.cls, frame.sep))
+        single, pair, specials = f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", [cls, sep]
+    return processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(special, model.ids[special]) for special in specials]
+    )
+
+
+def _task_config(tokenizer: Tokenizer, framing: Framing) -> dict[str, Any]:
+    """Return what a configuration says of specials beside bos, eos, unk and pad: the first spelling that there is."""
+    if framing == "document":
+        return {}
+    # where a text has to say what is hidden, the mask and the sentinels are read in it
+    config: dict[str, Any] = {"split_special_tokens": False, "add_bos_token": False}
+    if framing == "spans":
+        return config
+    spellings = {"mask": MASK_PIECES, "cls": (*CLS_PIECES, "<s>"), "sep": (*SEP_PIECES, "</s>")}
+    for name, pieces in spellings.items():
+        found = next((piece for piece in pieces if find_piece(tokenizer, (piece,)) is not None), None)
+        if found is not None:
+            config[f"{name}_token"] = found
+    return {**config, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
 
 
 def _control(model: SentencePieceModel, text: str) -> str:

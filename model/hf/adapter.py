@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -31,7 +31,8 @@ class Adapter:
     `layout` gives the parameters of a model by their global names, and `rows` says how they are spelt there.
     `needed` gives what fields of a model must be for the class to hold it. `hf_fields` and `model_fields` turn a model
     into the fields of config.json, and those into a model's; the latter raises AdapterError, or KeyError for a field
-    that is missing. `inputs` spells the fields of a batch, and `outputs` are the class's logits in the order of ours.
+    that is missing. `inputs` spells the fields of a batch, and `outputs` are the class's logits in the order of ours;
+    `framing` says what a tokenizer puts around a text.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Adapter:
     model_fields: Callable[[dict[str, Any]], dict[str, Any]]
     inputs: Mapping[str, str] = field(default_factory=lambda: {"tokens": "input_ids"})
     outputs: tuple[str, ...] = ("logits",)
+    framing: Literal["document", "sentences", "spans"] = "document"
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Name every field of a model that its class cannot hold."""
@@ -172,6 +174,7 @@ ADAPTERS = tuple(
         },
         bert.INPUTS,
         outputs,
+        "sentences",
     )
     for architecture, outputs in bert.OUTPUTS.items()
 )

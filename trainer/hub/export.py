@@ -166,7 +166,7 @@ def _write_configs(
         ("generation_config.json", generation),
     ):
         write_atomic(out / name, (json.dumps(values, indent=2) + "\n").encode())
-    write_hf_tokenizer(tokens.path, out, model_max_length=sequence_length)
+    write_hf_tokenizer(tokens.path, out, model_max_length=sequence_length, framing=adapter.framing)
 
 
 def batch_to_compare(

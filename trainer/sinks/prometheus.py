@@ -121,7 +121,7 @@ class PrometheusSink:
 
     def _heldout(self, seen: _Seen) -> Iterator[Any]:
         for key, gauge in HELDOUT.items():
-            rows = [({"name": name}, record[key]) for name, record in sorted(seen.heldout.items())]
+            rows = [({"name": name}, record.get(key)) for name, record in sorted(seen.heldout.items())]
             yield from self._known(gauge.name, gauge.help, rows)
 
     def _gauges(self, seen: _Seen) -> Iterator[Any]:

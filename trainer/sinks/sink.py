@@ -57,7 +57,9 @@ def step_scalars(record: dict[str, Any]) -> dict[str, float]:
 
 def evaluation_scalars(record: dict[str, Any]) -> dict[str, float]:
     """Name the figures of a held-out set."""
-    return {f"heldout/{record['name']}/{name}": record[name] for name in EVAL_SCALARS}
+    of_parts = (name for name in record if name.endswith(("_loss", "_accuracy")))
+    wanted = (name for name in (*EVAL_SCALARS, *of_parts) if name in record)
+    return {f"heldout/{record['name']}/{name}": record[name] for name in wanted}
 
 
 def load_extra(module: str, *, extra: str, key: str) -> ModuleType:
