@@ -185,7 +185,9 @@ class ModelConfig(BertKeys):
         style = FAMILIES["bert"]
         if self.family == "bert":
             wrong = [name for name in ("norm_position", "position") if getattr(self, name) != style[name]]
-            wrong += ["z_loss"] if self.z_loss else []
+            wrong += [name for name in ("z_loss", "rope_scaling") if getattr(self, name)]
+            wrong += [] if self.tied else ["tied"]
+            wrong += ["activation"] if self.gated else []
             return [f"{', '.join(wrong)}: family 'bert' has its own; take it out"] if wrong else []
         return (
             ["norm_position = 'post' is for family 'bert'; take it out"] if self.norm_position == "post" else []

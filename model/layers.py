@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -265,7 +266,7 @@ def own_masks(config: TransformerConfig) -> AbstractContextManager[None]:
 class StageChunk(MegatronModule):
     """The frame of a chunk of any family: what Megatron-core's schedules ask of it, and how its layers run."""
 
-    embed: nn.Module
+    embed: Embedding
     layers: nn.ModuleDict
 
     def __init__(
@@ -297,7 +298,7 @@ class StageChunk(MegatronModule):
             yield f"layer {number}", layer
 
     def run_layers(
-        self, layers: nn.ModuleDict, x_sbh: Tensor, mask: Tensor | None, **more: Tensor | None
+        self, layers: nn.ModuleDict, x_sbh: Tensor, mask: Tensor | None, **more: Any
     ) -> Tensor:
         """Pass [s, b, h] through layers; `mask` and `more` are what each of them takes besides."""
         with own_masks(self.config) if self.training else nullcontext():

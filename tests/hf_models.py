@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from basestone.model.config import ModelConfig
 from basestone.model.families import layout_of
-from basestone.model.hf.adapter import LastRead, adapter_for
+from basestone.model.hf.adapter import LastRead, adapter_for, adapter_for_hf
 from basestone.model.hf.safetensors_file import plan_shards, write_safetensors
 
 LLAMA: dict[str, Any] = {
@@ -36,6 +36,7 @@ GPT2: dict[str, Any] = {
     "max_sequence_length": 32,
     "vocab_size": 131,
 }
+BERT: dict[str, Any] = {**GPT2, "family": "bert", "ffn_hidden_size": 80, "norm_epsilon": 3e-5}
 # Of the five frequencies of a head, one is kept, one divided, and the others are mixed.
 SCALING: dict[str, Any] = {
     "factor": 4.0,
@@ -57,6 +58,10 @@ CONFIGS = {
     "gpt2": ModelConfig(**GPT2),
     "gpt2-untied": ModelConfig(**GPT2, tied=False),
 }
+ENCODERS = {
+    "bert": ModelConfig(**BERT),
+    "bert-masked": ModelConfig(**BERT, next_sentence=False, activation="gelu"),
+}
 
 
 def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -67,7 +72,7 @@ def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
         weights[name] = torch.randn(row.shape, generator=generator) * 0.2
         if row.kind == "norm":
             weights[name] += 1.0
-    for name in ("embed.word.weight", "head.weight"):
+    for name in ("embed.word.weight", "head.weight", "head.bias"):
         if name in weights:
             weights[name][config.vocab_size :] = 0
     return weights
@@ -171,8 +176,22 @@ def logits_from_disk(path: Path, ids: torch.Tensor) -> torch.Tensor:
         return model.eval()(ids).logits
 
 
+def all_logits_from_disk(path: Path) -> list[torch.Tensor]:
+    """Load a directory into the class that it names, with nothing missing or left over; give its logits of BATCH."""
+    import transformers
+
+    hf = json.loads((path / "config.json").read_text())
+    adapter, made = adapter_for_hf(hf), getattr(transformers, hf["architectures"][0])
+    model, info = made.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found = model.eval()(**{theirs: BATCH[ours] for ours, theirs in adapter.inputs.items()})
+    return [found[name] for name in adapter.outputs]
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 IDS = torch.randint(131, (2, 32), generator=torch.Generator().manual_seed(2))
+BATCH = {"tokens": IDS, "segments": (torch.arange(32) > torch.tensor([[11], [20]])).long()}

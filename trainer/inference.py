@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,11 @@ class OpenCheckpoint:
         runtime = processes.start()
         return logits_of(load_model(self.model, self.tensors, runtime, rounded_to=dtype), runtime)
 
-    def _trace(self, dtype: torch.dtype, ids: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    def _trace(
+        self, dtype: torch.dtype, batch: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         runtime = processes.start()
-        yield from trace_of(self.model, self.tensors, runtime, rounded_to=dtype)(ids)
+        yield from trace_of(self.model, self.tensors, runtime, rounded_to=dtype)(batch)
 
     def _working_dtype(self) -> torch.dtype:
         return DTYPES[self.run.train.dtype]

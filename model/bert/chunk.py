@@ -34,7 +34,7 @@ class Bert(StageChunk):
         """Build the parts that `chunk` names."""
         super().__init__(model, config, chunk, recompute=recompute)
         hidden = model.hidden_size
-        if self.first or (self.last and model.tied):  # a tied head has a copy of the word embedding
+        if self.first or self.last:  # the head has a copy of the word embedding
             self.embed = Embedding(model, config, whole=self.first)
         spec = layer_spec(model, config, AttnMaskType.no_mask)
         self.layers = self.build_layers(spec, chunk.layers, config)
@@ -54,7 +54,7 @@ class Bert(StageChunk):
             init_method=config.init_method,
             bias=True,
             gather_output=False,
-            skip_weight_param_allocation=model.tied,
+            skip_weight_param_allocation=True,
         )
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor] | dict[str, Outcome]:
@@ -79,8 +79,8 @@ class Bert(StageChunk):
         return self._outcomes(logits, batch) if "labels" in batch else logits
 
     def _token_logits(self, x_sbh: Tensor) -> Tensor:
-        weight = self.embed.word.weight if self.model.tied else None
-        logits_sbv, _ = self.head(self.norm(F.gelu(self.transform(x_sbh))), weight=weight)
+        x_sbh = self.norm(self.config.activation_func(self.transform(x_sbh)))
+        logits_sbv, _ = self.head(x_sbh, weight=self.embed.word.weight)
         return logits_sbv
 
     def _sentence_logits(self, x_sbh: Tensor) -> Tensor:

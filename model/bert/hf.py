@@ -56,8 +56,6 @@ def rows(config: ModelConfig) -> list[Row]:
         table += _same("pooler", "bert.pooler.dense") + _same("next_sentence", "cls.seq_relationship")
     table += _same("transform", "cls.predictions.transform.dense")
     table += _same("norm", "cls.predictions.transform.LayerNorm")
-    if not config.tied:
-        table.append(Row("head.weight", ("cls.predictions.decoder.weight",), vocabulary))
     table.append(Row("head.bias", ("cls.predictions.bias",), vocabulary))
     return table
 
@@ -86,7 +84,7 @@ def hf_fields(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
+def model_fields(hf: dict[str, Any], architecture: str) -> dict[str, Any]:
     """Read the shape back; refuse a variant of BERT that ours is not."""
     dropout = hf.get("hidden_dropout_prob", 0.1)
     found = {
@@ -121,4 +119,5 @@ def model_fields(hf: dict[str, Any]) -> dict[str, Any]:
         "init_std": hf.get("initializer_range", 0.02),
         "dropout": dropout,
         "tied": hf.get("tie_word_embeddings", True),
+        "next_sentence": architecture == PRE_TRAINING,
     }

@@ -25,8 +25,6 @@ def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
     if config.next_sentence:
         rows += _linear_rows("pooler.", hidden, hidden, std) + _linear_rows("next_sentence.", 2, hidden, std)
     rows += _linear_rows("transform.", hidden, hidden, std) + norm_rows(config, "norm.")
-    if not config.tied:
-        rows.append(Parameter("head.weight", (vocab, hidden), "weight", 0, init_std=std))
     rows.append(Parameter("head.bias", (vocab,), "bias", 0))
     return {row.name: row for row in rows}
 
@@ -41,7 +39,7 @@ def _linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Par
 def bert_macs(config: ModelConfig, sequence_length: int) -> float:
     """Count the multiply-adds of a forward for one token of a sequence, the heads' among them."""
     hidden = config.hidden_size
-    heads = hidden * hidden + hidden * config.padded_vocab_size
+    heads: float = hidden * hidden + hidden * config.padded_vocab_size
     if config.next_sentence:
         heads += (hidden * hidden + 2 * hidden) / sequence_length
     return config.num_layers * layer_macs(config, sequence_length, share=1.0) + heads

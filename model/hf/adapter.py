@@ -168,10 +168,7 @@ ADAPTERS = tuple(
         bert.rows,
         functools.partial(bert.needed, architecture=architecture),
         bert.hf_fields,
-        lambda hf, architecture=architecture: {
-            **bert.model_fields(hf),
-            "next_sentence": architecture == bert.PRE_TRAINING,
-        },
+        functools.partial(bert.model_fields, architecture=architecture),
         bert.INPUTS,
         outputs,
         "sentences",

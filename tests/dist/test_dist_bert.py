@@ -109,7 +109,7 @@ def test_without_next_sentences():
     one = bert(model__next_sentence=False, model__num_segments=1, parallel__zero=0)
     reference = run_ranks(curve_of, 1, one)[0]
     layout = parse_layout("tp2-sp-pp2-z2")
-    many = layout.of(bert(model__next_sentence=False, model__num_segments=0))
+    many = layout.of(bert(model__next_sentence=False, model__num_segments=1))
     assert worst(run_ranks(curve_of, layout.processes, many)[0], reference) < 1e-5
 
 

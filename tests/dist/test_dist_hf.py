@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hf_models import CONFIGS, IDS, logits_from_disk, random_weights, relative_error, write_directory
+from hf_models import (
+    BATCH,
+    CONFIGS,
+    ENCODERS,
+    IDS,
+    all_logits_from_disk,
+    logits_from_disk,
+    random_weights,
+    relative_error,
+    write_directory,
+)
 from megatron.core import parallel_state
 
 from basestone.model.layers import megatron_config
@@ -51,8 +61,8 @@ def _logits_of_rank(
     pipeline: int,
     sequence: bool,
     spoilt: Callable[[str, torch.Tensor, int], torch.Tensor],
-) -> np.ndarray | None:
-    """Read a directory into this rank's stage; give the logits of `IDS` on the last one."""
+) -> list[np.ndarray] | None:
+    """Read a directory into this rank's stage; give all logits of `BATCH` on the last one."""
     runtime = processes.start(tensor=tensor, pipeline=pipeline)
     hf = json.loads((directory / "config.json").read_text())
     adapter = adapter_for_hf(hf)
@@ -71,13 +81,15 @@ def _logits_of_rank(
         received = torch.empty(length, IDS.shape[0], model.hidden_size)
         dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
         chunk.set_input_tensor(received)
-    out = chunk({"tokens": IDS})
+    out = chunk(BATCH)
     if not chunk.last:
         dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None
-    parts = [torch.empty_like(out) for _ in range(tensor)]
-    dist.all_gather(parts, out.contiguous(), group=runtime.tp_group)
-    return torch.cat(parts, -1)[..., : model.vocab_size].numpy()  # a tensor's memory would end with the rank
+    first, *others = out.values()
+    parts = [torch.empty_like(first) for _ in range(tensor)]
+    dist.all_gather(parts, first.contiguous(), group=runtime.tp_group)
+    logits = [torch.cat(parts, -1)[..., : model.vocab_size], *others]
+    return [found.numpy() for found in logits]  # a tensor's memory would end with the rank
 
 
 def _as_it_is(name: str, piece: torch.Tensor, rank: int) -> torch.Tensor:
@@ -88,8 +100,15 @@ def decoder_logits(
     directory: Path, tensor: int = 1, pipeline: int = 1, sequence: bool = False, spoilt: Any = _as_it_is
 ) -> torch.Tensor:
     """Give our logits of a directory, computed by `tensor` x `pipeline` ranks."""
+    return all_logits(directory, tensor, pipeline, sequence, spoilt)[0]
+
+
+def all_logits(
+    directory: Path, tensor: int = 1, pipeline: int = 1, sequence: bool = False, spoilt: Any = _as_it_is
+) -> list[torch.Tensor]:
+    """Give them of every head."""
     answers = run_ranks(_logits_of_rank, tensor * pipeline, directory, tensor, pipeline, sequence, spoilt)
-    return torch.from_numpy(next(answer for answer in answers if answer is not None))
+    return [torch.from_numpy(one) for one in next(answer for answer in answers if answer is not None)]
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +134,41 @@ FAMILIES = ["llama-untied", "llama-scaled", "mistral", "qwen2", "qwen2-tied", "q
 def test_logits_equal_transformers(written, name, tensor, pipeline, sequence):
     directory, expected = written(name)
     assert relative_error(decoder_logits(directory, tensor, pipeline, sequence), expected) < LIMIT
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "sequence"), [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, True)]
+)
+def test_all_logits_equal_transformers(tmp_path, name, tensor, pipeline, sequence):
+    write_directory(ENCODERS[name], random_weights(ENCODERS[name]), tmp_path)
+    for got, expected in zip(
+        all_logits(tmp_path, tensor, pipeline, sequence), all_logits_from_disk(tmp_path), strict=True
+    ):
+        assert relative_error(got, expected) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("parameter", "head"),
+    [
+        ("embed.segment.weight", 0),
+        ("embed.norm.bias", 0),
+        ("layers.1.self_attn_bda.norm.weight", 0),
+        ("transform.bias", 0),
+        ("head.bias", 0),
+        ("pooler.bias", 1),
+        ("next_sentence.weight", 1),
+    ],
+)
+def test_a_parameter_that_is_lost_is_seen(tmp_path, parameter, head):
+    """Which part each head's logits depend on: none of them is left out of the comparison."""
+    write_directory(ENCODERS["bert"], random_weights(ENCODERS["bert"]), tmp_path)
+
+    def spoilt(name: str, piece: torch.Tensor, rank: int) -> torch.Tensor:
+        return torch.zeros_like(piece) if name == parameter else piece
+
+    got, expected = all_logits(tmp_path, spoilt=spoilt), all_logits_from_disk(tmp_path)
+    assert relative_error(got[head], expected[head]) > SEEN
 
 
 def test_biases_in_another_order_than_their_rows_are_seen(written):

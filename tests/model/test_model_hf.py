@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_models import (
     CONFIGS,
+    ENCODERS,
     IDS,
     logits_from_disk,
     plain_forward,
@@ -22,6 +23,8 @@ from basestone.model.hf.rules import AdapterError, Row, Rule
 from basestone.model.hf.safetensors_file import SafetensorsReader, plan_shards, write_safetensors
 from basestone.model.layout import Parameter
 
+ALL = {**CONFIGS, **ENCODERS}
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_exported_logits_equal_a_plain_forward(name, tmp_path):
@@ -31,10 +34,10 @@ def test_exported_logits_equal_a_plain_forward(name, tmp_path):
     assert relative_error(logits_from_disk(tmp_path, IDS), plain_forward(config, weights, IDS)) < 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
 def test_round_trip_is_bit_identical(name, max_shard_bytes, tmp_path):
-    config = CONFIGS[name]
+    config = ALL[name]
     weights = random_weights(config)
     write_directory(config, weights, tmp_path, max_shard_bytes)
     reader = SafetensorsReader(tmp_path)
@@ -44,9 +47,9 @@ def test_round_trip_is_bit_identical(name, max_shard_bytes, tmp_path):
         assert torch.equal(back[parameter], tensor), parameter
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_config_comes_back(name):
-    config = CONFIGS[name]
+    config = ALL[name]
     hf = adapter_for(config).hf_config(config, dtype=torch.bfloat16, bos=1, eos=2, pad=None)
     assert adapter_for_hf(hf).model_config(json.loads(json.dumps(hf))) == config
     assert hf["dtype"] == hf["torch_dtype"] == "bfloat16"
