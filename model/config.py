@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .bert.config import BertKeys
+from .embedding.config import EmbeddingKeys
 from .presets import FAMILIES, PRESETS
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
@@ -44,7 +45,7 @@ class RopeScaling(BaseModel):
         return self
 
 
-class ModelConfig(BertKeys):
+class ModelConfig(BertKeys, EmbeddingKeys):
     """A Transformer: a decoder in the style of GPT-2, Llama, Mistral or Qwen, or an encoder in that of BERT.
 
     `preset` names a published size, `family` a style; a field given in the file wins over both.
@@ -192,6 +193,16 @@ class ModelConfig(BertKeys):
         return (
             ["norm_position = 'post' is for family 'bert'; take it out"] if self.norm_position == "post" else []
         )
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Tell whether there is a head that predicts tokens."""
+        return self.pooling is None
+
+    @property
+    def tied_head(self) -> bool:
+        """Tell whether there is a head that shares the embedding's weight."""
+        return self.tied and self.predicts_tokens
 
     @property
     def causal(self) -> bool:

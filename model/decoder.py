@@ -53,13 +53,14 @@ class Decoder(StageChunk):
     ) -> None:
         """Build the parts that `chunk` names."""
         super().__init__(model, config, chunk, recompute=recompute)
-        if self.first or (self.last and model.tied):  # a tied head has a copy of the word embedding
+        if self.first or (self.last and model.tied_head):  # a tied head has a copy of the word embedding
             self.embed = Embedding(model, config, whole=self.first)
         self.rotary = rotary_embedding(model) if model.position == "rope" else None
         self.layers = self.build_layers(layer_spec(model, config, AttnMaskType.causal), chunk.layers, config)
         if self.last:
             norm = backend_for(model.backend).layer_norm(rms_norm=model.normalization == "rmsnorm")
             self.norm = norm(config=config, hidden_size=model.hidden_size, eps=model.norm_epsilon)
+        if self.last and model.predicts_tokens:
             self.head = ColumnParallelLinear(
                 model.hidden_size,
                 model.padded_vocab_size,
@@ -78,7 +79,7 @@ class Decoder(StageChunk):
         Returns [s, b, h] for the next stage; on the last stage `next_token`: with `labels`, int64 [b, s], the loss of
         every position [b, s], without them the logits [b, s, v] of this rank's part of the padded vocabulary.
         """
-        tokens_bs, starts_bs = batch["tokens"], batch.get("starts")
+        tokens_bs, starts_bs = self.texts_of(batch)["tokens"], batch.get("starts")
         if self.first:
             x_sbh = self.embed(tokens_bs, starts_bs)
         else:
@@ -90,8 +91,11 @@ class Decoder(StageChunk):
         x_sbh = self.run_layers(self.layers, x_sbh, mask, rotary_pos_emb=rope)
         if not self.last:
             return x_sbh
+        x_sbh = self.norm(x_sbh)
+        if not self.model.predicts_tokens:
+            return self.embeddings(x_sbh, batch)
         weight = self.embed.word.weight if self.model.tied else None
-        logits_sbv, _ = self.head(self.norm(x_sbh), weight=weight)
+        logits_sbv, _ = self.head(x_sbh, weight=weight)
         if (labels_bs := batch.get("labels")) is None:
             return {"next_token": logits_sbv.transpose(0, 1)}
         rank, vocab = parallel_state.get_tensor_model_parallel_rank(), self.model.vocab_size

@@ -12,6 +12,8 @@ from .bert.layout import bert_layout, bert_macs
 from .config import ModelConfig
 from .layout import Parameter, decoder_layout
 
+TaskName = Literal["causal", "masked", "spans", "contrastive"]
+
 
 class Family(NamedTuple):
     """One kind of model.
@@ -24,7 +26,7 @@ class Family(NamedTuple):
     layout: Callable[[ModelConfig], dict[str, Parameter]]
     macs: Callable[[ModelConfig, int], float] | None
     chunk: tuple[str, str]
-    task: Literal["causal", "masked", "spans", "contrastive"]
+    task: TaskName
 
 
 DECODER = Family(decoder_layout, None, (".decoder", "Decoder"), "causal")
@@ -34,6 +36,11 @@ BERT = Family(bert_layout, bert_macs, (".bert.chunk", "Bert"), "masked")
 def family_of(config: ModelConfig) -> Family:
     """Give what a model's family is made of."""
     return BERT if config.family == "bert" else DECODER
+
+
+def task_name(config: ModelConfig) -> TaskName:
+    """Give the name of what a model is trained on."""
+    return "contrastive" if config.pooling is not None else family_of(config).task
 
 
 def layout_of(config: ModelConfig) -> dict[str, Parameter]:

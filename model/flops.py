@@ -22,7 +22,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, convention: Conve
     if (macs := family_of(config).macs) is not None:
         return 6.0 * macs(config, sequence_length)
     layer = layer_macs(config, sequence_length, share=_share(config, convention))
-    return 6.0 * (config.num_layers * layer + config.hidden_size * config.padded_vocab_size)
+    head = config.hidden_size * config.padded_vocab_size if config.predicts_tokens else 0
+    return 6.0 * (config.num_layers * layer + head)
 
 
 def recomputed_flops_per_token(

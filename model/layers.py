@@ -5,7 +5,7 @@ Shapes: s sequence, b batch, h hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .backend import backend_for
 from .config import ModelConfig
+from .embedding.pooling import both_texts, pooled
 from .pipeline import Chunk
 
 
@@ -287,6 +288,25 @@ class StageChunk(MegatronModule):
             {str(layer): build_module(spec, config=config, layer_number=layer + 1) for layer in numbers}
         )
 
+    def texts_of(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Give what passes through the layers: of pairs of texts, both side by side."""
+        return both_texts(batch) if self.model.pooling is not None and "real" in batch else batch
+
+    def embeddings(self, x_sbh: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give the unit vectors of a micro-batch's texts, [2 b, h], as `contrastive`.
+
+        Of a batch that is no task's (without `real`), give the states themselves as `states`, [b, s, h].
+        """
+        if self.config.sequence_parallel:
+            # Every rank computes the same with it, so each keeps its own slice of the gradient.
+            x_sbh = tensor_parallel.gather_from_sequence_parallel_region(
+                x_sbh, tensor_parallel_output_grad=False
+            )
+        if "real" not in batch:
+            return {"states": x_sbh.transpose(0, 1)}
+        assert self.model.pooling is not None
+        return {"contrastive": pooled(x_sbh, both_texts(batch)["length"], self.model.pooling)}
+
     def traced(self) -> Iterator[tuple[str, nn.Module]]:
         """Give what another implementation is compared by: (name, module), in the order of the forward pass.
 
@@ -297,9 +317,7 @@ class StageChunk(MegatronModule):
         for number, layer in self.layers.items():
             yield f"layer {number}", layer
 
-    def run_layers(
-        self, layers: nn.ModuleDict, x_sbh: Tensor, mask: Tensor | None, **more: Any
-    ) -> Tensor:
+    def run_layers(self, layers: nn.ModuleDict, x_sbh: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
         """Pass [s, b, h] through layers; `mask` and `more` are what each of them takes besides."""
         with own_masks(self.config) if self.training else nullcontext():
             for layer in layers.values():

@@ -80,7 +80,7 @@ def decoder_layout(config: ModelConfig) -> dict[str, Parameter]:
     for layer in range(config.num_layers):
         rows += layer_rows(config, f"layers.{layer}.")
     rows += norm_rows(config, "norm.")
-    if not config.tied:
+    if config.predicts_tokens and not config.tied:
         rows.append(Parameter("head.weight", (vocab, hidden), "weight", 0, init_std=config.init_std))
     return {row.name: row for row in rows}
 

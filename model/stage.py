@@ -48,7 +48,7 @@ class Stage(nn.Module):
         """The word embedding, where the first and the last stage each have a copy of it and this is one of them."""
         model = self.chunks[0].model
         apart = parallel_state.get_pipeline_model_parallel_world_size() > 1
-        return [self.embed.word.weight] if model.tied and apart and hasattr(self, "embed") else []
+        return [self.embed.word.weight] if model.tied_head and apart and hasattr(self, "embed") else []
 
     def train(self, mode: bool = True) -> Stage:
         """Switch every chunk, too: they draw dropout and recompute by their own flag."""

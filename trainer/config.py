@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..data.config import DataConfig, ReadingConfig, TaskConfig
 from ..data.division import num_lanes, samples_per_reader
 from ..model.config import ModelConfig
-from ..model.families import family_of
+from ..model.families import task_name
 from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
 from .ramp import BatchSchedule, Phase
@@ -114,7 +114,7 @@ class RunConfig(Section):
     def filled_task(self) -> TaskConfig:
         """Give the task with what it leaves to the model."""
         task, model = self.task, self.model
-        task = task.model_copy(update={"name": task.name or family_of(model).task})
+        task = task.model_copy(update={"name": task.name or task_name(model)})
         if task.name == "masked" and task.next_sentence is None:
             task = task.model_copy(update={"next_sentence": model.next_sentence})
         return task
@@ -245,10 +245,11 @@ class RunConfig(Section):
 
 def _task_problems(model: ModelConfig, task: TaskConfig) -> list[str]:
     """Check that the model has what its task trains."""
-    usual = family_of(model).task
+    usual = task_name(model)
     if task.name != usual:
         return [
-            f"task.name = '{task.name}': model.family = '{model.family}' is trained on '{usual}'; leave it out"
+            f"task.name = '{task.name}': a model of family '{model.family}'"
+            f"{'' if model.pooling is None else ' with model.pooling'} is trained on '{usual}'; leave it out"
         ]
     problems = [f"task: {problem}"] if (problem := task.misplaced(usual)) else []
     if bool(task.next_sentence) != model.next_sentence:

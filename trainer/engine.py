@@ -16,6 +16,7 @@ three reduction paths, chosen once:
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import shutil
@@ -38,7 +39,6 @@ from ..model.families import layout_of
 from ..model.initial import initial_piece
 from ..model.layers import megatron_config
 from ..model.layout import has_weight_decay
-from ..model.loss import Outcome
 from ..model.pipeline import chunks_of_ranks
 from ..model.stage import Stage, prepare_parameters
 from .batch import MicroBatch
@@ -48,8 +48,9 @@ from .engine_state import MASTER, EngineState
 from .errors import ConfigError
 from .gradients import Fp32Accumulation, add_over, gradient_of
 from .meters.phases import Phases, ScheduleTimers
+from .objective import LossOf, Pairs, Predictions, Reports
 from .plan import swapped_bytes
-from .runtime import Mpu, Runtime, run_schedule
+from .runtime import Mpu, Runtime, draws_again, run_schedule
 from .swap import SwapFolder, swap_folder_problem
 
 MOST_BUILD_S = 600.0
@@ -72,8 +73,13 @@ class Engine:
         run = resolved.run
         self.runtime, self.model = runtime, run.model
         self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
-        self._sequence_length, self._micro_batch = run.data.sequence_length, run.train.micro_batch
+        self._sequence_length = run.data.sequence_length
+        # Pairs pass through the model side by side.
+        self._rows = run.train.micro_batch * (1 if run.model.pooling is None else 2)
         self.parts = resolved.parts
+        self._objective: Predictions | Pairs = Predictions(self.parts)
+        if run.model.pooling is not None:
+            self._objective = Pairs(run.model.temperature, runtime.dp_group)
         if runtime.on_cpu and self._dtype == "fp16":
             raise ConfigError("train.dtype = 'fp16' needs a GPU, and there is none; set it to 'bf16'")
         if runtime.on_cpu:
@@ -217,14 +223,14 @@ class Engine:
         self, micro_batches: Sequence[MicroBatch], scales: Mapping[str, float], *, forward_only: bool = False
     ) -> Tensor:
         """Run the schedule; give this rank's share of the sums by part: [parts, (loss, right predictions)]."""
-        reports = run_schedule(
-            self._forward_step(scales),
-            self._chunks,
-            micro_batches,
-            sequence_length=self._sequence_length,
-            micro_batch=self._micro_batch,
-            forward_only=forward_only,
-        )
+
+        def look(loss: LossOf) -> Reports:
+            with torch.no_grad(), draws_again(self.runtime):
+                return self._pass(micro_batches, loss, forward_only=True)
+
+        self._objective.prepare(micro_batches, look)
+        loss = functools.partial(self._objective.loss, scales=scales)
+        reports = self._pass(micro_batches, loss, forward_only=forward_only)
         sums = torch.zeros(len(self.parts), 2, device=self.runtime.device)
         if self.runtime.tp_rank == 0:  # its tensor-parallel neighbours have the same sums, earlier stages none
             for report in reports:
@@ -240,22 +246,20 @@ class Engine:
         for parameter in self.module.tied_copies:
             add_over([gradient_of(parameter)], runtime.embedding_group)
 
-    def _forward_step(self, scales: Mapping[str, float]) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
+    def _pass(self, micro_batches: Sequence[MicroBatch], loss: LossOf, *, forward_only: bool) -> Reports:
+        return run_schedule(
+            self._forward_step(loss),
+            self._chunks,
+            micro_batches,
+            sequence_length=self._sequence_length,
+            micro_batch=self._rows,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, loss: LossOf) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
         def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> Any:
             batch = next(batches)
-
-            def loss(outputs: dict[str, Outcome]) -> tuple[Tensor, dict[str, Tensor]]:
-                sums = {}
-                for name, weights in self.parts.items():
-                    losses, right = outputs[name]
-                    weight = batch[weights].view_as(losses)
-                    hits = losses.new_zeros(()) if right is None else (right * weight).sum()
-                    sums[name] = torch.stack(((losses * weight).sum(), hits))
-                total = sum(sums[name][0] * scales[name] for name in self.parts)
-                assert isinstance(total, Tensor)
-                return total, {"sums": torch.stack(tuple(sums.values())).detach()}
-
-            return chunk(batch), loss
+            return chunk(batch), functools.partial(loss, batch=batch)
 
         return forward_step
 
@@ -388,7 +392,7 @@ class _EngineChunk(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Any:
         """Run one micro-batch; the last one of a step is the accumulation boundary."""
-        if self.stage.training:
+        if self.stage.training and torch.is_grad_enabled():
             self._remaining -= 1
             self.engine.set_gradient_accumulation_boundary(self._remaining == 0)
         return self.engine(batch)

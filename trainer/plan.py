@@ -184,7 +184,7 @@ def _chunks(resolved: ResolvedRun) -> list[list[Chunk]]:
 def local_parameters(resolved: ResolvedRun, pipeline_rank: int) -> int:
     """Count the elements of a pipeline rank's tensor-parallel pieces, before ZeRO."""
     model, tp = resolved.run.model, resolved.run.parallel.tensor
-    rows = held_by(layout_of(model), _chunks(resolved)[pipeline_rank], tied=model.tied)
+    rows = held_by(layout_of(model), _chunks(resolved)[pipeline_rank], tied=model.tied_head)
     return sum(_piece(row, tp) for row in rows)
 
 

@@ -106,7 +106,7 @@ class Verification:
         self._places, self._steps, self._dtype = places, steps, dtype
         self._num_processes, self._vocab = num_processes, vocab_size(places)
         # A serial run rounds what embedding and head give a shared weight together, two stages each for itself.
-        self._tied = {"embed.word.weight"} if run.model.tied else set()
+        self._tied = {"embed.word.weight"} if run.model.tied_head else set()
 
     def problems(self, layout: Layout) -> str:
         """Say what makes a layout illegal for this run; nothing where it is legal."""

@@ -34,11 +34,11 @@ class Bert(StageChunk):
         """Build the parts that `chunk` names."""
         super().__init__(model, config, chunk, recompute=recompute)
         hidden = model.hidden_size
-        if self.first or self.last:  # the head has a copy of the word embedding
+        if self.first or (self.last and model.tied_head):  # the head has a copy of the word embedding
             self.embed = Embedding(model, config, whole=self.first)
         spec = layer_spec(model, config, AttnMaskType.no_mask)
         self.layers = self.build_layers(spec, chunk.layers, config)
-        if not self.last:
+        if not (self.last and model.predicts_tokens):
             return
         if model.next_sentence:
             self.pooler = WholeLinear(hidden, hidden, config)
@@ -64,15 +64,18 @@ class Bert(StageChunk):
         with `next_label` [b, 1] (0 where the second sentence follows), `next_sentence` [b, 1]; without labels the
         logits by the same names, [b, s, v] of this rank's part of the padded vocabulary and [b, 2].
         """
-        tokens_bs = batch["tokens"]
+        texts = self.texts_of(batch)
+        tokens_bs = texts["tokens"]
         if self.first:
-            x_sbh = self.embed(tokens_bs, segments_bs=batch.get("segments"))
+            x_sbh = self.embed(tokens_bs, segments_bs=texts.get("segments"))
         else:
             assert self.received is not None, "the schedule hands a later stage its input"
             x_sbh = self.received
-        x_sbh = self.run_layers(self.layers, x_sbh, padding_mask(tokens_bs, batch.get("length")))
+        x_sbh = self.run_layers(self.layers, x_sbh, padding_mask(tokens_bs, texts.get("length")))
         if not self.last:
             return x_sbh
+        if not self.model.predicts_tokens:
+            return self.embeddings(x_sbh, batch)
         logits = {"masked": self._token_logits(x_sbh).transpose(0, 1)}
         if self.model.next_sentence:
             logits["next_sentence"] = self._sentence_logits(x_sbh)

@@ -22,6 +22,8 @@ def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
     rows += norm_rows(config, "embed.norm.")
     for layer in range(config.num_layers):
         rows += layer_rows(config, f"layers.{layer}.")
+    if not config.predicts_tokens:
+        return {row.name: row for row in rows}
     if config.next_sentence:
         rows += _linear_rows("pooler.", hidden, hidden, std) + _linear_rows("next_sentence.", 2, hidden, std)
     rows += _linear_rows("transform.", hidden, hidden, std) + norm_rows(config, "norm.")
@@ -39,7 +41,10 @@ def _linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Par
 def bert_macs(config: ModelConfig, sequence_length: int) -> float:
     """Count the multiply-adds of a forward for one token of a sequence, the heads' among them."""
     hidden = config.hidden_size
+    trunk = config.num_layers * layer_macs(config, sequence_length, share=1.0)
+    if not config.predicts_tokens:
+        return trunk
     heads: float = hidden * hidden + hidden * config.padded_vocab_size
     if config.next_sentence:
         heads += (hidden * hidden + 2 * hidden) / sequence_length
-    return config.num_layers * layer_macs(config, sequence_length, share=1.0) + heads
+    return trunk + heads
