@@ -25,7 +25,7 @@ from .tokenizer_files import HUGGINGFACE, SENTENCEPIECE, TEMPLATE, read_tokenize
 # piece types of sentencepiece_model.proto
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 BPE_MODEL = 2
-Framing = Literal["document", "sentences", "spans"]
+Framing = Literal["document", "sentences", "texts", "spans"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def write_hf_tokenizer(
     """Write tokenizer.json and tokenizer_config.json into ``out_dir``; of a SentencePiece model also its file.
 
     Encoding with ``add_special_tokens=False`` gives the tokenizer's own ids. With ``True`` it frames a text as training
-    did: "document" puts bos first, "sentences" writes [CLS] text [SEP], and [SEP] behind a second text, "spans" ends
-    with eos; a tokenizer.json keeps what it says itself. Reads the same in transformers 4 and 5.
+    did: "document" puts bos first, "sentences" writes [CLS] text [SEP], and [SEP] behind a second text, "texts" the
+    same without telling the two apart, "spans" ends with eos; a tokenizer.json keeps what it says itself. Reads the
+    same in transformers 4 and 5.
 
     Raises DataConfigError for a tokenizer that has no exact equivalent.
     """
@@ -219,7 +220,8 @@ def _template(model: SentencePieceModel, tokenizer: Tokenizer, framing: Framing)
     else:
         frame = find_frame(tokenizer)
         cls, sep = (model.pieces[number].text for number in (frame.cls, frame.sep))
-        single, pair, specials = f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1", [cls, sep]
+        second = "$B:1 {sep}:1" if framing == "sentences" else "$B {sep}"
+        single, pair, specials = f"{cls} $A {sep}", f"{cls} $A {sep} {second.format(sep=sep)}", [cls, sep]
     return processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[(special, model.ids[special]) for special in specials]
     )
@@ -238,7 +240,8 @@ def _task_config(tokenizer: Tokenizer, framing: Framing) -> dict[str, Any]:
         found = next((piece for piece in pieces if find_piece(tokenizer, (piece,)) is not None), None)
         if found is not None:
             config[f"{name}_token"] = found
-    return {**config, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return {**config, "model_input_names": names} if framing == "sentences" else config
 
 
 def _control(model: SentencePieceModel, text: str) -> str:

@@ -128,6 +128,10 @@ class OpenCheckpoint:
 
     def generate(self, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
         """Continue a prompt, as the beginning of a document."""
+        if not (self.model.causal and self.model.predicts_tokens):
+            raise ConfigError(
+                f"generate: {self.model.family} predicts no next token; `basestone export` it, and use it from there"
+            )
         tokenizer = Tokenizer(self.tokenizer)
         ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt).tolist()]])
         out = generate(

@@ -7,8 +7,10 @@ and other readers of these directories agree on them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from pydantic import ValidationError
 
 from ..bert import hf as bert
 from ..config import ModelConfig
+from ..embedding.hf import POOLING_MODES, trunk_rows
 from ..families import layout_of
 from ..layout import Parameter
 from . import gpt2, llama, mistral, qwen2, qwen3
@@ -32,7 +35,8 @@ class Adapter:
     `needed` gives what fields of a model must be for the class to hold it. `hf_fields` and `model_fields` turn a model
     into the fields of config.json, and those into a model's; the latter raises AdapterError, or KeyError for a field
     that is missing. `inputs` spells the fields of a batch, and `outputs` are the class's logits in the order of ours;
-    `framing` says what a tokenizer puts around a text.
+    `framing` says what a tokenizer puts around a text, `pipeline_tag` what the hub calls its use; `options` are what
+    the class is loaded with.
     """
 
     family: str
@@ -45,11 +49,13 @@ class Adapter:
     model_fields: Callable[[dict[str, Any]], dict[str, Any]]
     inputs: Mapping[str, str] = field(default_factory=lambda: {"tokens": "input_ids"})
     outputs: tuple[str, ...] = ("logits",)
-    framing: Literal["document", "sentences", "spans"] = "document"
+    framing: Literal["document", "sentences", "texts", "spans"] = "document"
+    pipeline_tag: str = "text-generation"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Name every field of a model that its class cannot hold."""
-        needed = self.needed(config)
+        needed = {"pooling": None, **self.needed(config)}
         return differences({name: getattr(config, name) for name in needed}, needed)
 
     def tensors(self, config: ModelConfig) -> Iterator[HFTensor]:
@@ -141,8 +147,8 @@ class LastRead:
         return self._tensor
 
 
-ADAPTERS = tuple(
-    Adapter(
+def _decoder(family: str, module: ModuleType) -> Adapter:
+    return Adapter(
         family,
         module.MODEL_TYPE,
         module.ARCHITECTURE,
@@ -152,15 +158,10 @@ ADAPTERS = tuple(
         module.hf_fields,
         module.model_fields,
     )
-    for family, module in (
-        ("llama", llama),
-        ("mistral", mistral),
-        ("qwen2", qwen2),
-        ("qwen3", qwen3),
-        ("gpt2", gpt2),
-    )
-) + tuple(
-    Adapter(
+
+
+def _bert(architecture: str) -> Adapter:
+    return Adapter(
         "bert",
         bert.MODEL_TYPE,
         architecture,
@@ -169,11 +170,49 @@ ADAPTERS = tuple(
         functools.partial(bert.needed, architecture=architecture),
         bert.hf_fields,
         functools.partial(bert.model_fields, architecture=architecture),
-        bert.INPUTS,
-        outputs,
-        "sentences",
+        inputs=bert.INPUTS,
+        outputs=bert.OUTPUTS[architecture],
+        framing="sentences",
+        pipeline_tag="fill-mask",
     )
-    for architecture, outputs in bert.OUTPUTS.items()
+
+
+def _of_sentences(head: Adapter, architecture: str, **more: Any) -> Adapter:
+    """Make the adapter of a trunk with pooling out of that of the class with a head."""
+    return replace(
+        head,
+        architecture=architecture,
+        rows=lambda config: trunk_rows(head.rows(config), config),
+        needed=lambda config: {**head.needed(config), "pooling": tuple(POOLING_MODES)},
+        model_fields=lambda hf: {**head.model_fields(hf), "pooling": hf.get("pooling", "mean")},
+        outputs=("last_hidden_state",),
+        pipeline_tag="sentence-similarity",
+        **more,
+    )
+
+
+_HEADS = [
+    *itertools.starmap(
+        _decoder,
+        (("llama", llama), ("mistral", mistral), ("qwen2", qwen2), ("qwen3", qwen3), ("gpt2", gpt2)),
+    ),
+    *map(_bert, bert.OUTPUTS),
+]
+_TRUNKS = {
+    "LlamaForCausalLM": "LlamaModel",
+    "MistralForCausalLM": "MistralModel",
+    "Qwen2ForCausalLM": "Qwen2Model",
+    "Qwen3ForCausalLM": "Qwen3Model",
+    "GPT2LMHeadModel": "GPT2Model",
+}
+ADAPTERS = (
+    *_HEADS,
+    *(
+        _of_sentences(head, _TRUNKS[head.architecture], framing="texts")
+        for head in _HEADS
+        if head.architecture in _TRUNKS
+    ),
+    _of_sentences(_bert(bert.MASKED_LM), "BertModel", options={"add_pooling_layer": False}),
 )
 
 
@@ -195,6 +234,8 @@ def adapter_for_hf(hf_config: dict[str, Any]) -> Adapter:
     """
     model_type, architectures = hf_config.get("model_type"), hf_config.get("architectures") or []
     candidates = [adapter for adapter in ADAPTERS if adapter.model_type == model_type]
+    if "pooling" in hf_config:
+        candidates = [adapter for adapter in candidates if adapter.pipeline_tag == "sentence-similarity"]
     if candidates:
         return next((one for one in candidates if one.architecture in architectures), candidates[0])
     known = ", ".join(dict.fromkeys(adapter.model_type for adapter in ADAPTERS))

@@ -10,6 +10,7 @@ from faults import killed_before
 from small_export import FACTS, SAMPLES, Weights, assert_nothing_left, hf_trace
 
 from basestone.data.errors import DataConfigError, DataStorageError
+from basestone.model.hf.adapter import adapter_for
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.hub import weights as weights_module
 from basestone.trainer.hub.card import CardFacts, model_card
@@ -70,7 +71,7 @@ def test_unknowns_are_said_to_be_unknown(export):
 )
 def test_co2e_says_what_it_follows_from(config, changes, said):
     facts = replace(FACTS, pue=1.2, grid=(56.0, "mean of France in 2023: Ember | CC BY"), **changes)
-    assert said in model_card(config, facts, dtype="bf16", verification=None)
+    assert said in model_card(adapter_for(config), config, facts, dtype="bf16", verification=None)
 
 
 def test_front_matter_is_what_the_hub_reads(export):

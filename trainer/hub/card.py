@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...model.config import ModelConfig
 from ...model.flops import num_parameters
+from ...model.hf.adapter import Adapter
 from ..meters.energy import MEANING
 from ..meters.tariff import JOULES_PER_KWH
 from ..report.figures import plain_decimal
@@ -62,15 +63,15 @@ class Verification:
     loaded_whole: bool = True
 
 
-def model_card(config: ModelConfig, facts: CardFacts, *, dtype: str, verification: Verification | None) -> str:
+def model_card(
+    adapter: Adapter, config: ModelConfig, facts: CardFacts, *, dtype: str, verification: Verification | None
+) -> str:
     """Write the card in Markdown with the hub's front matter."""
     sections = [
-        _front_matter(facts),
+        _front_matter(adapter, facts),
         f"# {_inline(facts.name)}",
         _introduction(config, facts, dtype),
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
-        'model = AutoModelForCausalLM.from_pretrained("PATH")\n```',
+        f"## Use\n\n```python\n{_use(adapter, config)}\n```",
         f"## Data\n\n{facts.data.strip() or 'Not stated.'}",
         "## Held-out results\n\n" + _heldout_table(facts.heldout),
         "## Training loss\n\n" + _curve_table(facts.loss_curve),
@@ -84,8 +85,23 @@ def model_card(config: ModelConfig, facts: CardFacts, *, dtype: str, verificatio
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(facts: CardFacts) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- basestone"]
+def _use(adapter: Adapter, config: ModelConfig) -> str:
+    if config.pooling is not None:
+        return (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("PATH")\nvectors = model.encode(["a text", "another"])'
+        )
+    name = "AutoModelForCausalLM" if config.causal else adapter.architecture
+    return (
+        f"from transformers import {', '.join(sorted(('AutoTokenizer', name)))}\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        f'model = {name}.from_pretrained("PATH")'
+    )
+
+
+def _front_matter(adapter: Adapter, facts: CardFacts) -> str:
+    library = "sentence-transformers" if adapter.pipeline_tag == "sentence-similarity" else "transformers"
+    lines = [f"library_name: {library}", f"pipeline_tag: {adapter.pipeline_tag}", "tags:", "- basestone"]
     if HUB_LICENCE.fullmatch(facts.licence):
         lines.append(f"license: {_yaml(facts.licence)}")
     elif facts.licence:
@@ -128,10 +144,20 @@ def _introduction(config: ModelConfig, facts: CardFacts, dtype: str) -> str:
 def _heldout_table(heldout: dict[str, dict[str, float]]) -> str:
     if not heldout:
         return "None were measured."
-    columns = ["loss", "perplexity", "bits_per_byte", "tokens"]
-    rows = [[name, *(_number(values.get(column)) for column in columns)] for name, values in heldout.items()]
-    titles = ["held-out set", "loss (nats per token)", "perplexity", "bits per byte", "tokens"]
-    return _table(titles, rows)
+    titles = {
+        "loss": "loss (nats per prediction)",
+        "perplexity": "perplexity",
+        "bits_per_byte": "bits per byte",
+    }
+    for name in dict.fromkeys(name for values in heldout.values() for name in values):
+        if name.endswith(("_loss", "_accuracy")):
+            titles[name] = name.replace("_", " ")
+    titles = {
+        name: title for name, title in titles.items() if any(name in values for values in heldout.values())
+    }
+    titles["tokens"] = "predictions"
+    rows = [[name, *(_number(values.get(column)) for column in titles)] for name, values in heldout.items()]
+    return _table(["held-out set", *titles.values()], rows)
 
 
 def _curve_table(curve: list[tuple[int, float]]) -> str:

@@ -53,7 +53,7 @@ def verify(
     num_bytes = sum(row.numel for row in layout_of(config).values()) * FP32_BYTES
     whole = num_bytes * HEADROOM < _available_bytes()
     parts = Comparison(trace(batch), command)
-    model = (load_whole if whole else load_lazily)(directory, adapter.architecture, command)
+    model = (load_whole if whole else load_lazily)(directory, adapter, command)
     model.config.use_cache = False
     with torch.no_grad():
         parts.watch(model, config.num_layers)
@@ -123,7 +123,7 @@ class Comparison:
         return f"they depart at {name}{after} ({error:.1e}), behind {before} ({its_error:.1e})"
 
 
-def load_whole(directory: Path, architecture: str, command: str) -> Any:
+def load_whole(directory: Path, adapter: Adapter, command: str) -> Any:
     """Load a directory with the class of transformers, fp32; refuse one that it would complete with random weights."""
     import transformers
     from transformers.utils import logging
@@ -131,12 +131,13 @@ def load_whole(directory: Path, architecture: str, command: str) -> Any:
     show_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = getattr(transformers, architecture).from_pretrained(
+        loaded: Any = getattr(transformers, adapter.architecture).from_pretrained(
             directory,
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **adapter.options,
         )
     finally:
         if show_bars:
@@ -146,16 +147,16 @@ def load_whole(directory: Path, architecture: str, command: str) -> Any:
     return model.eval()
 
 
-def load_lazily(directory: Path, architecture: str, command: str) -> Any:
+def load_lazily(directory: Path, adapter: Adapter, command: str) -> Any:
     """Build the same model without weights; every module reads its own from the directory as it is called."""
     import transformers
     from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
 
-    made: Any = getattr(transformers, architecture)
+    made: Any = getattr(transformers, adapter.architecture)
     config = made.config_class.from_pretrained(directory, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model: Any = made._from_config(config, dtype=torch.float32)
+        model: Any = made._from_config(config, dtype=torch.float32, **adapter.options)
     reader = SafetensorsReader(directory)
     names, there = set(model.state_dict()), set(reader.names())
     tied: dict[str, str] = {}

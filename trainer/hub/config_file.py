@@ -13,7 +13,11 @@ CACHED = "models--"  # a repository's folder in the Hub's cache: models--OWNER--
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json. Raises ConfigError where it is no JSON object in UTF-8, as transformers takes it."""
-    path = directory / "config.json"
+    return read_object(directory / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object in UTF-8. Raises ConfigError where there is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ from ...data.hf_tokenizer import write_hf_tokenizer
 from ...data.storage import make_readable, new_directory, storage_errors, write_atomic
 from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
+from ...model.embedding.hf import sentence_files
 from ...model.families import layout_of
 from ...model.hf.adapter import Adapter, adapter_for
 from ...model.hf.rules import HFTensor
@@ -100,7 +101,7 @@ def export_checkpoint(
         if trace is not None:
             verified = verify(partial, adapter, config, trace, batch, tolerance, command="export")
         with storage_errors(f"writing {out}"):
-            card = model_card(config, facts, dtype=dtype, verification=verified)
+            card = model_card(adapter, config, facts, dtype=dtype, verification=verified)
             write_atomic(partial / "README.md", card.encode())
             files = make_readable(partial)
     return ExportReport(out, files, len(tensors), num_bytes, dtype, verified)
@@ -163,8 +164,10 @@ def _write_configs(
     generation = {"_from_model_config": True, **{f"{name}_token_id": value for name, value in specials.items()}}
     for name, values in (
         ("config.json", adapter.hf_config(config, dtype=dtype, **specials)),
-        ("generation_config.json", generation),
+        *([("generation_config.json", generation)] if config.predicts_tokens else []),
+        *(sentence_files(config, sequence_length).items() if config.pooling is not None else []),
     ):
+        (out / name).parent.mkdir(exist_ok=True)
         write_atomic(out / name, (json.dumps(values, indent=2) + "\n").encode())
     write_hf_tokenizer(tokens.path, out, model_max_length=sequence_length, framing=adapter.framing)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...data.storage import new_directory, storage_errors, write_atomic
 from ...data.tokenizer import Tokenizer
 from ...model.config import ModelConfig
+from ...model.embedding.hf import POOLING_FILE, pooling_of
 from ...model.families import layout_of
 from ...model.hf.adapter import Adapter, adapter_for_hf
 from ...model.hf.safetensors_file import SafetensorsReader
@@ -26,7 +27,7 @@ from ..load import run_to_toml, validate_run
 from ..reference import trace_of
 from .card import Verification
 from .compare import verify
-from .config_file import name_of, read_config
+from .config_file import name_of, read_config, read_object
 from .export import batch_to_compare, check_transformers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first is what transformers takes
@@ -123,6 +124,8 @@ def _model_of(directory: Path) -> tuple[Adapter, ModelConfig]:
             f"{directory}: holds no config.json; name the directory of a model as the Hugging Face hub has it"
         )
     config = read_config(directory)
+    if (pooling := directory / POOLING_FILE).exists():
+        config["pooling"] = pooling_of(read_object(pooling))
     try:
         adapter = adapter_for_hf(config)
         model = adapter.model_config(config)
