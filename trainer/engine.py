@@ -229,7 +229,7 @@ class Engine:
                 return self._pass(micro_batches, loss, forward_only=True)
 
         self._objective.prepare(micro_batches, look)
-        loss = functools.partial(self._objective.loss, scales=scales)
+        loss: LossOf = functools.partial(self._objective.loss, scales=scales)
         reports = self._pass(micro_batches, loss, forward_only=forward_only)
         sums = torch.zeros(len(self.parts), 2, device=self.runtime.device)
         if self.runtime.tp_rank == 0:  # its tensor-parallel neighbours have the same sums, earlier stages none
@@ -259,7 +259,7 @@ class Engine:
     def _forward_step(self, loss: LossOf) -> Callable[[Iterator[MicroBatch], nn.Module], Any]:
         def forward_step(batches: Iterator[MicroBatch], chunk: nn.Module) -> Any:
             batch = next(batches)
-            return chunk(batch), functools.partial(loss, batch=batch)
+            return chunk(batch), lambda outputs: loss(outputs, batch)
 
         return forward_step
 

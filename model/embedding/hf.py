@@ -1,4 +1,4 @@
-"""What sentence-transformers reads of a directory beside what transformers does: modules.json, and a folder for each."""
+"""What sentence-transformers reads of a directory beside what transformers does: modules.json, a folder for each."""
 
 from __future__ import annotations
 
