@@ -48,7 +48,7 @@ from .engine_state import MASTER, EngineState
 from .errors import ConfigError
 from .gradients import Fp32Accumulation, add_over, gradient_of
 from .meters.phases import Phases, ScheduleTimers
-from .objective import LossOf, Pairs, Predictions, Reports
+from .objective import LossOf, Reports, objective_of
 from .plan import swapped_bytes
 from .runtime import Mpu, Runtime, draws_again, run_schedule
 from .swap import SwapFolder, swap_folder_problem
@@ -77,9 +77,7 @@ class Engine:
         # Pairs pass through the model side by side.
         self._rows = run.train.micro_batch * (1 if run.model.pooling is None else 2)
         self.parts = resolved.parts
-        self._objective: Predictions | Pairs = Predictions(self.parts)
-        if run.model.pooling is not None:
-            self._objective = Pairs(run.model.temperature, runtime.dp_group)
+        self._objective = objective_of(run.model, self.parts, runtime.dp_group)
         if runtime.on_cpu and self._dtype == "fp16":
             raise ConfigError("train.dtype = 'fp16' needs a GPU, and there is none; set it to 'bf16'")
         if runtime.on_cpu:

@@ -9,12 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..model.config import ModelConfig
 from ..model.embedding.pooling import Contrast, contrast
 from .batch import MicroBatch
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # what is taken back, and what the schedule reports
 LossOf = Callable[[Any, MicroBatch], Loss]
 Reports = list[dict[str, Tensor]]
+
+
+def objective_of(
+    model: ModelConfig, parts: Mapping[str, str], group: dist.ProcessGroup | None
+) -> Predictions | Pairs:
+    """Give what a model is trained for; `group` are the data-parallel ranks."""
+    return Predictions(parts) if model.pooling is None else Pairs(model.temperature, group)
 
 
 class Predictions:
@@ -49,7 +57,7 @@ class Pairs:
     the gradient of each (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
     """
 
-    def __init__(self, temperature: float, group: dist.ProcessGroup) -> None:
+    def __init__(self, temperature: float, group: dist.ProcessGroup | None) -> None:
         """Take what cosines are divided by, and the data-parallel ranks."""
         self._temperature, self._group = temperature, group
         self._waiting: list[Contrast] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from ..model.layers import StageChunk, megatron_config
 from ..model.pipeline import Chunk, chunks_of_ranks
 from ..model.stage import chunk_class
 from .batch import MicroBatch
+from .objective import objective_of
 from .runtime import Runtime
 
 
@@ -135,16 +136,14 @@ def generate(
 
 @torch.no_grad()
 def sums_of(
-    model: StageChunk, batches: Iterable[MicroBatch], parts: Mapping[str, str], runtime: Runtime
+    model: StageChunk, batches: Sequence[MicroBatch], parts: Mapping[str, str], runtime: Runtime
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Give what a whole model makes of batches: (loss in nats, right predictions) by part, and how many count."""
-    sums, counts = {name: [0.0, 0.0] for name in parts}, dict.fromkeys(parts, 0.0)
-    for batch in batches:
-        outcomes = model({name: field.to(runtime.device) for name, field in batch.items()})
-        for name, weights in parts.items():
-            losses, right = outcomes[name]
-            weight = batch[weights].view(losses.shape).to(losses.device)
-            counts[name] += float(weight.sum())
-            sums[name][0] += float((losses * weight).sum())
-            sums[name][1] += 0.0 if right is None else float((right * weight).sum())
-    return sums, counts
+    here = [{name: field.to(runtime.device) for name, field in batch.items()} for batch in batches]
+    objective = objective_of(model.model, parts, runtime.dp_group)
+    objective.prepare(here, lambda loss: [loss(model(batch), batch)[1] for batch in here])
+    scales = dict.fromkeys(parts, 1.0)
+    sums = sum(objective.loss(model(batch), batch, scales)[1]["sums"].double() for batch in here)
+    counts = {name: sum(float(batch[weights].sum()) for batch in here) for name, weights in parts.items()}
+    assert isinstance(sums, Tensor)
+    return dict(zip(parts, sums.tolist(), strict=True)), counts

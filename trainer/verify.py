@@ -30,6 +30,7 @@ from .step import TrainingStep
 from .trace import Difference, PieceWatch, Trace
 
 EPSILON = 1e-5
+LEAST_TEMPERATURE = 0.5  # of pairs: a smaller one multiplies the rounding of cosines
 LARGEST_LR = 1e-3  # with larger ones rounding grows from step to step beyond any tolerance
 GRADIENT_FLOOR = 1e-3  # of the model's largest gradient: under it, a parameter's own largest is rounding noise
 
@@ -83,9 +84,11 @@ class Verification:
 
         A step takes two micro-batches of one sequence on each rank of a purely data-parallel layout, and more on
         others. Masks of dropout depend on the layout by design. AdamW's epsilon is raised: at 1e-8 it makes whole
-        steps of gradients that are rounding noise, and after two steps the noise is ten times as large. The rate is
-        constant: in a warm-up updates are smaller than the spacing of fp32 values, and decay would not be seen.
+        steps of gradients that are rounding noise, and after two steps the noise is ten times as large; so is the
+        temperature of pairs. The rate is constant: in a warm-up updates are smaller than the spacing of fp32 values,
+        and decay would not be seen.
         """
+        temperature = max(LEAST_TEMPERATURE, run.model.temperature)
         optimizer = {"eps": max(EPSILON, run.optimizer.eps), "lr": min(LARGEST_LR, run.optimizer.lr)}
         train = {
             "dtype": dtype,
@@ -96,7 +99,7 @@ class Verification:
         }
         self._run = run.model_copy(
             update={
-                "model": run.model.model_copy(update={"dropout": 0.0}),
+                "model": run.model.model_copy(update={"dropout": 0.0, "temperature": temperature}),
                 "optimizer": run.optimizer.model_copy(update=optimizer),
                 "schedule": ScheduleSection(kind="constant"),
                 "data": run.data.model_copy(update={"lanes": None}),  # they divide the run's own batch
