@@ -45,6 +45,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/train_vs_peers.py
+	$(BIN)/python bench/encoders_vs_transformers.py
 	$(BIN)/python bench/checkpoint_index.py
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/export.py

@@ -183,20 +183,13 @@ class LearnedVectors(nn.Module):
 
 
 class WholeLinear(nn.Module):
-    """A linear layer that every rank holds whole, [..., in] -> [..., out].
+    """A linear layer that every rank holds whole and applies to the same, [..., in] -> [..., out]."""
 
-    `on_slices`: it is applied to this rank's slice of the sequence, so that its gradient is a part of a sum.
-    """
-
-    def __init__(
-        self, num_in: int, num_out: int, config: TransformerConfig, *, on_slices: bool = False
-    ) -> None:
+    def __init__(self, num_in: int, num_out: int, config: TransformerConfig) -> None:
         super().__init__()
         device = torch.device("cpu" if config.use_cpu_initialization else "cuda")
         self.weight = nn.Parameter(torch.empty(num_out, num_in, dtype=config.params_dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(num_out, dtype=config.params_dtype, device=device))
-        for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = on_slices  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it."""

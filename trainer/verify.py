@@ -30,7 +30,7 @@ from .step import TrainingStep
 from .trace import Difference, PieceWatch, Trace
 
 EPSILON = 1e-5
-LEAST_TEMPERATURE = 0.5  # of pairs: a smaller one multiplies the rounding of cosines
+LEAST_TEMPERATURE = 1.0  # of pairs: a smaller one multiplies the rounding of cosines
 LARGEST_LR = 1e-3  # with larger ones rounding grows from step to step beyond any tolerance
 GRADIENT_FLOOR = 1e-3  # of the model's largest gradient: under it, a parameter's own largest is rounding noise
 

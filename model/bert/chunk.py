@@ -1,10 +1,11 @@
 """BERT for any stage of a pipeline: post-norm layers that see both ways, and heads for hidden tokens and sentences.
 
-Shapes: s sequence, b batch, h hidden, v vocabulary rows of this rank.
+Shapes: s sequence, b batch, h hidden, p predicted tokens, v vocabulary rows of this rank.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -43,14 +44,15 @@ class Bert(StageChunk):
         if model.next_sentence:
             self.pooler = WholeLinear(hidden, hidden, config)
             self.next_sentence = WholeLinear(hidden, 2, config)
-        # Each rank sees its slice of the sequence alone, as in the norm behind it.
-        self.transform = WholeLinear(hidden, hidden, config, on_slices=config.sequence_parallel)
+        self.transform = WholeLinear(hidden, hidden, config)
+        heads = copy.copy(config)
+        heads.sequence_parallel = False  # they see whole sequences, of which they pick what is predicted
         norm = backend_for(model.backend).layer_norm(rms_norm=model.normalization == "rmsnorm")
-        self.norm = norm(config=config, hidden_size=hidden, eps=model.norm_epsilon)
+        self.norm = norm(config=heads, hidden_size=hidden, eps=model.norm_epsilon)
         self.head = ColumnParallelLinear(
             hidden,
             model.padded_vocab_size,
-            config=config,
+            config=heads,
             init_method=config.init_method,
             bias=True,
             gather_output=False,
@@ -60,9 +62,10 @@ class Bert(StageChunk):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor] | dict[str, Outcome]:
         """Run the stage on `tokens` int64 [b, s], with `segments` like it, and `length` [b, 1] of what is no padding.
 
-        Returns [s, b, h] for the next stage. The last stage with `labels` [b, s] gives the losses `masked` [b, s] and,
-        with `next_label` [b, 1] (0 where the second sentence follows), `next_sentence` [b, 1]; without labels the
-        logits by the same names, [b, s, v] of this rank's part of the padded vocabulary and [b, 2].
+        Returns [s, b, h] for the next stage. The last stage with `labels` and `weights` [b, s] gives the losses
+        `masked` [b, s], 0 where a weight is, and, with `next_label` [b, 1] (0 where the second sentence follows),
+        `next_sentence` [b, 1]; without labels the logits by the same names, [b, s, v] of this rank's part of the padded
+        vocabulary and [b, 2].
         """
         texts = self.texts_of(batch)
         tokens_bs = texts["tokens"]
@@ -76,35 +79,49 @@ class Bert(StageChunk):
             return x_sbh
         if not self.model.predicts_tokens:
             return self.embeddings(x_sbh, batch)
-        logits = {"masked": self._token_logits(x_sbh).transpose(0, 1)}
-        if self.model.next_sentence:
-            logits["next_sentence"] = self._sentence_logits(x_sbh)
-        return self._outcomes(logits, batch) if "labels" in batch else logits
-
-    def _token_logits(self, x_sbh: Tensor) -> Tensor:
-        x_sbh = self.norm(self.config.activation_func(self.transform(x_sbh)))
-        logits_sbv, _ = self.head(x_sbh, weight=self.embed.word.weight)
-        return logits_sbv
-
-    def _sentence_logits(self, x_sbh: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             # Every rank computes the same with it, so each keeps its own slice of the gradient.
             x_sbh = tensor_parallel.gather_from_sequence_parallel_region(
                 x_sbh, tensor_parallel_output_grad=False
             )
-        return self.next_sentence(torch.tanh(self.pooler(x_sbh[0])))
+        if "labels" in batch:
+            return self._outcomes(x_sbh.transpose(0, 1), batch)
+        logits = {"masked": self._token_logits(x_sbh.transpose(0, 1))}
+        return (
+            logits | {"next_sentence": self._sentence_logits(x_sbh[0])} if self.model.next_sentence else logits
+        )
 
-    def _outcomes(self, logits: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Outcome]:
-        masked, vocab = logits["masked"], self.model.vocab_size
+    def _token_logits(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., v]."""
+        x = self.norm(self.config.activation_func(self.transform(x)))
+        logits, _ = self.head(x, weight=self.embed.word.weight)
+        return logits
+
+    def _sentence_logits(self, first_bh: Tensor) -> Tensor:
+        return self.next_sentence(torch.tanh(self.pooler(first_bh)))
+
+    def _outcomes(self, x_bsh: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Outcome]:
+        vocab, weights_bs = self.model.vocab_size, batch["weights"]
         assert vocab is not None
-        first_row = parallel_state.get_tensor_model_parallel_rank() * masked.shape[-1]
-        group = parallel_state.get_tensor_model_parallel_group()
-        labels_bs = batch["labels"]
-        place = {"first_row": first_row, "vocab_size": vocab, "group": group}
-        right = None if self.training else vocab_parallel_right(masked, labels_bs, **place)
-        outcomes = {"masked": Outcome(vocab_parallel_cross_entropy(masked, labels_bs, **place), right)}
+        # A head over the vocabulary costs as much as some layers: it sees what is predicted, 15 % by default.
+        picked = weights_bs.flatten().nonzero()[:, 0]
+        logits_pv = self._token_logits(x_bsh.flatten(0, 1)[picked])
+        labels_p = batch["labels"].flatten()[picked]
+        place = {
+            "first_row": parallel_state.get_tensor_model_parallel_rank() * logits_pv.shape[-1],
+            "vocab_size": vocab,
+            "group": parallel_state.get_tensor_model_parallel_group(),
+        }
+
+        def placed(found_p: Tensor) -> Tensor:
+            everywhere = found_p.new_zeros(weights_bs.numel())
+            return everywhere.index_put((picked,), found_p).view(weights_bs.shape)
+
+        right = None if self.training else placed(vocab_parallel_right(logits_pv, labels_p, **place))
+        losses = placed(vocab_parallel_cross_entropy(logits_pv, labels_p, **place))
+        outcomes = {"masked": Outcome(losses, right)}
         if (next_label := batch.get("next_label")) is not None:
-            scores, label = logits["next_sentence"].float(), next_label[:, 0]
+            scores, label = self._sentence_logits(x_bsh[:, 0]).float(), next_label[:, 0]
             losses = F.cross_entropy(scores, label, reduction="none")
             right = None if self.training else (scores.argmax(-1) == label).float()[:, None]
             outcomes["next_sentence"] = Outcome(losses[:, None], right)
