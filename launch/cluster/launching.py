@@ -16,7 +16,7 @@ from ...trainer.load import load_run, run_to_toml
 from ...trainer.places import locate, vocab_size
 from ...trainer.plan import describe
 from ...trainer.run_lock import RunLock, is_held
-from ...trainer.rundir import make_run_directory
+from ...trainer.rundir import STOP, make_run_directory
 from .. import environ
 from . import hosts as by_ssh
 from . import jobs, kubernetes, node, slurm
@@ -220,6 +220,7 @@ def start(launching: Launching) -> int:
 
 def _write(launching: Launching, secrets: dict[str, str]) -> None:
     forget(launching.job)
+    (Path(launching.job.run_dir) / STOP).unlink(missing_ok=True)  # it was for an earlier launch
     launching.job.write(secrets)
     for path, content in launching.plan.files.items():
         write_atomic(path, content.encode())

@@ -47,7 +47,7 @@ def run_node(job: Job) -> int:
         job.write({})
     if not is_held(Path(job.run_dir)):  # else the run goes on, and this node joins it
         outcome.begin(job)
-    asked = Asked(Path(job.run_dir))
+    asked = Asked(job, outcome.BY_A_NODE)
     with asked.listening():
         command, environment = agent_command(job, endpoint), environ.agent_environment(job.environment)
         found = outcome.outcome(job, run_launcher(command, environment, job.folder, asked))
@@ -56,6 +56,7 @@ def run_node(job: Job) -> int:
     elif found.exit_code == EXIT_FAULT:
         say(f"error: torchrun ended without a rank's word; did all nodes meet at {endpoint} within {MEET_S} s?")
     if found.is_final:
+        asked.take_back()
         job.forget_secrets()
     if job.backend == "kubernetes" and found.exit_code == EXIT_STOPPED and not asked.signals:
         return 0  # somebody asked the run to stop: the pods are not to be made anew

@@ -13,6 +13,8 @@ from ..local import EXITS_THAT_SAY_WHY, FINAL_EXITS
 from . import ends
 from .job import Job
 
+BY_A_NODE = "node\n"  # what STOP says where a signal to a node's entry made it
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -40,7 +40,7 @@ class Supervisor:
     ) -> None:
         """Take what to start: `command` gives the launcher's command line, anew for each start."""
         self._job, self._command, self._environment, self._directory = job, command, environment, directory
-        self.asked = Asked(Path(job.run_dir))
+        self.asked = Asked(job)
         self._stopped = False
 
     def run(self, clean_up: Callable[[], None] = lambda: None) -> outcome.Outcome:
@@ -49,17 +49,22 @@ class Supervisor:
         Raises:
             ConfigError: the first start cannot be begun.
         """
-        failures, step = 0, outcome.newest_step(Path(self._job.run_dir))
-        command = self._command()
-        clean_up()
         with self.asked.listening():
+            outcome.begin(self._job)
+            failures, step = 0, outcome.newest_step(Path(self._job.run_dir))
+            command = self._command()
+            clean_up()
             while True:
+                if self._stops():
+                    return outcome.Outcome(EXIT_STOPPED, step)
                 outcome.begin(self._job)
                 code = run_launcher(command, self._environment, self._job.folder, self.asked, self._directory)
                 found = outcome.outcome(self._job, code)
                 clean_up()
                 if found.is_final:
+                    self.asked.take_back()  # it came too late to be followed
                     return found
+                self.asked.take_back_of(outcome.BY_A_NODE)  # srun ends the other nodes when one fails
                 failures, step = (0 if found.step > step else failures + 1), max(step, found.step)
                 if (end := ends.cause(self._job.folder)) is not None:
                     say(f"error: {end.tell()}")
@@ -71,6 +76,14 @@ class Supervisor:
                     return outcome.Outcome(EXIT_STOPPED if self._stopped else found.exit_code, step)
                 command = again
 
+    def _stops(self) -> bool:
+        """Follow a request to stop that came while nothing ran."""
+        if self.asked.to_stop:
+            self.asked.take_back()
+            self._stopped = True
+            say("stopped before a start")
+        return self._stopped
+
     def _next(self, found: outcome.Outcome, failures: int) -> list[str] | None:
         """Wait, and give the next start's command line: empty where there is none, None where it cannot be begun."""
         if failures > self._job.max_restarts:
@@ -81,10 +94,7 @@ class Supervisor:
         end_s = time.monotonic() + WAIT_S
         while time.monotonic() < end_s and not self.asked.to_stop:
             time.sleep(0.1)
-        if self.asked.to_stop:
-            self.asked.take_back()
-            self._stopped = True
-            say("stopped before another start")
+        if self._stops():
             return []
         try:
             return self._command()

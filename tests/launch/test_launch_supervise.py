@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from in_process import Command
 
+from basestone.launch import local
 from basestone.launch.cluster import ends, jobs, launcher, outcome, supervise
 from basestone.launch.cluster.config import ClusterConfig
 from basestone.launch.cluster.job import Job
@@ -149,7 +150,84 @@ def test_a_request_to_stop_between_two_starts_is_heard(tmp_path, monkeypatch, ca
     job = job_in(tmp_path)
     threading.Timer(2.0, (tmp_path / STOP).touch).start()
     assert supervised(job, "sys.exit(1)").exit_code == 75
-    assert "stopped before another start" in capsys.readouterr().err
+    assert "stopped before a start" in capsys.readouterr().err
+
+
+def test_a_request_to_stop_before_the_first_start_is_heard(tmp_path, capsys):
+    job = job_in(tmp_path)
+    (tmp_path / STOP).touch()
+    assert supervised(job, "(run / 'started').touch()").exit_code == 75
+    assert "stopped before a start" in capsys.readouterr().err
+    assert not (tmp_path / "started").exists() and not (tmp_path / STOP).exists()
+
+
+@pytest.mark.parametrize("ended", ["(run / 'COMPLETE').touch()", "leave(64)"])
+def test_a_signal_after_the_end_leaves_no_request_for_the_next_start(tmp_path, ended, capfd, monkeypatch):
+    monkeypatch.setattr(launcher, "LEFT_OVER_S", 60.0)
+    job = job_in(tmp_path)
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    found = supervised(job, f"{ended}; time.sleep(4)")
+    assert found.exit_code == (0 if "COMPLETE" in ended else 64)
+    assert not (tmp_path / STOP).exists() and "the run has ended" in capfd.readouterr().err
+
+
+def test_a_node_that_is_ended_for_anothers_failure_does_not_stop_the_run(tmp_path, capsys):
+    """As srun does: one node fails without a rank's word, and the entries of the others get a signal."""
+    job = job_in(tmp_path, "slurm", max_restarts=1)
+    node_is_told = f"(run / 'STOP').write_text({outcome.BY_A_NODE!r}); sys.exit(1)"
+    assert supervised(job, node_is_told).exit_code == 1
+    assert "no progress in 2 start(s)" in capsys.readouterr().err
+
+
+def test_signals_that_were_ignored_stay_ignored(tmp_path):
+    job = job_in(tmp_path)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        for delay_s, number in ((1.0, signal.SIGHUP), (1.2, signal.SIGINT)):
+            threading.Timer(delay_s, os.kill, (os.getpid(), number)).start()
+        assert supervised(job, "time.sleep(2)\n(run / 'COMPLETE').touch()").exit_code == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not (tmp_path / STOP).exists()
+
+
+def test_train_takes_back_a_request_that_is_older_than_itself_and_leaves_that_of_a_run_that_goes_on(
+    basestone: Command, run_file, tmp_path, asked, monkeypatch
+):
+    run_dir = tmp_path / "kept"
+    run_dir.mkdir()
+    stop = run_dir / STOP
+
+    def trained(age_s: float) -> bool:
+        stop.touch()
+        os.utime(stop, (time.time() - age_s,) * 2)
+        assert basestone("train", run_file, "--run-dir", run_dir).code == 7
+        return stop.exists()
+
+    since_s = time.time() - local.started_s()
+    assert not trained(since_s + 60) and trained(0)
+    lock = RunLock(run_dir)
+    try:
+        assert trained(since_s + 60)
+    finally:
+        lock.close()
+
+
+def test_a_rank_takes_back_what_is_older_than_its_launcher_alone(
+    basestone: Command, run_file, tmp_path, monkeypatch
+):
+    """A rank that its launcher started again in place must not lose what came meanwhile."""
+    monkeypatch.setattr(local, "become_worker", lambda _: sys.exit(7))
+    stop = tmp_path / STOP
+    launched_s = local.parent_started_s()
+    for rank, since_launch_s, stays in (("0", 10.0, True), ("0", -10.0, False), ("1", -10.0, True)):
+        stop.touch()
+        os.utime(stop, (launched_s + since_launch_s,) * 2)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert basestone("train", run_file, "--run-dir", tmp_path).code == 7
+        assert stop.exists() == stays
 
 
 def test_hosts_that_are_away_for_a_while_are_waited_for(tmp_path, capsys):
@@ -289,10 +367,14 @@ def test_a_scheduler_gets_no_secret(basestone: Command, run_file, tmp_path, monk
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setenv("TOKEN", "canary")
     (tmp_path / "cluster.toml").write_text("secrets = ['TOKEN']\n")
+    old_stop = tmp_path / "runs" / "run" / STOP
+    old_stop.parent.mkdir(parents=True)
+    old_stop.touch()
     done = basestone(
         "launch", "run.toml", "--on", "slurm", "--processes-per-node", "1", "--cluster", "cluster.toml"
     )
     assert done.code == 0 and "slurm job 12; basestone jobs ls " in done.out
     assert "canary" not in (tmp_path / "given").read_text()
+    assert not old_stop.exists(), "it was for an earlier launch"
     secrets = tmp_path / "runs" / "run" / "launch" / "secrets.json"
     assert json.loads(secrets.read_text()) == {"TOKEN": "canary"} and secrets.stat().st_mode & 0o777 == 0o600
