@@ -20,6 +20,7 @@ from ...trainer.run_lock import is_held
 from ...trainer.rundir import MARKERS
 from . import outcome
 from .job import FOLDER, SECRETS, Job
+from .joining import is_taken
 
 RECORD = "started.json"
 
@@ -123,10 +124,8 @@ def _state(run_dir: Path, started: Started) -> str:
         return "running"
     if (state := _in_queue(started)) is not None:
         return state
-    if started.host == os.uname().nodename and started.backend not in ("slurm", "kubernetes"):
-        with suppress(psutil.NoSuchProcess):
-            if psutil.Process(started.pid).create_time() == started.pid_started_s:
-                return "starting"
+    if is_taken(run_dir / FOLDER):
+        return "starting"
     marks = [name for name in MARKERS if _is_after(run_dir / name, started.time_s)]
     if not marks:
         return "ended" if started.host == os.uname().nodename else f"not seen from {os.uname().nodename}"

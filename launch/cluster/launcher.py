@@ -73,6 +73,10 @@ class Asked:
             say(f"{signal.Signals(number).name}: the run has ended; leaving in a moment")
             return
         self.signals.append(number)
+        if self._job.check:
+            self.in_a_hurry = True
+            say(f"{signal.Signals(number).name}: ending the check")
+            return
         with suppress(OSError), self._stop.open("x") as file:  # a full disk: a second signal still ends it
             file.write(self._by)
         say(f"{signal.Signals(number).name}: the run is asked to save and stop (again: leave at once)")

@@ -16,13 +16,14 @@ from ...trainer.load import load_run, run_to_toml
 from ...trainer.places import locate, vocab_size
 from ...trainer.plan import describe
 from ...trainer.run_lock import RunLock, is_held
-from ...trainer.rundir import STOP, make_run_directory
+from ...trainer.rundir import STOP
 from .. import environ
 from . import hosts as by_ssh
-from . import jobs, kubernetes, node, slurm
+from . import jobs, kubernetes, node, places, slurm
 from .config import ClusterConfig, load_cluster
 from .hostfile import Host, read_hostfile
-from .job import FOLDER, Job, new_name
+from .job import CHECK, FOLDER, Job, new_name
+from .joining import is_taken, joined
 from .launcher import say
 from .plan import Plan, make_plan, port_of
 from .supervise import Supervisor, forget
@@ -107,7 +108,7 @@ def prepare(request: Request, cache: Path) -> Launching:
         cluster = cluster.model_copy(
             update={"slurm": cluster.slurm.model_copy(update={"gpus_per_node": per_node})}
         )
-    folder = request.run_dir / FOLDER
+    folder = request.run_dir / (CHECK if request.check else FOLDER)
     plan = make_plan(job, cluster, hosts[:high], folder, run_to_toml(run.model_dump()))
     described = [line for line in describe(resolved, request.run_dir) if line[0] in SHOWN]
     described.append(("nodes", f"{request.nodes or high} x {per_node} process(es), by {request.backend}"))
@@ -192,52 +193,53 @@ def start(launching: Launching) -> int:
     _check_tools(job)
     if job.backend == "torchrun":
         node.check_endpoint(job.endpoint or node.HERE)
-    if joins := is_held(run_dir):
-        _check_joins(job, run_dir)
     jobs.check_queue(run_dir)
-    make_run_directory(run_dir)
-    launching.folder.mkdir(exist_ok=True)
-    if job.backend == "kubernetes":
-        return _submit(launching)
+    if job.backend != "torchrun" or job.check:
+        _check_free(job, run_dir)
     if job.backend == "torchrun":
-        if not joins:
-            _write(launching, secrets)
-            jobs.record(job, launching.folder, "")
-        return node.run_node(job)
+        with joined(job, lambda: _write(launching, secrets)):
+            return node.run_node(job)
+    made = places.make(job, launching.folder)
     lock = RunLock(launching.folder)
     try:
+        if job.backend == "kubernetes":
+            return _submit(launching, made)
         _write(launching, secrets)
         if job.backend == "slurm":
-            return _submit(launching)
-        jobs.record(job, launching.folder, "")
+            return _submit(launching, made)
         try:
             return _supervise(launching)
         finally:
             job.forget_secrets()
+            if job.check:
+                places.unmake([launching.folder, *made], launching.folder)
     finally:
         lock.close()
 
 
 def _write(launching: Launching, secrets: dict[str, str]) -> None:
-    forget(launching.job)
-    (Path(launching.job.run_dir) / STOP).unlink(missing_ok=True)  # it was for an earlier launch
-    launching.job.write(secrets)
+    job = launching.job
+    if not job.check:
+        forget(job)
+        (Path(job.run_dir) / STOP).unlink(missing_ok=True)  # it was for an earlier launch
+    job.write(secrets)
     for path, content in launching.plan.files.items():
         write_atomic(path, content.encode())
+    if not job.check and job.backend != "slurm":
+        jobs.record(job, launching.folder, "")
 
 
-def _check_joins(job: Job, run_dir: Path) -> None:
-    """See that a run that goes on already is one that this node is to join.
+def _check_free(job: Job, run_dir: Path) -> None:
+    """See that no run goes on, which a check would disturb, too.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: one does.
     """
-    if job.backend == "torchrun" and job.path.exists() and job.path.read_text() == job.as_json():
-        return
-    raise ConfigError(
-        f"{run_dir}: a run goes on in it already; `basestone jobs stop {run_dir}` lets it save and stop, or give "
-        "another --run-dir"
-    )
+    if is_held(run_dir) or (job.check and is_taken(run_dir / FOLDER)):
+        raise ConfigError(
+            f"{run_dir}: a run goes on in it already; `basestone jobs stop {run_dir}` lets it save and stop, or give "
+            "another --run-dir"
+        )
 
 
 def _check_tools(job: Job) -> None:
@@ -251,7 +253,7 @@ def _check_tools(job: Job) -> None:
         )
 
 
-def _submit(launching: Launching) -> int:
+def _submit(launching: Launching, made: list[Path]) -> int:
     job, plan = launching.job, launching.plan
     if job.backend == "kubernetes":
         for path, content in plan.files.items():
@@ -262,10 +264,23 @@ def _submit(launching: Launching) -> int:
     done = subprocess.run(command, cwd=plan.directory, env=known, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         job.forget_secrets()
+        places.unmake(made, launching.folder)
         raise ConfigError(f"{command[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}")
+    if job.check:
+        return _tell_of_check(launching, done.stdout)
     identity = done.stdout.strip().partition(";")[0] if job.backend == "slurm" else job.name
     jobs.record(job, launching.folder, identity)
     print(f"{job.backend} job {identity}; basestone jobs ls {launching.folder.parents[1]} tells how it is")
+    return 0
+
+
+def _tell_of_check(launching: Launching, said: str) -> int:
+    """Say where a check in a queue will give its answer; what it made here stays for that."""
+    job, number = launching.job, said.strip().partition(";")[0]
+    if job.backend == "slurm":
+        print(f"slurm job {number} checks its nodes; the answer comes in {launching.folder}/slurm-{number}.log")
+    else:
+        print(f"kubernetes job {job.name} checks its pods; the answer is in the log of its first pod")
     return 0
 
 

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 from ...trainer.errors import BasestoneError, exit_code_of, message_of
 from .. import environ, local
@@ -40,7 +39,7 @@ def main() -> None:
 
 def run_rank(job: Job, identity: environ.RankIdentity) -> int:
     """Run the worker to its end and give the code to leave with."""
-    log = Path(job.run_dir) / "logs" / f"rank_{identity.rank:05d}.log"
+    log = job.logs / f"rank_{identity.rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     ends.clear_own(job.folder, identity.rank, identity.world_size)
     given = {**job.environment, **job.read_secrets()}

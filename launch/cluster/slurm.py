@@ -119,6 +119,11 @@ def step_command(job: Job, given: dict[str, str]) -> list[str]:
     ]
 
 
+def is_last_of_array(given: dict[str, str]) -> bool:
+    """Tell whether no job of an array comes after this one."""
+    return given.get("SLURM_ARRAY_TASK_ID") == given.get("SLURM_ARRAY_TASK_MAX")
+
+
 def requeue_command(given: dict[str, str]) -> list[str]:
     """Give the command line that puts the present job back into the queue."""
     return ["scontrol", "requeue", given["SLURM_JOB_ID"]]

@@ -65,9 +65,13 @@ class Supervisor:
                     self.asked.take_back()  # it came too late to be followed
                     return found
                 self.asked.take_back_of(outcome.BY_A_NODE)  # srun ends the other nodes when one fails
+                if self._job.check and self.asked.signals:
+                    return outcome.Outcome(EXIT_STOPPED, step)
                 failures, step = (0 if found.step > step else failures + 1), max(step, found.step)
                 if (end := ends.cause(self._job.folder)) is not None:
                     say(f"error: {end.tell()}")
+                if self._job.check:
+                    return found
                 again = self._next(found, failures)
                 while again is None and failures <= self._job.max_restarts:  # hosts that are not back yet
                     failures += 1
@@ -126,18 +130,22 @@ def run_batch(job: Job) -> int:
     before = outcome.newest_step(Path(job.run_dir))
     found = supervisor.run()
     makes_room = found.exit_code == EXIT_STOPPED and signal.SIGUSR2 in supervisor.asked.signals
-    if found.is_final and not makes_room:
-        job.forget_secrets()
-        if is_array:
-            over.write_text(f"the one before left with {found.exit_code} at step {found.step}\n")
+    if is_array and found.is_final and not makes_room:
+        over.write_text(f"the one before left with {found.exit_code} at step {found.step}\n")
     if not makes_room or is_array:
+        if not is_array or over.exists() or slurm.is_last_of_array(given):
+            job.forget_secrets()
         return found.exit_code
     count = _count_requeues(job, progress=found.step > before)
     if count["in_vain"] > job.max_restarts or count["all"] > job.options["max_requeues"]:
         say(f"requeued {count['all']} times, {count['in_vain']} in a row without progress: giving up")
+        job.forget_secrets()
         return found.exit_code
     say(f"saved at step {found.step}: back into the queue")
-    subprocess.run(slurm.requeue_command(given), check=False)
+    if subprocess.run(slurm.requeue_command(given), check=False).returncode != 0:
+        say("Slurm does not take it back: launch it again")
+        job.forget_secrets()
+        return found.exit_code
     time.sleep(REQUEUE_S)  # Slurm ends this process now; leaving by itself would end the job
     return found.exit_code
 

@@ -298,6 +298,27 @@ def test_a_job_that_was_asked_to_stop_is_not_requeued_and_ends_its_array(in_slur
     assert "requeue 7" not in asked_of(in_slurm)
 
 
+@pytest.mark.parametrize(
+    ("array", "task", "step", "kept"),
+    [
+        (0, None, "exit 1", False),
+        (0, None, "exit 64", False),
+        (3, "2", "exit 1", True),
+        (3, "3", "exit 1", False),
+    ],
+)
+def test_secrets_go_with_the_last_job_that_can_need_them(in_slurm, monkeypatch, array, task, step, kept):
+    run_dir = in_slurm / "run"
+    job = job_in(run_dir, "slurm", max_restarts=0, options=job_in(run_dir).options | {"array": array})
+    job.write({"TOKEN": "canary"})
+    (in_slurm / "step").write_text(step + "\n")
+    if task is not None:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "3")
+    assert supervise.run_batch(job) != 0
+    assert (job.folder / "secrets.json").exists() == kept
+
+
 # ---- jobs, locks and what a refusal leaves alone --------------------------------------------------------------------
 
 

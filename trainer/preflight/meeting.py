@@ -140,9 +140,7 @@ class Meeting:
             for number in range(NUM_ROUNDS):
                 self._store.wait([f"clock/{self._rank}/{number}"], timedelta(seconds=self._limits.report_s))
                 self._store.set(f"time/{self._rank}/{number}", repr(self._clock()))
-            self._store.set(
-                f"seen/{self._rank}", "yes" if not mark or _sees(run_dir / "launch" / mark) else "no"
-            )
+            self._store.set(f"seen/{self._rank}", "yes" if not mark or _sees(run_dir / mark) else "no")
         return self._verdict(REPORT)
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ class Meeting:
 
     def _ask_nodes(self, others: list[Report], run_dir: Path) -> tuple[list[str], float]:
         """Compare the clocks of nodes and see whether they share the run directory; give problems and the skew."""
-        name = _leave_mark(run_dir / "launch")
+        name = _leave_mark(run_dir)
         problems = []
         offsets: dict[str, tuple[float, float]] = {}
         blind = []
@@ -208,7 +206,7 @@ class Meeting:
                     break
         finally:
             if name:
-                (run_dir / "launch" / name).unlink(missing_ok=True)
+                (run_dir / name).unlink(missing_ok=True)
         problems += clock_problems(offsets, self._limits.clock_s, self._host)
         problems += unshared_problems(str(run_dir), blind)
         ahead = [0.0, *(offset for offset, _ in offsets.values())]
@@ -233,7 +231,7 @@ class Meeting:
 
 def _leave_mark(folder: Path) -> str:
     """Make a file that no node has looked for before, which NFS would remember; give its name, "" where none can be."""
-    name = f"preflight-{uuid.uuid4().hex[:12]}"
+    name = f".preflight-{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
