@@ -123,8 +123,10 @@ def new_name(stem: str, shared: str | None = None) -> str:
     kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in stem.lower()).strip(
         "-"
     )
+    if not kept[:1].isalpha():  # a Service of Kubernetes begins with a letter
+        kept = f"run-{kept}"
     mark = time.strftime("%m%d-%H%M%S") if shared is None else hashlib.sha256(shared.encode()).hexdigest()[:11]
-    return f"{kept[:32].strip('-') or 'run'}-{mark}"
+    return f"{kept[:32].strip('-')}-{mark}"
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ...data.reading.transport import is_local
 from ...data.storage import write_atomic
 from ...trainer.config import ResolvedRun, RunConfig
 from ...trainer.errors import ConfigError
@@ -19,7 +20,7 @@ from ...trainer.run_lock import RunLock, is_held
 from ...trainer.rundir import STOP
 from .. import environ
 from . import hosts as by_ssh
-from . import jobs, kubernetes, node, places, slurm
+from . import jobs, kubernetes, mpi, node, places, slurm
 from .config import ClusterConfig, load_cluster
 from .hostfile import Host, read_hostfile
 from .job import CHECK, FOLDER, Job, new_name
@@ -82,8 +83,9 @@ def prepare(request: Request, cache: Path) -> Launching:
         )
     _check_endpoint(request, high)
     resolved = _resolve(run, cache, low, high, per_node)
+    name = new_name(request.run_file.stem, _shared_name(request))
     job = Job(
-        name=new_name(request.run_file.stem, _shared_name(request)),
+        name=name,
         backend=request.backend,
         run_file=kubernetes.RUN_FILE if request.backend == "kubernetes" else str(request.run_file),
         run_dir=str(PurePosixPath(cluster.kubernetes.mount) / request.run_dir.name)
@@ -93,7 +95,7 @@ def prepare(request: Request, cache: Path) -> Launching:
         max_nodes=high,
         processes_per_node=per_node,
         overrides=request.overrides,
-        resume=request.resume,
+        resume=_resume(request),
         debug=request.debug,
         endpoint=request.endpoint or (node.HERE if high == 1 else None),
         interface="lo" if request.backend == "local" else cluster.interface,
@@ -102,7 +104,8 @@ def prepare(request: Request, cache: Path) -> Launching:
         secrets=list(cluster.secrets),
         check=request.check,
         preflight=cluster.preflight.model_dump(),
-        options={"python": cluster.python or sys.executable, **slurm.options_of(cluster.slurm)},
+        options={"python": cluster.python or sys.executable, **slurm.options_of(cluster.slurm)}
+        | ({"kubernetes": kubernetes.identity(name, cluster)} if request.backend == "kubernetes" else {}),
     )
     if request.backend == "slurm" and cluster.slurm.gpus_per_node is None and environ.num_gpus():
         cluster = cluster.model_copy(
@@ -137,6 +140,18 @@ def _nodes(request: Request, hosts: list[Host]) -> tuple[int, int]:
     if low != high and request.backend in ("mpi", "kubernetes"):
         raise ConfigError(f"--nodes {request.nodes}: --on {request.backend} needs one number of nodes")
     return low, high
+
+
+def _resume(request: Request) -> str | None:
+    """Give what to go on from, as every node can read it; what pods see is not seen from here."""
+    if request.resume is None or not is_local(request.resume) or request.backend == "kubernetes":
+        return request.resume
+    if not (path := Path(request.resume).resolve()).is_dir():
+        raise ConfigError(
+            f"--resume {request.resume}: there is no such directory; give a step directory, e.g. "
+            f"{request.run_dir}/checkpoints/step_00000400"
+        )
+    return str(path)
 
 
 def _check_endpoint(request: Request, nodes: int) -> None:
@@ -268,7 +283,7 @@ def _submit(launching: Launching, made: list[Path]) -> int:
         raise ConfigError(f"{command[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}")
     if job.check:
         return _tell_of_check(launching, done.stdout)
-    identity = done.stdout.strip().partition(";")[0] if job.backend == "slurm" else job.name
+    identity = done.stdout.strip().partition(";")[0] if job.backend == "slurm" else job.options["kubernetes"]
     jobs.record(job, launching.folder, identity)
     print(f"{job.backend} job {identity}; basestone jobs ls {launching.folder.parents[1]} tells how it is")
     return 0
@@ -286,6 +301,16 @@ def _tell_of_check(launching: Launching, said: str) -> int:
 
 def _supervise(launching: Launching) -> int:
     job, plan = launching.job, launching.plan
+    if job.backend == "mpi":
+        environment = {**environ.agent_environment(job.environment), **plan.environment}
+
+        def mpirun() -> list[str]:
+            others = mpi.elsewhere(launching.hosts[: job.max_nodes])
+            if shutil.which("ssh") and not environ.slurm():  # inside a job of Slurm mpirun needs no ssh
+                by_ssh.present_hosts(others, len(others), len(others))
+            return plan.commands[0]
+
+        return Supervisor(job, mpirun, environment).run().exit_code
     if job.backend != "hosts":
         environment = {**environ.agent_environment(job.environment), **plan.environment}
         return Supervisor(job, lambda: plan.commands[0], environment).run().exit_code
@@ -294,7 +319,7 @@ def _supervise(launching: Launching) -> int:
         say(f"not sent to the hosts, for what a shell there would make of it: {', '.join(odd)}")
 
     def command() -> list[str]:
-        present = by_ssh.present_hosts(job, launching.hosts)
+        present = by_ssh.present_hosts(launching.hosts, job.min_nodes, job.max_nodes)
         by_ssh.write_hostfile(job.folder / "hostfile", present)
         return by_ssh.runner_command(job, present, port_of(job))
 

@@ -70,6 +70,10 @@ class Supervisor:
                 failures, step = (0 if found.step > step else failures + 1), max(step, found.step)
                 if (end := ends.cause(self._job.folder)) is not None:
                     say(f"error: {end.tell()}")
+                elif code not in (0, *outcome.OWN_EXITS):
+                    say(
+                        f"error: {Path(command[0]).name} left with {code} before any rank did; its own words are above"
+                    )
                 if self._job.check:
                     return found
                 again = self._next(found, failures)

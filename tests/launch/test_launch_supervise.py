@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,18 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_process import Command
 
-from basestone.launch import local
-from basestone.launch.cluster import ends, jobs, launcher, outcome, supervise
+from basestone.launch.cluster import ends, launcher, outcome, supervise
 from basestone.launch.cluster.config import ClusterConfig
 from basestone.launch.cluster.job import Job
 from basestone.launch.cluster.outcome import Outcome
-from basestone.launch.cluster.plan import port_of
 from basestone.launch.cluster.slurm import options_of
 from basestone.launch.cluster.supervise import Supervisor
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.run_lock import RunLock, is_held
 from basestone.trainer.rundir import STOP
 
 
@@ -72,7 +67,8 @@ def test_marks_of_another_start_say_nothing_of_this_one(tmp_path):
     time.sleep(0.02)
     outcome.begin(job)
     assert outcome.outcome(job, 0) == Outcome(1, 0), "a launcher that leaves with 0 and no mark has failed"
-    assert outcome.outcome(job, 7) == Outcome(7, 0)
+    assert outcome.outcome(job, 64) == Outcome(64, 0)
+    assert outcome.outcome(job, 255) == Outcome(1, 0), "a code of mpirun's own"
     (tmp_path / "RESUME").write_text("step 3\n")
     assert outcome.outcome(job, 0).exit_code == 75
     (tmp_path / "COMPLETE").write_text("step 5\n")
@@ -86,8 +82,8 @@ def test_marks_of_another_start_say_nothing_of_this_one(tmp_path):
 def test_the_rank_that_says_why_is_the_cause(tmp_path, codes, cause):
     job = job_in(tmp_path)
     outcome.begin(job)
-    for rank, code in codes.items():
-        ends.leave(job.folder, rank, "n0", code, tmp_path / "log")
+    for number, code in codes.items():
+        ends.leave(job.folder, number, "n0", code, tmp_path / "log")
     assert ends.cause(job.folder).rank == cause
 
 
@@ -192,44 +188,6 @@ def test_signals_that_were_ignored_stay_ignored(tmp_path):
     assert not (tmp_path / STOP).exists()
 
 
-def test_train_takes_back_a_request_that_is_older_than_itself_and_leaves_that_of_a_run_that_goes_on(
-    basestone: Command, run_file, tmp_path, asked, monkeypatch
-):
-    run_dir = tmp_path / "kept"
-    run_dir.mkdir()
-    stop = run_dir / STOP
-
-    def trained(age_s: float) -> bool:
-        stop.touch()
-        os.utime(stop, (time.time() - age_s,) * 2)
-        assert basestone("train", run_file, "--run-dir", run_dir).code == 7
-        return stop.exists()
-
-    since_s = time.time() - local.started_s()
-    assert not trained(since_s + 60) and trained(0)
-    lock = RunLock(run_dir)
-    try:
-        assert trained(since_s + 60)
-    finally:
-        lock.close()
-
-
-def test_a_rank_takes_back_what_is_older_than_its_launcher_alone(
-    basestone: Command, run_file, tmp_path, monkeypatch
-):
-    """A rank that its launcher started again in place must not lose what came meanwhile."""
-    monkeypatch.setattr(local, "become_worker", lambda _: sys.exit(7))
-    stop = tmp_path / STOP
-    launched_s = local.parent_started_s()
-    for rank, since_launch_s, stays in (("0", 10.0, True), ("0", -10.0, False), ("1", -10.0, True)):
-        stop.touch()
-        os.utime(stop, (launched_s + since_launch_s,) * 2)
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert basestone("train", run_file, "--run-dir", tmp_path).code == 7
-        assert stop.exists() == stays
-
-
 def test_hosts_that_are_away_for_a_while_are_waited_for(tmp_path, capsys):
     job, asked = job_in(tmp_path, max_restarts=3), []
 
@@ -317,85 +275,3 @@ def test_secrets_go_with_the_last_job_that_can_need_them(in_slurm, monkeypatch, 
         monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "3")
     assert supervise.run_batch(job) != 0
     assert (job.folder / "secrets.json").exists() == kept
-
-
-# ---- jobs, locks and what a refusal leaves alone --------------------------------------------------------------------
-
-
-def test_a_refused_launch_leaves_the_run_that_goes_on_alone(
-    basestone: Command, run_file, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    job = job_in(run_dir, secrets=["TOKEN"])
-    job.write({"TOKEN": "value"})
-    (run_dir / STOP).touch()
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    lock = RunLock(run_dir)
-    try:
-        assert is_held(run_dir)
-        done = basestone("launch", run_file, "--set", "optimizer.lr=0.5")
-    finally:
-        lock.close()
-    assert done.code == 64 and "a run goes on in it already; `basestone jobs stop" in done.err
-    assert {path: path.read_bytes() for path in before} == before
-    assert not is_held(run_dir)
-
-
-def test_states_are_told_by_the_lock_and_the_marks(basestone: Command, tmp_path):
-    for name in ("going", "done", "broken"):
-        (tmp_path / name / "launch").mkdir(parents=True)
-        job = job_in(tmp_path / name)
-        jobs.record(job, job.folder, "")
-    record = tmp_path / "done" / "launch" / "started.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": 1, "pid_started_s": 0.0}))
-    (tmp_path / "done" / "COMPLETE").touch()
-    (tmp_path / "broken" / "launch" / "started.json").write_text("{")
-    lock = RunLock(tmp_path / "going")
-    try:
-        rows = json.loads(basestone("jobs", "ls", tmp_path, "--json").out)
-        assert [(Path(row["run"]).name, row["state"]) for row in rows] == [
-            ("done", "complete"),
-            ("going", "running"),
-        ]
-        basestone("jobs", "stop", tmp_path / "going")
-        assert (tmp_path / "going" / STOP).exists()
-    finally:
-        lock.close()
-
-
-def test_pods_are_stopped_elsewhere(tmp_path):
-    job = job_in(tmp_path, "kubernetes")
-    jobs.record(job, job.folder, "gpt-1")
-    with pytest.raises(
-        ConfigError, match=r"make the file STOP in it there \(kubectl exec\), or kubectl delete gpt-1"
-    ):
-        jobs.stop(tmp_path)
-
-
-def test_launches_meet_at_ports_of_their_own():
-    ports = {port_of(Job(f"gpt-{number}", "hosts", "r", "d", 1, 1, 1)) for number in range(1000)}
-    assert len(ports) > 950 and min(ports) >= 20000 and max(ports) < 40000
-
-
-def test_a_scheduler_gets_no_secret(basestone: Command, run_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/given\necho 12\n")
-    (tools / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    monkeypatch.setenv("TOKEN", "canary")
-    (tmp_path / "cluster.toml").write_text("secrets = ['TOKEN']\n")
-    old_stop = tmp_path / "runs" / "run" / STOP
-    old_stop.parent.mkdir(parents=True)
-    old_stop.touch()
-    done = basestone(
-        "launch", "run.toml", "--on", "slurm", "--processes-per-node", "1", "--cluster", "cluster.toml"
-    )
-    assert done.code == 0 and "slurm job 12; basestone jobs ls " in done.out
-    assert "canary" not in (tmp_path / "given").read_text()
-    assert not old_stop.exists(), "it was for an earlier launch"
-    secrets = tmp_path / "runs" / "run" / "launch" / "secrets.json"
-    assert json.loads(secrets.read_text()) == {"TOKEN": "canary"} and secrets.stat().st_mode & 0o777 == 0o600
