@@ -141,9 +141,9 @@ def _state(run_dir: Path, started: Started) -> str:
     state = _in_queue(started)
     if state not in (None, UNKNOWN):
         return str(state)
-    if is_taken(run_dir / FOLDER):
-        return "starting"
     marks = _marks(run_dir, started)
+    if is_taken(run_dir / FOLDER) and not {"COMPLETE", "RESUME"} & set(marks):  # it may be leaving
+        return "starting"
     if not marks:
         if state == UNKNOWN:
             return UNKNOWN

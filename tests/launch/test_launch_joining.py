@@ -106,6 +106,12 @@ def test_a_launch_is_starting_as_long_as_any_node_holds_it(tmp_path):
     with joined(job, lambda: job.write({})):
         jobs.record(job, job.folder, "")
         assert jobs.status_of(tmp_path).state == "starting"
+        (tmp_path / "FAILED").touch()
+        assert jobs.status_of(tmp_path).state == "starting", "it starts again"
+        (tmp_path / "COMPLETE").touch()
+        assert jobs.status_of(tmp_path).state == "complete", "other nodes may wait for long"
+    (tmp_path / "COMPLETE").unlink()
+    (tmp_path / "FAILED").unlink()
     assert jobs.status_of(tmp_path).state == "ended"
 
 
