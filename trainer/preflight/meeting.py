@@ -87,7 +87,7 @@ class Meeting:
         self._give(topic, own)
         if self._rank == 0:
             said = self._collect(topic)
-            verdict = {"problems": judge(said), "silent": len(said) < self._world_size}
+            verdict: dict = {"problems": judge(said), "silent": len(said) < self._world_size}
             self._publish(topic, verdict["problems"], verdict)
         else:
             verdict = self._verdict(topic)
