@@ -133,10 +133,9 @@ def test_an_end_that_a_start_in_place_has_taken_back_ends_nothing(tmp_path, capf
 
 def test_a_signal_asks_the_run_and_a_second_one_ends_the_launcher(tmp_path, capfd):
     job = job_in(tmp_path)
-    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGHUP)).start()
-    threading.Timer(1.4, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    told = "".join(f"os.kill(os.getppid(), {number}); time.sleep(0.5)\n" for number in (1, 15))
     started_s = time.monotonic()
-    assert supervised(job, "time.sleep(600)").exit_code == 75
+    assert supervised(job, f"{told}time.sleep(600)").exit_code == 75
     assert time.monotonic() - started_s < 30 and "SIGHUP: the run is asked to save" in capfd.readouterr().err
     assert not (tmp_path / STOP).exists(), "there is nothing left that it could stop"
 
@@ -161,8 +160,7 @@ def test_a_request_to_stop_before_the_first_start_is_heard(tmp_path, capsys):
 def test_a_signal_after_the_end_leaves_no_request_for_the_next_start(tmp_path, ended, capfd, monkeypatch):
     monkeypatch.setattr(launcher, "LEFT_OVER_S", 60.0)
     job = job_in(tmp_path)
-    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    found = supervised(job, f"{ended}; time.sleep(4)")
+    found = supervised(job, f"{ended}; os.kill(os.getppid(), {signal.SIGTERM.value}); time.sleep(1)")
     assert found.exit_code == (0 if "COMPLETE" in ended else 64)
     assert not (tmp_path / STOP).exists() and "the run has ended" in capfd.readouterr().err
 
@@ -179,9 +177,8 @@ def test_signals_that_were_ignored_stay_ignored(tmp_path):
     job = job_in(tmp_path)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
     try:
-        for delay_s, number in ((1.0, signal.SIGHUP), (1.2, signal.SIGINT)):
-            threading.Timer(delay_s, os.kill, (os.getpid(), number)).start()
-        assert supervised(job, "time.sleep(2)\n(run / 'COMPLETE').touch()").exit_code == 0
+        told = "".join(f"os.kill(os.getppid(), {number.value})\n" for number in before)
+        assert supervised(job, f"{told}time.sleep(1)\n(run / 'COMPLETE').touch()").exit_code == 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
