@@ -122,13 +122,16 @@ def train(
     arguments += ["--resume", resume] if resume else []
     arguments += ["--debug"] if debug else []
     environ.adopt_srun()
+    from ..trainer.rundir import forget_old_stop, make_run_directory
+
     if environ.inside_launcher() and not dry_run:
+        if environ.is_first_rank():
+            forget_old_stop(directory, local.parent_started_s())
         local.become_worker(arguments)
 
     from ..trainer.load import load_run
     from ..trainer.places import locate, task_of, vocab_size
     from ..trainer.plan import describe
-    from ..trainer.rundir import make_run_directory
     from .gpus import check_gpus
 
     config = load_run(run, overrides or [])
@@ -146,6 +149,7 @@ def train(
             _say(f"{label}: {text}")
     check_gpus(config, num_workers)
     make_run_directory(directory)
+    forget_old_stop(directory, local.started_s())
     raise typer.Exit(local.run_workers(arguments, num_workers, directory / "logs"))
 
 

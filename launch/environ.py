@@ -38,6 +38,11 @@ def inside_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first_rank() -> bool:
+    """Tell whether a launcher made this process its rank 0."""
+    return os.environ.get("RANK") == "0"
+
+
 def adopt_srun() -> None:
     """Give a process that srun started the names that the others use.
 

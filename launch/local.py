@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from ..trainer.errors import EXIT_STOPPED
 from .environ import worker_environment
 
@@ -22,6 +24,16 @@ GRACE_S = 10.0  # between the first failure and a SIGTERM to the others, then ag
 EXITS_THAT_SAY_WHY = (64, 74, 76)  # this rank knew what was wrong; others may only have lost contact with it
 FINAL_EXITS = (0, EXIT_STOPPED, *EXITS_THAT_SAY_WHY)  # another start would change nothing
 PR_SET_PDEATHSIG = 1
+
+
+def started_s() -> float:
+    """Give when this process began, in seconds since 1970."""
+    return psutil.Process().create_time()
+
+
+def parent_started_s() -> float:
+    """Give when the process that started this one began: a launcher, which outlives restarts in place."""
+    return (psutil.Process().parent() or psutil.Process()).create_time()
 
 
 def worker_command(arguments: Sequence[str]) -> list[str]:
@@ -91,6 +103,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def ignored_here() -> list[int]:
+    """Give what this command was started to ignore, by nohup or as a job in the background; it goes on so."""
+    return [number for number in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(number) is signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def _signals_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
     """Pass SIGTERM and Ctrl-C on as SIGTERM; give the list that fills with the signals that came."""
@@ -100,7 +117,8 @@ def _signals_to(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
         asked.append(number)
         _send(workers, signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    taken = [number for number in (signal.SIGTERM, signal.SIGINT) if number not in ignored_here()]
+    before = {number: signal.signal(number, pass_on) for number in taken}
     try:
         yield asked
     finally:

@@ -17,12 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ..data.storage import naming, write_atomic
 from .errors import EXIT_FAULT, ConfigError, exit_code_of, message_of
 from .meters.ledger import Ledger
-from .run_lock import RunLock, open_lock
+from .run_lock import RunLock, is_held, open_lock
 
 log = logging.getLogger(__name__)
 MARKERS = ("COMPLETE", "RESUME", "FAILED")
@@ -60,6 +58,16 @@ def make_run_directory(path: Path) -> None:
         )
 
 
+def forget_old_stop(run_dir: Path, before_s: float) -> None:
+    """Take back a request to stop from before a command began: it was for another one; a run that goes on keeps it.
+
+    Ranks never do so themselves: a request that comes while they start is for them.
+    """
+    with suppress(FileNotFoundError):
+        if not is_held(run_dir) and (run_dir / STOP).stat().st_mtime < before_s:
+            (run_dir / STOP).unlink()
+
+
 class RunDirectory:
     """Holds the lock of a run directory and writes its records; one process of a run owns it."""
 
@@ -76,7 +84,6 @@ class RunDirectory:
             self.ledger = self._load_ledger()
             self.ledger.attempts += 1
             self._old_failure = _identity(path / "FAILED")
-            self._forget_old_stop()
             self._looked_s = 0.0
             self._metrics = _Lines(path / "metrics.jsonl")
             self._events = _Lines(path / "events.jsonl")
@@ -174,12 +181,6 @@ class RunDirectory:
     def forget_stop(self) -> None:
         """Take the request back: it was followed."""
         (self.path / STOP).unlink(missing_ok=True)
-
-    def _forget_old_stop(self) -> None:
-        """Take back a request that is older than this process: it was for another start."""
-        with suppress(FileNotFoundError):
-            if (self.path / STOP).stat().st_mtime < psutil.Process().create_time():
-                self.forget_stop()
 
     def _another_rank_failed(self) -> bool:
         """Tell whether FAILED was written since this attempt began, which `tell_failure` does."""

@@ -6,10 +6,11 @@ anything else there.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from ...trainer.load import read_toml, validated
 from ...trainer.preflight.limits import PreflightSection
@@ -21,6 +22,69 @@ Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-
 Value = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]*$")]
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
 
+OWN_OPTIONS = (
+    *(
+        "output",
+        "error",
+        "nodes",
+        "ntasks",
+        "signal",
+        "array",
+        "requeue",
+        "no-requeue",
+        "export",
+        "wrap",
+        "test-only",
+    ),
+    *("job-name", "parsable", "wait", "open-mode"),
+)
+OWN_VARIABLES = re.compile(
+    "(MASTER_(ADDR|PORT)|(GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_(RANK|WORLD_SIZE|SIZE)|(PET|TORCHELASTIC|BASESTONE)_.*"
+    "|TORCH_DISABLE_SHARE_RDZV_TCP_STORE)"
+)
+TIMES = (  # of sbatch
+    re.compile(r"(?P<minutes>\d+)(:(?P<seconds>\d+))?"),
+    re.compile(r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)"),
+    re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(:(?P<minutes>\d+)(:(?P<seconds>\d+))?)?"),
+)
+UNIT_S = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+
+
+def _option(text: str) -> str:
+    """Hold an option of sbatch to `--name` or `--name=value`, and to names that are not Basestone's own."""
+    name, has_value, _ = text.removeprefix("--").partition("=")
+    if any(letter.isspace() for letter in name) and not has_value:
+        raise ValueError(f"a blank after the name is not read there; write --{'='.join(name.split(None, 1))}")
+    # sbatch takes any beginning of a name that is the beginning of no other.
+    if name.startswith("ntasks") or any(own.startswith(name) for own in OWN_OPTIONS):
+        raise ValueError(f"--{name} is set by Basestone itself, or would undo what it needs; leave it out")
+    return text
+
+
+def _variable(name: str) -> str:
+    if OWN_VARIABLES.fullmatch(name):
+        raise ValueError(f"{name} is set by Basestone for each rank; leave it out")
+    return name
+
+
+def _time(text: str) -> str:
+    seconds_of(text)
+    return text
+
+
+def seconds_of(text: str) -> int:
+    """Give the seconds of a time as sbatch reads it, such as `90`, `24:00:00` or `1-12`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    for pattern in TIMES:
+        if match := pattern.fullmatch(text):
+            return sum(int(value or 0) * UNIT_S[unit] for unit, value in match.groupdict().items())
+    raise ValueError(
+        "expected MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]"
+    )
+
 
 class SlurmSection(Section):
     """`[slurm]`: how jobs are asked for."""
@@ -31,7 +95,7 @@ class SlurmSection(Section):
     reservation: Word | None = Field(None, description="reservation")
     constraint: OneLine | None = Field(None, description="features that nodes must have")
     exclude: Word | None = Field(None, description="nodes to leave out, e.g. n[07-09]")
-    time: Annotated[str, StringConstraints(pattern=r"^\d[\d:-]*$")] | None = Field(
+    time: Annotated[str, AfterValidator(_time)] | None = Field(
         None, description="time limit of one start, e.g. 24:00:00"
     )
     gpus_per_node: int | None = Field(None, ge=0, description="GPUs to ask for; by default one a process")
@@ -44,9 +108,28 @@ class SlurmSection(Section):
     container_image: OneLine | None = Field(None, description="image to run in")
     container_mounts: tuple[OneLine, ...] = Field((), strict=False, description="what it sees, HOST:CONTAINER")
     container: Literal["pyxis", "apptainer"] = Field("pyxis", description="what runs the image")
-    options: tuple[Annotated[str, StringConstraints(pattern=r"^--[a-z][^\n\r\x00]*$")], ...] = Field(
-        (), strict=False, description="further options of sbatch, e.g. --mail-type=END"
-    )
+    options: tuple[
+        Annotated[str, StringConstraints(pattern=r"^--[a-z][^\n\r\x00]*$"), AfterValidator(_option)], ...
+    ] = Field((), strict=False, description="further options of sbatch, e.g. --mail-type=END")
+
+    @model_validator(mode="after")
+    def _saves_in_time(self) -> Self:
+        limit_s = seconds_of(self.time) if self.time is not None else 0
+        if limit_s and self.signal_s >= limit_s:  # 0 is no limit
+            raise ValueError(
+                f"signal_s = {self.signal_s} is not below time = {self.time!r}, {limit_s} s: the run would be told to "
+                "save before it begins; give it more time, or a shorter signal_s"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mounts_are_read_as_meant(self) -> Self:
+        if bad := [mount for mount in self.container_mounts if "," in mount or mount.count(":") > 2]:
+            raise ValueError(
+                f"container_mounts: {', '.join(map(repr, bad))}: {self.container} reads , and : as ends of paths; give "
+                "HOST:CONTAINER, by a link without them where the path has some"
+            )
+        return self
 
 
 class KubernetesSection(Section):
@@ -75,7 +158,9 @@ class ClusterConfig(Section):
     python: OneLine | None = Field(None, description="the interpreter on the nodes; by default this one")
     interface: Word | None = Field(None, description="network interface for gloo and NCCL, e.g. ib0")
     max_restarts: int = Field(3, ge=0, description="starts after failures that made no progress")
-    env: dict[Name, Value] = Field({}, description="variables of every process")
+    env: dict[Annotated[Name, AfterValidator(_variable)], Value] = Field(
+        {}, description="variables of every process"
+    )
     secrets: tuple[Name, ...] = Field(
         (), strict=False, description="variables that nothing shows, by their names"
     )

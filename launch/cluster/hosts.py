@@ -91,20 +91,20 @@ def reachable(hosts: Sequence[Host]) -> tuple[list[Host], dict[str, str]]:
     return [host for host in hosts if host.name not in problems], problems
 
 
-def present_hosts(job: Job, hosts: Sequence[Host]) -> list[Host]:
-    """Give the hosts that a start can have.
+def present_hosts(hosts: Sequence[Host], low: int, high: int) -> list[Host]:
+    """Give the hosts that a start can have, from `low` to `high` of them.
 
     Raises:
         ConfigError: fewer answer than the launch needs; it names each that does not.
     """
     found, problems = reachable(hosts)
-    if len(found) < job.min_nodes:
+    if len(found) < low:
         told = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
         raise ConfigError(
-            f"{len(problems)} of {len(hosts)} host(s) cannot be reached by ssh, {job.min_nodes} are needed:\n{told}\n"
+            f"{len(problems)} of {len(hosts)} host(s) cannot be reached by ssh, {low} are needed:\n{told}\n"
             "keys without a passphrase (or an agent) and known_hosts must be set up; try ssh by hand"
         )
-    return found[: job.max_nodes]
+    return found[:high]
 
 
 def write_hostfile(path: Path, hosts: Sequence[Host]) -> None:

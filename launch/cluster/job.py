@@ -19,7 +19,7 @@ from typing import Any
 from ...data.storage import write_atomic
 from ...trainer.errors import ConfigError
 
-FOLDER, SECRETS = "launch", "secrets.json"
+FOLDER, CHECK, SECRETS = "launch", "check", "secrets.json"
 PRIVATE = 0o600
 
 
@@ -53,8 +53,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the launch keeps its files."""
-        return Path(self.run_dir) / FOLDER
+        """Where the launch keeps its files; one that only checks touches nothing of a run's."""
+        return Path(self.run_dir) / (CHECK if self.check else FOLDER)
+
+    @property
+    def logs(self) -> Path:
+        """Where ranks write what they say."""
+        return (self.folder if self.check else Path(self.run_dir)) / "logs"
 
     @property
     def path(self) -> Path:
@@ -71,20 +76,11 @@ class Job:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     def write(self, secrets: dict[str, str]) -> None:
-        """Write the file, and the secrets into one that only this user can read.
-
-        A file that another node of the launch has written stays: marks that are newer than it are of this launch.
-        """
+        """Write the file, and the secrets into one that only this user can read."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if secrets:
             _write_private(self.folder / SECRETS, json.dumps(secrets).encode())
-        content = self.as_json().encode()
-        if (
-            self.backend not in ("torchrun", "kubernetes")
-            or not self.path.exists()
-            or self.path.read_bytes() != content
-        ):
-            write_atomic(self.path, content)
+        write_atomic(self.path, self.as_json().encode())
 
     def read_secrets(self) -> dict[str, str]:
         """Read the secrets; none where the pods of a cluster bring them along."""
@@ -127,8 +123,10 @@ def new_name(stem: str, shared: str | None = None) -> str:
     kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in stem.lower()).strip(
         "-"
     )
+    if not kept[:1].isalpha():  # a Service of Kubernetes begins with a letter
+        kept = f"run-{kept}"
     mark = time.strftime("%m%d-%H%M%S") if shared is None else hashlib.sha256(shared.encode()).hexdigest()[:11]
-    return f"{kept[:32].strip('-') or 'run'}-{mark}"
+    return f"{kept[:32].strip('-')}-{mark}"
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -20,8 +20,11 @@ from ...trainer.run_lock import is_held
 from ...trainer.rundir import MARKERS
 from . import outcome
 from .job import FOLDER, SECRETS, Job
+from .joining import is_taken
 
 RECORD = "started.json"
+ENDED = ("complete", "stopped", "failed", "ended")
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,13 @@ def check_queue(run_dir: Path) -> None:
         started = read_started(run_dir)
     except ConfigError:
         return
-    if (state := _in_queue(started)) is not None:
+    state = _in_queue(started)
+    if state == UNKNOWN and not _marks(run_dir, started):
+        raise ConfigError(
+            f"{run_dir}: squeue does not tell whether Slurm job {started.identity} of this run has ended; wait until "
+            "it does, or give another --run-dir"
+        )
+    if state not in (None, UNKNOWN):
         raise ConfigError(
             f"{run_dir}: Slurm job {started.identity} of this run is {state}; `basestone jobs stop {run_dir}` ends "
             "it, or give another --run-dir"
@@ -110,27 +119,40 @@ def check_queue(run_dir: Path) -> None:
 
 
 def _in_queue(started: Started) -> str | None:
-    """Give the state of a job in Slurm's queue; None where it is not there. Of an array that of the task that runs."""
+    """Give the state of a job in Slurm's queue; None where it is not there, UNKNOWN where Slurm does not say.
+
+    Of an array it is that of the task that runs.
+    """
     if started.backend != "slurm" or shutil.which("squeue") is None:
         return None
     asked = ["squeue", "--noheader", "--format=%T", f"--jobs={started.identity}"]
-    states = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.lower().split()
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if done.returncode != 0:  # Slurm forgets jobs some minutes after their end
+        return None if "Invalid job id" in done.stderr else UNKNOWN
+    states = done.stdout.lower().split()
     return "running" if "running" in states else states[0] if states else None
 
 
 def _state(run_dir: Path, started: Started) -> str:
+    if started.backend == "kubernetes":
+        return f"unknown here: kubectl get {started.identity}"
     if is_held(run_dir):
         return "running"
-    if (state := _in_queue(started)) is not None:
-        return state
-    if started.host == os.uname().nodename and started.backend not in ("slurm", "kubernetes"):
-        with suppress(psutil.NoSuchProcess):
-            if psutil.Process(started.pid).create_time() == started.pid_started_s:
-                return "starting"
-    marks = [name for name in MARKERS if _is_after(run_dir / name, started.time_s)]
+    state = _in_queue(started)
+    if state not in (None, UNKNOWN):
+        return str(state)
+    marks = _marks(run_dir, started)
+    if is_taken(run_dir / FOLDER) and not {"COMPLETE", "RESUME"} & set(marks):  # it may be leaving
+        return "starting"
     if not marks:
+        if state == UNKNOWN:
+            return UNKNOWN
         return "ended" if started.host == os.uname().nodename else f"not seen from {os.uname().nodename}"
     return {"COMPLETE": "complete", "RESUME": "stopped", "FAILED": "failed"}[marks[0]]
+
+
+def _marks(run_dir: Path, started: Started) -> list[str]:
+    return [name for name in MARKERS if _is_after(run_dir / name, started.time_s)]
 
 
 def _is_after(path: Path, time_s: float) -> bool:
@@ -167,7 +189,7 @@ def stop(run_dir: Path) -> str:
             f"{run_dir}: the run directory of pods lies on their claim; make the file STOP in it there (kubectl exec), "
             f"or kubectl delete {status.started.identity}"
         )
-    if status.state in ("complete", "stopped", "failed"):
+    if status.state in ENDED:
         return f"{run_dir}: {status.state} already, at step {status.step}"
     if status.state == "pending":
         done = subprocess.run(["scancel", status.started.identity], capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ import json
 from pathlib import PurePosixPath
 from typing import Any
 
-from ...trainer.errors import EXIT_NUMERICS, EXIT_STORAGE, EXIT_USER
+from ...trainer.errors import EXIT_NUMERICS, EXIT_STORAGE, EXIT_USER, ConfigError
 from .config import ClusterConfig
 from .job import Job, encode
 from .node import PORT
@@ -20,8 +20,18 @@ NEVER_AGAIN = [EXIT_USER, EXIT_STORAGE, EXIT_NUMERICS]
 
 
 def manifests(job: Job, cluster: ClusterConfig, run_text: str) -> list[dict[str, Any]]:
-    """Give what is to be applied: the run's files, and the pods."""
+    """Give what is to be applied: the run's files, and the pods.
+
+    Raises:
+        ConfigError: there are secrets and no Secret.
+    """
     section = cluster.kubernetes
+    if job.secrets and section.secret is None:
+        values = " ".join(f"--from-literal={name}=..." for name in job.secrets)
+        raise ConfigError(
+            f"secrets: pods take {', '.join(job.secrets)} from a Secret: `kubectl create secret generic "
+            f'basestone-secrets {values}`, then secret = "basestone-secrets" in [kubernetes]'
+        )
     metadata = {"name": job.name, **({"namespace": section.namespace} if section.namespace else {})}
     files = {"job.json": job.as_json(), "run.toml": run_text}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": files}
@@ -29,6 +39,12 @@ def manifests(job: Job, cluster: ClusterConfig, run_text: str) -> list[dict[str,
         _train_job(job, cluster, metadata) if section.kind == "TrainJob" else _job_set(job, cluster, metadata)
     )
     return [config, pods]
+
+
+def identity(name: str, cluster: ClusterConfig) -> str:
+    """Name a job as kubectl's commands take it."""
+    namespace = cluster.kubernetes.namespace
+    return f"{cluster.kubernetes.kind.lower()}/{name}" + (f" -n {namespace}" if namespace else "")
 
 
 def text(items: list[dict[str, Any]]) -> str:
@@ -42,7 +58,7 @@ def _command() -> list[str]:
 
 def _variables(job: Job, cluster: ClusterConfig) -> list[dict[str, Any]]:
     named = [{"name": name, "value": value} for name, value in job.environment.items()]
-    secret = cluster.kubernetes.secret or f"{job.name}-secrets"
+    secret = cluster.kubernetes.secret
     return named + [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}} for name in job.secrets
     ]

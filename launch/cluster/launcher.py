@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ...trainer.errors import EXIT_FAULT
 from ...trainer.rundir import STOP
 from .. import local
-from . import ends
+from . import ends, outcome
+from .job import Job
 
 LEFT_OVER_S = 60.0  # that a launcher has, once a rank has ended the run, to end by itself
 POLL_S = 0.2
@@ -22,12 +24,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class Asked:
-    """Signals that ask a launch to stop. The first asks the run, by RUN/STOP; another one ends the launcher."""
+    """Signals that ask a launch to stop. The first asks the run, by RUN/STOP; another one ends the launcher.
 
-    def __init__(self, run_dir: Path) -> None:
-        """Listen to nothing yet."""
-        self._stop = run_dir / STOP
-        self.signals: list[int] = []
+    What comes when the run has ended asks nothing of it, and leaves no file that would stop the next.
+    """
+
+    def __init__(self, job: Job, by: str = "") -> None:
+        """Listen to nothing yet; `by` is what the file is to say."""
+        self._job, self._by = job, by
+        self._stop = Path(job.run_dir) / STOP
+        self._num_signals = 0
+        self.signals: list[int] = []  # those that came before the end of the run
         self.in_a_hurry = False
 
     @property
@@ -39,10 +46,17 @@ class Asked:
         """Remove the file, where nothing is left that it could stop."""
         self._stop.unlink(missing_ok=True)
 
+    def take_back_of(self, by: str) -> None:
+        """Remove the file where it says so."""
+        with suppress(OSError):
+            if self._stop.read_text() == by:
+                self.take_back()
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals."""
-        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        taken = [number for number in SIGNALS if number not in local.ignored_here()]
+        before = {number: signal.signal(number, self._take) for number in taken}
         try:
             yield
         finally:
@@ -50,13 +64,21 @@ class Asked:
                 signal.signal(number, handler)
 
     def _take(self, number: int, _: object) -> None:
-        self.signals.append(number)
-        if len(self.signals) > 1 and number != signal.SIGUSR2:
+        self._num_signals += 1
+        if self._num_signals > 1 and number != signal.SIGUSR2:
             self.in_a_hurry = True
             say(f"{signal.Signals(number).name} again: ending it now; the last save is good")
             return
-        with suppress(OSError):  # a full disk: a second signal still ends it
-            self._stop.touch()
+        if outcome.outcome(self._job, EXIT_FAULT).is_final:
+            say(f"{signal.Signals(number).name}: the run has ended; leaving in a moment")
+            return
+        self.signals.append(number)
+        if self._job.check:
+            self.in_a_hurry = True
+            say(f"{signal.Signals(number).name}: ending the check")
+            return
+        with suppress(OSError), self._stop.open("x") as file:  # a full disk: a second signal still ends it
+            file.write(self._by)
         say(f"{signal.Signals(number).name}: the run is asked to save and stop (again: leave at once)")
 
 

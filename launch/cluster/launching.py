@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ...data.reading.transport import is_local
 from ...data.storage import write_atomic
 from ...trainer.config import ResolvedRun, RunConfig
 from ...trainer.errors import ConfigError
@@ -16,13 +17,14 @@ from ...trainer.load import load_run, run_to_toml
 from ...trainer.places import locate, vocab_size
 from ...trainer.plan import describe
 from ...trainer.run_lock import RunLock, is_held
-from ...trainer.rundir import make_run_directory
+from ...trainer.rundir import STOP
 from .. import environ
 from . import hosts as by_ssh
-from . import jobs, kubernetes, node, slurm
+from . import jobs, kubernetes, mpi, node, places, slurm
 from .config import ClusterConfig, load_cluster
 from .hostfile import Host, read_hostfile
-from .job import FOLDER, Job, new_name
+from .job import CHECK, FOLDER, Job, new_name
+from .joining import is_taken, joined
 from .launcher import say
 from .plan import Plan, make_plan, port_of
 from .supervise import Supervisor, forget
@@ -81,8 +83,9 @@ def prepare(request: Request, cache: Path) -> Launching:
         )
     _check_endpoint(request, high)
     resolved = _resolve(run, cache, low, high, per_node)
+    name = new_name(request.run_file.stem, _shared_name(request))
     job = Job(
-        name=new_name(request.run_file.stem, _shared_name(request)),
+        name=name,
         backend=request.backend,
         run_file=kubernetes.RUN_FILE if request.backend == "kubernetes" else str(request.run_file),
         run_dir=str(PurePosixPath(cluster.kubernetes.mount) / request.run_dir.name)
@@ -92,7 +95,7 @@ def prepare(request: Request, cache: Path) -> Launching:
         max_nodes=high,
         processes_per_node=per_node,
         overrides=request.overrides,
-        resume=request.resume,
+        resume=_resume(request),
         debug=request.debug,
         endpoint=request.endpoint or (node.HERE if high == 1 else None),
         interface="lo" if request.backend == "local" else cluster.interface,
@@ -101,13 +104,14 @@ def prepare(request: Request, cache: Path) -> Launching:
         secrets=list(cluster.secrets),
         check=request.check,
         preflight=cluster.preflight.model_dump(),
-        options={"python": cluster.python or sys.executable, **slurm.options_of(cluster.slurm)},
+        options={"python": cluster.python or sys.executable, **slurm.options_of(cluster.slurm)}
+        | ({"kubernetes": kubernetes.identity(name, cluster)} if request.backend == "kubernetes" else {}),
     )
     if request.backend == "slurm" and cluster.slurm.gpus_per_node is None and environ.num_gpus():
         cluster = cluster.model_copy(
             update={"slurm": cluster.slurm.model_copy(update={"gpus_per_node": per_node})}
         )
-    folder = request.run_dir / FOLDER
+    folder = request.run_dir / (CHECK if request.check else FOLDER)
     plan = make_plan(job, cluster, hosts[:high], folder, run_to_toml(run.model_dump()))
     described = [line for line in describe(resolved, request.run_dir) if line[0] in SHOWN]
     described.append(("nodes", f"{request.nodes or high} x {per_node} process(es), by {request.backend}"))
@@ -136,6 +140,18 @@ def _nodes(request: Request, hosts: list[Host]) -> tuple[int, int]:
     if low != high and request.backend in ("mpi", "kubernetes"):
         raise ConfigError(f"--nodes {request.nodes}: --on {request.backend} needs one number of nodes")
     return low, high
+
+
+def _resume(request: Request) -> str | None:
+    """Give what to go on from, as every node can read it; what pods see is not seen from here."""
+    if request.resume is None or not is_local(request.resume) or request.backend == "kubernetes":
+        return request.resume
+    if not (path := Path(request.resume).resolve()).is_dir():
+        raise ConfigError(
+            f"--resume {request.resume}: there is no such directory; give a step directory, e.g. "
+            f"{request.run_dir}/checkpoints/step_00000400"
+        )
+    return str(path)
 
 
 def _check_endpoint(request: Request, nodes: int) -> None:
@@ -192,51 +208,53 @@ def start(launching: Launching) -> int:
     _check_tools(job)
     if job.backend == "torchrun":
         node.check_endpoint(job.endpoint or node.HERE)
-    if joins := is_held(run_dir):
-        _check_joins(job, run_dir)
     jobs.check_queue(run_dir)
-    make_run_directory(run_dir)
-    launching.folder.mkdir(exist_ok=True)
-    if job.backend == "kubernetes":
-        return _submit(launching)
+    if job.backend != "torchrun" or job.check:
+        _check_free(job, run_dir)
     if job.backend == "torchrun":
-        if not joins:
-            _write(launching, secrets)
-            jobs.record(job, launching.folder, "")
-        return node.run_node(job)
+        with joined(job, lambda: _write(launching, secrets)):
+            return node.run_node(job)
+    made = places.make(job, launching.folder)
     lock = RunLock(launching.folder)
     try:
+        if job.backend == "kubernetes":
+            return _submit(launching, made)
         _write(launching, secrets)
         if job.backend == "slurm":
-            return _submit(launching)
-        jobs.record(job, launching.folder, "")
+            return _submit(launching, made)
         try:
             return _supervise(launching)
         finally:
             job.forget_secrets()
+            if job.check:
+                places.unmake([launching.folder, *made], launching.folder)
     finally:
         lock.close()
 
 
 def _write(launching: Launching, secrets: dict[str, str]) -> None:
-    forget(launching.job)
-    launching.job.write(secrets)
+    job = launching.job
+    if not job.check:
+        forget(job)
+        (Path(job.run_dir) / STOP).unlink(missing_ok=True)  # it was for an earlier launch
+    job.write(secrets)
     for path, content in launching.plan.files.items():
         write_atomic(path, content.encode())
+    if not job.check and job.backend != "slurm":
+        jobs.record(job, launching.folder, "")
 
 
-def _check_joins(job: Job, run_dir: Path) -> None:
-    """See that a run that goes on already is one that this node is to join.
+def _check_free(job: Job, run_dir: Path) -> None:
+    """See that no run goes on, which a check would disturb, too.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: one does.
     """
-    if job.backend == "torchrun" and job.path.exists() and job.path.read_text() == job.as_json():
-        return
-    raise ConfigError(
-        f"{run_dir}: a run goes on in it already; `basestone jobs stop {run_dir}` lets it save and stop, or give "
-        "another --run-dir"
-    )
+    if is_held(run_dir) or (job.check and is_taken(run_dir / FOLDER)):
+        raise ConfigError(
+            f"{run_dir}: a run goes on in it already; `basestone jobs stop {run_dir}` lets it save and stop, or give "
+            "another --run-dir"
+        )
 
 
 def _check_tools(job: Job) -> None:
@@ -250,7 +268,7 @@ def _check_tools(job: Job) -> None:
         )
 
 
-def _submit(launching: Launching) -> int:
+def _submit(launching: Launching, made: list[Path]) -> int:
     job, plan = launching.job, launching.plan
     if job.backend == "kubernetes":
         for path, content in plan.files.items():
@@ -261,15 +279,38 @@ def _submit(launching: Launching) -> int:
     done = subprocess.run(command, cwd=plan.directory, env=known, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         job.forget_secrets()
+        places.unmake(made, launching.folder)
         raise ConfigError(f"{command[0]} refused the job: {done.stderr.strip() or done.stdout.strip()}")
-    identity = done.stdout.strip().partition(";")[0] if job.backend == "slurm" else job.name
+    if job.check:
+        return _tell_of_check(launching, done.stdout)
+    identity = done.stdout.strip().partition(";")[0] if job.backend == "slurm" else job.options["kubernetes"]
     jobs.record(job, launching.folder, identity)
     print(f"{job.backend} job {identity}; basestone jobs ls {launching.folder.parents[1]} tells how it is")
     return 0
 
 
+def _tell_of_check(launching: Launching, said: str) -> int:
+    """Say where a check in a queue will give its answer; what it made here stays for that."""
+    job, number = launching.job, said.strip().partition(";")[0]
+    if job.backend == "slurm":
+        print(f"slurm job {number} checks its nodes; the answer comes in {launching.folder}/slurm-{number}.log")
+    else:
+        print(f"kubernetes job {job.name} checks its pods; the answer is in the log of its first pod")
+    return 0
+
+
 def _supervise(launching: Launching) -> int:
     job, plan = launching.job, launching.plan
+    if job.backend == "mpi":
+        environment = {**environ.agent_environment(job.environment), **plan.environment}
+
+        def mpirun() -> list[str]:
+            others = mpi.elsewhere(launching.hosts[: job.max_nodes])
+            if shutil.which("ssh") and not environ.slurm():  # inside a job of Slurm mpirun needs no ssh
+                by_ssh.present_hosts(others, len(others), len(others))
+            return plan.commands[0]
+
+        return Supervisor(job, mpirun, environment).run().exit_code
     if job.backend != "hosts":
         environment = {**environ.agent_environment(job.environment), **plan.environment}
         return Supervisor(job, lambda: plan.commands[0], environment).run().exit_code
@@ -278,7 +319,7 @@ def _supervise(launching: Launching) -> int:
         say(f"not sent to the hosts, for what a shell there would make of it: {', '.join(odd)}")
 
     def command() -> list[str]:
-        present = by_ssh.present_hosts(job, launching.hosts)
+        present = by_ssh.present_hosts(launching.hosts, job.min_nodes, job.max_nodes)
         by_ssh.write_hostfile(job.folder / "hostfile", present)
         return by_ssh.runner_command(job, present, port_of(job))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 
 from .hostfile import Host
@@ -23,3 +24,9 @@ def mpirun_command(job: Job, hosts: Sequence[Host], sent_on: Sequence[str], *, a
         *(word for name in sent_on for word in ("-x", name)),
         *(job.options["python"], "-m", "basestone.launch.cluster.rank", job.token),
     ]
+
+
+def elsewhere(hosts: Sequence[Host]) -> list[Host]:
+    """Give the hosts that mpirun needs ssh for."""
+    here = ("localhost", "127.0.0.1", socket.gethostname())
+    return [host for host in hosts if host.name not in here]

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from ...trainer.errors import EXIT_FAULT, EXIT_STOPPED, BasestoneError, ConfigError, exit_code_of, message_of
-from ...trainer.run_lock import is_held
+from ...trainer.rundir import STOP
 from .. import environ
 from . import ends, outcome
 from .job import Job, decode, read_job
+from .joining import joined
 from .launcher import Asked, run_launcher, say
 
 MEET_S = 300  # that a node waits for the others
@@ -26,7 +27,11 @@ def main() -> None:
     """Be a node."""
     try:
         job = read_job(decode(sys.argv[1]))
-        code = run_node(job)
+        if job.backend == "kubernetes":  # its file came as a ConfigMap
+            with joined(job, lambda: _write(job)):
+                code = run_node(job)
+        else:
+            code = run_node(job)
     except BasestoneError as error:
         print(f"error: {message_of(error)}", file=sys.stderr, flush=True)
         code = exit_code_of(error)
@@ -43,11 +48,7 @@ def run_node(job: Job) -> int:
     if endpoint is None:
         raise ConfigError("nobody says where the nodes meet; give --endpoint HOST:PORT, the same on every node")
     check_endpoint(endpoint)
-    if job.backend == "kubernetes":  # its file came as a ConfigMap
-        job.write({})
-    if not is_held(Path(job.run_dir)):  # else the run goes on, and this node joins it
-        outcome.begin(job)
-    asked = Asked(Path(job.run_dir))
+    asked = Asked(job, outcome.BY_A_NODE)
     with asked.listening():
         command, environment = agent_command(job, endpoint), environ.agent_environment(job.environment)
         found = outcome.outcome(job, run_launcher(command, environment, job.folder, asked))
@@ -56,10 +57,19 @@ def run_node(job: Job) -> int:
     elif found.exit_code == EXIT_FAULT:
         say(f"error: torchrun ended without a rank's word; did all nodes meet at {endpoint} within {MEET_S} s?")
     if found.is_final:
-        job.forget_secrets()
+        asked.take_back()
+    if job.check and asked.signals:
+        return EXIT_STOPPED
     if job.backend == "kubernetes" and found.exit_code == EXIT_STOPPED and not asked.signals:
         return 0  # somebody asked the run to stop: the pods are not to be made anew
     return found.exit_code
+
+
+def _write(job: Job) -> None:
+    """Write the job where the pods' run directory is; of another launch than before, take its requests back."""
+    if not job.path.exists() or job.path.read_text() != job.as_json():
+        (Path(job.run_dir) / STOP).unlink(missing_ok=True)
+    job.write({})
 
 
 def agent_command(job: Job, endpoint: str) -> list[str]:

@@ -13,6 +13,9 @@ from ..local import EXITS_THAT_SAY_WHY, FINAL_EXITS
 from . import ends
 from .job import Job
 
+OWN_EXITS = (EXIT_FAULT, EXIT_STOPPED, *EXITS_THAT_SAY_WHY)
+BY_A_NODE = "node\n"  # what STOP says where a signal to a node's entry made it
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -40,7 +43,7 @@ def outcome(job: Job, launcher_code: int) -> Outcome:
         return Outcome(EXIT_STOPPED, step)
     if end is not None:
         return Outcome(end.exit_code, step)
-    return Outcome(launcher_code if launcher_code > 0 else EXIT_FAULT, step)
+    return Outcome(launcher_code if launcher_code in OWN_EXITS else EXIT_FAULT, step)
 
 
 def newest_step(run_dir: Path) -> int:

@@ -15,13 +15,15 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
+import time
 
 from ...trainer.errors import BasestoneError, exit_code_of, message_of
+from ...trainer.run_lock import is_held
 from .. import environ, local
 from . import ends, reap
 from .job import Job, decode, read_job
 
+WATCH_S = 5.0  # between two looks for the launch
 DRAIN_S = 5.0  # that the worker's last words may take after its end
 
 
@@ -40,7 +42,7 @@ def main() -> None:
 
 def run_rank(job: Job, identity: environ.RankIdentity) -> int:
     """Run the worker to its end and give the code to leave with."""
-    log = Path(job.run_dir) / "logs" / f"rank_{identity.rank:05d}.log"
+    log = job.logs / f"rank_{identity.rank:05d}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     ends.clear_own(job.folder, identity.rank, identity.world_size)
     given = {**job.environment, **job.read_secrets()}
@@ -63,6 +65,8 @@ def run_rank(job: Job, identity: environ.RankIdentity) -> int:
                 target=_pump, args=(worker.stdout.fileno(), output.fileno(), shown), daemon=True
             )
             pump.start()
+            if job.backend == "hosts" and identity.rank == 0:
+                threading.Thread(target=_watch, args=(job, worker), daemon=True).start()
             code = worker.wait()
             pump.join(DRAIN_S)
     told = code == 0
@@ -83,6 +87,18 @@ def worker_arguments(job: Job) -> list[str]:
     arguments += ["--resume", job.resume] if job.resume else []
     arguments += ["--debug"] if job.debug else []
     return arguments
+
+
+def _watch(job: Job, worker: subprocess.Popen[bytes]) -> None:
+    """Let the run save and stop when its launch was killed: what ssh has started does not end with it."""
+    if not is_held(job.folder):  # locks do not reach this host
+        return
+    while worker.poll() is None:
+        time.sleep(WATCH_S)
+        if not is_held(job.folder):
+            print("the launch is gone: the run is asked to save and stop", file=sys.stderr, flush=True)
+            _ask(worker)
+            return
 
 
 def _ask(worker: subprocess.Popen[bytes]) -> None:

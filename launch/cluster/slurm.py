@@ -31,6 +31,11 @@ def options_of(section: SlurmSection) -> dict[str, object]:
 def script(job: Job, cluster: ClusterConfig, python: str) -> str:
     """Render the batch script."""
     section = cluster.slurm
+    if section.container_image and (odd := [place for place in _own_places(job) if set(place) & set(",:")]):
+        raise ConfigError(
+            f"{odd[0]}: a container would see another path, as {section.container} reads , and : as ends of paths; "
+            "move it, or give it by a link without them"
+        )
     gpus = section.gpus_per_node
     directives = [
         f"--job-name={job.name}",
@@ -55,6 +60,11 @@ def script(job: Job, cluster: ClusterConfig, python: str) -> str:
     lines += [f"module load {name}" for name in section.modules]
     lines += [f"exec {shlex.quote(python)} -m basestone.launch.cluster.supervise {job.token}"]
     return "\n".join(lines) + "\n"
+
+
+def _own_places(job: Job) -> list[str]:
+    """Give the folders that a container must see."""
+    return list(dict.fromkeys((job.run_dir, str(Path(job.run_file).parent))))
 
 
 def _directive(text: str) -> str:
@@ -101,7 +111,7 @@ def step_command(job: Job, given: dict[str, str]) -> list[str]:
     if "SLURM_CPUS_PER_TASK" in given:  # srun no longer takes it from sbatch by itself
         command.append(f"--cpus-per-task={given['SLURM_CPUS_PER_TASK']}")
     image, mounts = job.options.get("container_image"), job.options.get("container_mounts") or []
-    own = dict.fromkeys((job.run_dir, str(Path(job.run_file).parent)))
+    own = _own_places(job)
     if image and job.options["container"] == "pyxis":
         command += [
             f"--container-image={image}",
@@ -117,6 +127,11 @@ def step_command(job: Job, given: dict[str, str]) -> list[str]:
         "basestone.launch.cluster.node",
         job.token,
     ]
+
+
+def is_last_of_array(given: dict[str, str]) -> bool:
+    """Tell whether no job of an array comes after this one."""
+    return given.get("SLURM_ARRAY_TASK_ID") == given.get("SLURM_ARRAY_TASK_MAX")
 
 
 def requeue_command(given: dict[str, str]) -> list[str]:

@@ -40,7 +40,7 @@ class Supervisor:
     ) -> None:
         """Take what to start: `command` gives the launcher's command line, anew for each start."""
         self._job, self._command, self._environment, self._directory = job, command, environment, directory
-        self.asked = Asked(Path(job.run_dir))
+        self.asked = Asked(job)
         self._stopped = False
 
     def run(self, clean_up: Callable[[], None] = lambda: None) -> outcome.Outcome:
@@ -49,20 +49,33 @@ class Supervisor:
         Raises:
             ConfigError: the first start cannot be begun.
         """
-        failures, step = 0, outcome.newest_step(Path(self._job.run_dir))
-        command = self._command()
-        clean_up()
         with self.asked.listening():
+            outcome.begin(self._job)
+            failures, step = 0, outcome.newest_step(Path(self._job.run_dir))
+            command = self._command()
+            clean_up()
             while True:
+                if self._stops():
+                    return outcome.Outcome(EXIT_STOPPED, step)
                 outcome.begin(self._job)
                 code = run_launcher(command, self._environment, self._job.folder, self.asked, self._directory)
                 found = outcome.outcome(self._job, code)
                 clean_up()
                 if found.is_final:
+                    self.asked.take_back()  # it came too late to be followed
                     return found
+                self.asked.take_back_of(outcome.BY_A_NODE)  # srun ends the other nodes when one fails
+                if self._job.check and self.asked.signals:
+                    return outcome.Outcome(EXIT_STOPPED, step)
                 failures, step = (0 if found.step > step else failures + 1), max(step, found.step)
                 if (end := ends.cause(self._job.folder)) is not None:
                     say(f"error: {end.tell()}")
+                elif code not in (0, *outcome.OWN_EXITS):
+                    say(
+                        f"error: {Path(command[0]).name} left with {code} before any rank did; its own words are above"
+                    )
+                if self._job.check:
+                    return found
                 again = self._next(found, failures)
                 while again is None and failures <= self._job.max_restarts:  # hosts that are not back yet
                     failures += 1
@@ -70,6 +83,14 @@ class Supervisor:
                 if not again:
                     return outcome.Outcome(EXIT_STOPPED if self._stopped else found.exit_code, step)
                 command = again
+
+    def _stops(self) -> bool:
+        """Follow a request to stop that came while nothing ran."""
+        if self.asked.to_stop:
+            self.asked.take_back()
+            self._stopped = True
+            say("stopped before a start")
+        return self._stopped
 
     def _next(self, found: outcome.Outcome, failures: int) -> list[str] | None:
         """Wait, and give the next start's command line: empty where there is none, None where it cannot be begun."""
@@ -81,10 +102,7 @@ class Supervisor:
         end_s = time.monotonic() + WAIT_S
         while time.monotonic() < end_s and not self.asked.to_stop:
             time.sleep(0.1)
-        if self.asked.to_stop:
-            self.asked.take_back()
-            self._stopped = True
-            say("stopped before another start")
+        if self._stops():
             return []
         try:
             return self._command()
@@ -116,18 +134,22 @@ def run_batch(job: Job) -> int:
     before = outcome.newest_step(Path(job.run_dir))
     found = supervisor.run()
     makes_room = found.exit_code == EXIT_STOPPED and signal.SIGUSR2 in supervisor.asked.signals
-    if found.is_final and not makes_room:
-        job.forget_secrets()
-        if is_array:
-            over.write_text(f"the one before left with {found.exit_code} at step {found.step}\n")
+    if is_array and found.is_final and not makes_room:
+        over.write_text(f"the one before left with {found.exit_code} at step {found.step}\n")
     if not makes_room or is_array:
+        if not is_array or over.exists() or slurm.is_last_of_array(given):
+            job.forget_secrets()
         return found.exit_code
     count = _count_requeues(job, progress=found.step > before)
     if count["in_vain"] > job.max_restarts or count["all"] > job.options["max_requeues"]:
         say(f"requeued {count['all']} times, {count['in_vain']} in a row without progress: giving up")
+        job.forget_secrets()
         return found.exit_code
     say(f"saved at step {found.step}: back into the queue")
-    subprocess.run(slurm.requeue_command(given), check=False)
+    if subprocess.run(slurm.requeue_command(given), check=False).returncode != 0:
+        say("Slurm does not take it back: launch it again")
+        job.forget_secrets()
+        return found.exit_code
     time.sleep(REQUEUE_S)  # Slurm ends this process now; leaving by itself would end the job
     return found.exit_code
 

@@ -77,7 +77,7 @@ def refusal(size: int, plan: Plan) -> str:
 
 def test_ranks_that_are_the_same_agree_and_leave_no_mark(tmp_path):
     assert report(3, Plan(tmp_path)) == [(0, "n0, n1, n2")] * 3
-    assert list((tmp_path / "launch").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_problem_of_one_rank_is_every_ranks(tmp_path):
@@ -112,20 +112,32 @@ def test_another_run_directory_is_named(tmp_path, monkeypatch):
 def test_a_rank_that_stays_away_is_named(tmp_path):
     *others, away = report(3, Plan(tmp_path, 2, stays_away=True))
     assert away == (0, "away")
-    assert {code for code, _ in others} == {64}
+    assert {code for code, _ in others} == {69}, "another start may do without it"
     assert {"rank(s) 2 of 3 did not report within 1 s (n0, n1 did)" in told for _, told in others} == {True}
+
+
+def test_what_people_must_mend_counts_more_than_a_rank_that_stays_away():
+    reports = {0: Report(0, "n0", 0, facts={"torch": "1"}), 1: Report(1, "n1", 0, facts={"torch": "2"})}
+    for facts, silent in (("2", False), ("1", True)):
+        reports[1] = Report(1, "n1", 0, facts={"torch": facts})
+        store = dist.HashStore()
+        meeting = Meeting(store, 0, 3, "n0", PreflightSection(report_s=0.2))
+        for rank, report in reports.items():
+            store.set(f"report/{rank}", report.as_json())
+            store.add("report/count", 1)
+        assert meeting._judge_reports(Path("/nowhere"))["silent"] == silent
 
 
 def test_a_rank_that_hangs_in_its_checks_is_named_with_its_host(tmp_path):
     said = report(3, Plan(tmp_path, 1, hangs=True))
-    assert said[0][0] == said[2][0] == 64
+    assert said[0][0] == said[2][0] == 69
     assert "n1: rank(s) 1 began and did not end their checks" in said[0][1]
 
 
 def test_where_rank_0_does_not_answer_the_others_say_so_and_may_be_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr("basestone.trainer.preflight.meeting.MORE_S", 0.0)
     _, (code, told), _ = report(3, Plan(tmp_path, 0, hangs=True))
-    assert code == 1
+    assert code == 69
     assert told == "preflight: n1, rank 1: rank 0 did not answer for 1 s; look at its node"
 
 

@@ -189,7 +189,20 @@ def test_a_launch_that_is_only_checked_trains_nothing(tmp_path, corpus):
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 0, said
     assert "preflight: 1 node(s), 2 rank(s), all-reduce " in said
-    assert not (run_dir / "metrics.jsonl").exists() and not (run_dir / "COMPLETE").exists()
+    assert not run_dir.exists()
+
+
+def test_a_check_ends_at_once_when_it_is_interrupted_and_leaves_nothing(tmp_path, corpus):
+    run_dir = tmp_path / "run"
+    with launched(corpus, run_dir, "--processes-per-node", "2", "--check") as process:
+        deadline = time.monotonic() + 60
+        while not processes_of(run_dir, "basestone.trainer.worker") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 75, said
+    assert "SIGINT: ending the check" in said and "starting again" not in said
+    assert not run_dir.exists()
 
 
 @pytest.mark.slow

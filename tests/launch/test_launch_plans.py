@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from in_process import Command
 
 from basestone.launch.cluster import slurm
-from basestone.launch.cluster.config import ClusterConfig, load_cluster
+from basestone.launch.cluster.config import ClusterConfig, SlurmSection, load_cluster, seconds_of
 from basestone.launch.cluster.hostfile import Host
 from basestone.launch.cluster.job import Job, decode, encode, new_name, read_job
 from basestone.launch.cluster.plan import make_plan
@@ -90,10 +90,10 @@ def test_a_job_that_a_node_cannot_see_names_the_node(tmp_path):
         read_job(tmp_path / "job.json")
 
 
-@pytest.mark.parametrize("stem", ["GPT 3 \u00e9", "-", "a" * 80, "..", "x_y.z"])
+@pytest.mark.parametrize("stem", ["GPT 3 \u00e9", "-", "a" * 80, "..", "x_y.z", "7b", "7" * 80, "-7b"])
 def test_names_are_dns_labels(stem):
     for name in (new_name(stem), new_name(stem, "shared")):
-        assert len(name) <= 44 and name.strip("-") == name
+        assert len(name) <= 44 and name[0].isalpha() and name.strip("-") == name
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert new_name(stem, "one place") == new_name(stem, "one place") != new_name(stem, "another")
 
@@ -188,6 +188,16 @@ def test_a_container_runs_the_node(container, words):
         ("secrets = ['A B']", "secrets.0: "),
         ("[env]\n'A=B' = 'c'", "env.A=B"),
         ("max_restarts = -1", "max_restarts: "),
+        ("[slurm]\ntime = '2'\nsignal_s = 120", "signal_s = 120 is not below time = '2', 120 s"),
+        ("[slurm]\ntime = '1:2:3:4'", "slurm.time: "),
+        ("[slurm]\noptions = ['--output=x']", "--output is set by Basestone itself"),
+        ("[slurm]\noptions = ['--sig=B:TERM@1']", "--sig is set by Basestone itself"),
+        ("[slurm]\noptions = ['--ntasks-per-gpu=1']", "--ntasks-per-gpu is set by Basestone itself"),
+        ("[slurm]\noptions = ['-o x']", "slurm.options.0: "),
+        ("[slurm]\noptions = ['--mail-type END']", "write --mail-type=END"),
+        ("[slurm]\ncontainer_mounts = ['/a,b:/c']", "container_mounts: '/a,b:/c': pyxis reads , and :"),
+        ("[env]\nMASTER_PORT = '1'", "MASTER_PORT is set by Basestone for each rank"),
+        ("[env]\nPET_NNODES = '1'", "PET_NNODES is set by Basestone for each rank"),
     ],
 )
 def test_a_cluster_file_that_could_mean_something_else_is_refused(tmp_path, text, message):
@@ -196,6 +206,36 @@ def test_a_cluster_file_that_could_mean_something_else_is_refused(tmp_path, text
     with pytest.raises(ConfigError) as caught:
         load_cluster(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("24:00:00", 86400),
+        ("1-12", 129600),
+        ("1-0:30", 88200),
+        ("2-00:00:05", 172805),
+        ("0", 0),
+    ],
+)
+def test_times_are_read_as_sbatch_reads_them(text, seconds):
+    assert seconds_of(text) == seconds
+    assert SlurmSection(time=text, options=("--mail-type=END", "--nodelist=n[1-2]", "--comment=a b"))
+
+
+def test_variables_and_paths_that_only_look_like_basestones_are_taken():
+    assert ClusterConfig(env={"LOCAL_SCRATCH": "/x", "MASTER": "1", "NCCL_DEBUG": "INFO"})
+    assert SlurmSection(container_mounts=("/data:/data:ro", "/scratch"))
+
+
+@pytest.mark.parametrize("run_dir", ["/shared/a,b", "/shared/a:b"])
+def test_a_container_that_would_see_another_path_is_refused(run_dir):
+    job, section = job_of("slurm", run_dir), {"container_image": "img"}
+    with pytest.raises(ConfigError, match=r"a container would see another path, as pyxis reads , and :"):
+        slurm.script(job, ClusterConfig(slurm=section), "python")
+    assert slurm.script(job, ClusterConfig(), "python")
 
 
 def test_a_quote_that_sbatch_cannot_read_is_refused():
@@ -214,6 +254,7 @@ def test_manifests_are_what_the_published_schemas_know(kind):
         "kind": kind,
         "namespace": "research",
         "claim": "runs",
+        "secret": "tokens",
         "queue": "gpus",
         "service_account": "trainer",
         "node_selector": {"gpu": "h100"},
@@ -229,6 +270,16 @@ def test_manifests_are_what_the_published_schemas_know(kind):
     assert "WANDB_API_KEY" in text and '"secretKeyRef"' in text
     pods["metadata"]["unheardOf"] = pods["spec"]["backofLimit"] = 1
     assert _lost(pods, known.from_dict(pods).to_dict()) == ["metadata.unheardOf", "spec.backofLimit"]
+
+
+def test_pods_need_a_secret_for_secrets_and_the_refusal_says_how_to_make_one():
+    job = job_of("kubernetes", secrets=["TOKEN", "KEY"])
+    with pytest.raises(ConfigError) as caught:
+        make_plan(job, ClusterConfig(), [], Path("/launch"), "")
+    assert (
+        "`kubectl create secret generic basestone-secrets --from-literal=TOKEN=... --from-literal=KEY=...`, then "
+        'secret = "basestone-secrets" in [kubernetes]'
+    ) in str(caught.value)
 
 
 def _lost(given, known, place: str = "") -> list[str]:
@@ -267,6 +318,7 @@ def _lost(given, known, place: str = "") -> list[str]:
             ["--on", "slurm", "--hostfile", "hosts"],
             "--hostfile is for --on hosts and --on mpi (got --on slurm)",
         ),
+        (["--resume", "nope"], "--resume nope: there is no such directory; give a step directory"),
         (["--on", "hosts", "--hostfile", "hosts", "--nodes", "3"], "names 2 host(s)"),
         (["--on", "hosts", "--hostfile", "hosts", "--processes-per-node", "2"], "slots=1"),
     ],
@@ -299,3 +351,28 @@ def test_a_secret_that_is_not_set_is_refused(basestone: Command, run_file, monke
     (run_file.parent / "cluster.toml").write_text('secrets = ["NOT_SET_HERE"]\n')
     done = basestone("launch", run_file, "--cluster", "cluster.toml")
     assert done.code == 64 and "secrets: NOT_SET_HERE not set here" in done.err
+
+
+def test_a_path_to_resume_from_is_the_same_on_every_node(basestone: Command, run_file, monkeypatch):
+    monkeypatch.chdir(run_file.parent)
+    (run_file.parent / "step").mkdir()
+    shown = basestone("launch", run_file, "--resume", "step", "--dry-run").out
+    assert f'"resume": "{run_file.parent}/step"' in shown
+    assert (
+        '"resume": "s3://b/step"' in basestone("launch", run_file, "--resume", "s3://b/step", "--dry-run").out
+    )
+
+
+def test_a_host_that_is_down_is_named_before_mpirun_starts(basestone: Command, run_file, monkeypatch):
+    monkeypatch.chdir(run_file.parent)
+    tools = run_file.parent / "tools"
+    tools.mkdir()
+    (tools / "mpirun").write_text(f"#!/bin/sh\ntouch {run_file.parent}/started\n")
+    (tools / "ssh").write_text("#!/bin/sh\necho ssh: connect to host n9: no route >&2; exit 255\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    (run_file.parent / "hosts").write_text("localhost slots=1\nn9 slots=1\n")
+    done = basestone("launch", run_file, "--on", "mpi", "--hostfile", "hosts")
+    assert done.code == 64 and "1 of 1 host(s) cannot be reached by ssh" in done.err
+    assert "n9: ssh: connect to host n9: no route" in done.err and not (run_file.parent / "started").exists()

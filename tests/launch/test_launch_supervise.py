@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,17 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_process import Command
 
-from basestone.launch.cluster import ends, jobs, launcher, outcome, supervise
+from basestone.launch.cluster import ends, launcher, outcome, supervise
 from basestone.launch.cluster.config import ClusterConfig
 from basestone.launch.cluster.job import Job
 from basestone.launch.cluster.outcome import Outcome
-from basestone.launch.cluster.plan import port_of
 from basestone.launch.cluster.slurm import options_of
 from basestone.launch.cluster.supervise import Supervisor
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.run_lock import RunLock, is_held
 from basestone.trainer.rundir import STOP
 
 
@@ -71,7 +67,8 @@ def test_marks_of_another_start_say_nothing_of_this_one(tmp_path):
     time.sleep(0.02)
     outcome.begin(job)
     assert outcome.outcome(job, 0) == Outcome(1, 0), "a launcher that leaves with 0 and no mark has failed"
-    assert outcome.outcome(job, 7) == Outcome(7, 0)
+    assert outcome.outcome(job, 64) == Outcome(64, 0)
+    assert outcome.outcome(job, 255) == Outcome(1, 0), "a code of mpirun's own"
     (tmp_path / "RESUME").write_text("step 3\n")
     assert outcome.outcome(job, 0).exit_code == 75
     (tmp_path / "COMPLETE").write_text("step 5\n")
@@ -85,8 +82,8 @@ def test_marks_of_another_start_say_nothing_of_this_one(tmp_path):
 def test_the_rank_that_says_why_is_the_cause(tmp_path, codes, cause):
     job = job_in(tmp_path)
     outcome.begin(job)
-    for rank, code in codes.items():
-        ends.leave(job.folder, rank, "n0", code, tmp_path / "log")
+    for number, code in codes.items():
+        ends.leave(job.folder, number, "n0", code, tmp_path / "log")
     assert ends.cause(job.folder).rank == cause
 
 
@@ -136,10 +133,9 @@ def test_an_end_that_a_start_in_place_has_taken_back_ends_nothing(tmp_path, capf
 
 def test_a_signal_asks_the_run_and_a_second_one_ends_the_launcher(tmp_path, capfd):
     job = job_in(tmp_path)
-    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGHUP)).start()
-    threading.Timer(1.4, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    told = "".join(f"os.kill(os.getppid(), {number}); time.sleep(0.5)\n" for number in (1, 15))
     started_s = time.monotonic()
-    assert supervised(job, "time.sleep(600)").exit_code == 75
+    assert supervised(job, f"{told}time.sleep(600)").exit_code == 75
     assert time.monotonic() - started_s < 30 and "SIGHUP: the run is asked to save" in capfd.readouterr().err
     assert not (tmp_path / STOP).exists(), "there is nothing left that it could stop"
 
@@ -149,7 +145,44 @@ def test_a_request_to_stop_between_two_starts_is_heard(tmp_path, monkeypatch, ca
     job = job_in(tmp_path)
     threading.Timer(2.0, (tmp_path / STOP).touch).start()
     assert supervised(job, "sys.exit(1)").exit_code == 75
-    assert "stopped before another start" in capsys.readouterr().err
+    assert "stopped before a start" in capsys.readouterr().err
+
+
+def test_a_request_to_stop_before_the_first_start_is_heard(tmp_path, capsys):
+    job = job_in(tmp_path)
+    (tmp_path / STOP).touch()
+    assert supervised(job, "(run / 'started').touch()").exit_code == 75
+    assert "stopped before a start" in capsys.readouterr().err
+    assert not (tmp_path / "started").exists() and not (tmp_path / STOP).exists()
+
+
+@pytest.mark.parametrize("ended", ["(run / 'COMPLETE').touch()", "leave(64)"])
+def test_a_signal_after_the_end_leaves_no_request_for_the_next_start(tmp_path, ended, capfd, monkeypatch):
+    monkeypatch.setattr(launcher, "LEFT_OVER_S", 60.0)
+    job = job_in(tmp_path)
+    found = supervised(job, f"{ended}; os.kill(os.getppid(), {signal.SIGTERM.value}); time.sleep(1)")
+    assert found.exit_code == (0 if "COMPLETE" in ended else 64)
+    assert not (tmp_path / STOP).exists() and "the run has ended" in capfd.readouterr().err
+
+
+def test_a_node_that_is_ended_for_anothers_failure_does_not_stop_the_run(tmp_path, capsys):
+    """As srun does: one node fails without a rank's word, and the entries of the others get a signal."""
+    job = job_in(tmp_path, "slurm", max_restarts=1)
+    node_is_told = f"(run / 'STOP').write_text({outcome.BY_A_NODE!r}); sys.exit(1)"
+    assert supervised(job, node_is_told).exit_code == 1
+    assert "no progress in 2 start(s)" in capsys.readouterr().err
+
+
+def test_signals_that_were_ignored_stay_ignored(tmp_path):
+    job = job_in(tmp_path)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        told = "".join(f"os.kill(os.getppid(), {number.value})\n" for number in before)
+        assert supervised(job, f"{told}time.sleep(1)\n(run / 'COMPLETE').touch()").exit_code == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not (tmp_path / STOP).exists()
 
 
 def test_hosts_that_are_away_for_a_while_are_waited_for(tmp_path, capsys):
@@ -220,79 +253,22 @@ def test_a_job_that_was_asked_to_stop_is_not_requeued_and_ends_its_array(in_slur
     assert "requeue 7" not in asked_of(in_slurm)
 
 
-# ---- jobs, locks and what a refusal leaves alone --------------------------------------------------------------------
-
-
-def test_a_refused_launch_leaves_the_run_that_goes_on_alone(
-    basestone: Command, run_file, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    job = job_in(run_dir, secrets=["TOKEN"])
-    job.write({"TOKEN": "value"})
-    (run_dir / STOP).touch()
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    lock = RunLock(run_dir)
-    try:
-        assert is_held(run_dir)
-        done = basestone("launch", run_file, "--set", "optimizer.lr=0.5")
-    finally:
-        lock.close()
-    assert done.code == 64 and "a run goes on in it already; `basestone jobs stop" in done.err
-    assert {path: path.read_bytes() for path in before} == before
-    assert not is_held(run_dir)
-
-
-def test_states_are_told_by_the_lock_and_the_marks(basestone: Command, tmp_path):
-    for name in ("going", "done", "broken"):
-        (tmp_path / name / "launch").mkdir(parents=True)
-        job = job_in(tmp_path / name)
-        jobs.record(job, job.folder, "")
-    record = tmp_path / "done" / "launch" / "started.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": 1, "pid_started_s": 0.0}))
-    (tmp_path / "done" / "COMPLETE").touch()
-    (tmp_path / "broken" / "launch" / "started.json").write_text("{")
-    lock = RunLock(tmp_path / "going")
-    try:
-        rows = json.loads(basestone("jobs", "ls", tmp_path, "--json").out)
-        assert [(Path(row["run"]).name, row["state"]) for row in rows] == [
-            ("done", "complete"),
-            ("going", "running"),
-        ]
-        basestone("jobs", "stop", tmp_path / "going")
-        assert (tmp_path / "going" / STOP).exists()
-    finally:
-        lock.close()
-
-
-def test_pods_are_stopped_elsewhere(tmp_path):
-    job = job_in(tmp_path, "kubernetes")
-    jobs.record(job, job.folder, "gpt-1")
-    with pytest.raises(
-        ConfigError, match=r"make the file STOP in it there \(kubectl exec\), or kubectl delete gpt-1"
-    ):
-        jobs.stop(tmp_path)
-
-
-def test_launches_meet_at_ports_of_their_own():
-    ports = {port_of(Job(f"gpt-{number}", "hosts", "r", "d", 1, 1, 1)) for number in range(1000)}
-    assert len(ports) > 950 and min(ports) >= 20000 and max(ports) < 40000
-
-
-def test_a_scheduler_gets_no_secret(basestone: Command, run_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/given\necho 12\n")
-    (tools / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    monkeypatch.setenv("TOKEN", "canary")
-    (tmp_path / "cluster.toml").write_text("secrets = ['TOKEN']\n")
-    done = basestone(
-        "launch", "run.toml", "--on", "slurm", "--processes-per-node", "1", "--cluster", "cluster.toml"
-    )
-    assert done.code == 0 and "slurm job 12; basestone jobs ls " in done.out
-    assert "canary" not in (tmp_path / "given").read_text()
-    secrets = tmp_path / "runs" / "run" / "launch" / "secrets.json"
-    assert json.loads(secrets.read_text()) == {"TOKEN": "canary"} and secrets.stat().st_mode & 0o777 == 0o600
+@pytest.mark.parametrize(
+    ("array", "task", "step", "kept"),
+    [
+        (0, None, "exit 1", False),
+        (0, None, "exit 64", False),
+        (3, "2", "exit 1", True),
+        (3, "3", "exit 1", False),
+    ],
+)
+def test_secrets_go_with_the_last_job_that_can_need_them(in_slurm, monkeypatch, array, task, step, kept):
+    run_dir = in_slurm / "run"
+    job = job_in(run_dir, "slurm", max_restarts=0, options=job_in(run_dir).options | {"array": array})
+    job.write({"TOKEN": "canary"})
+    (in_slurm / "step").write_text(step + "\n")
+    if task is not None:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "3")
+    assert supervise.run_batch(job) != 0
+    assert (job.folder / "secrets.json").exists() == kept

@@ -76,7 +76,7 @@ def test_a_run_directory_that_cannot_be_written_is_told(tmp_path):
     said = local.run_directory_problem(tmp_path / "file", ALONE, None)
     assert said.startswith(f"run directory {tmp_path / 'file'}: storage failed: ")
     assert local.run_directory_problem(tmp_path / "run", ALONE, None) is None
-    assert list((tmp_path / "run" / "launch").iterdir()) == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_told_in_the_words_of_a_save(tmp_path):

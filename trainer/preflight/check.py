@@ -24,7 +24,7 @@ from ..provenance import sources_sha256
 from . import local
 from .collectives import Collectives
 from .gpus import gpu_facts, gpu_problems
-from .judge import RUN, SOURCES, Report
+from .judge import RUN, SOURCES, Report, SilentRanks
 from .limits import CHECKED, PreflightSection
 from .local import Place
 from .meeting import Meeting
@@ -55,7 +55,7 @@ def check(
 
     Raises:
         ConfigError: the same on every rank, with all that is wrong.
-        BasestoneError: rank 0 does not answer.
+        SilentRanks: nothing is wrong but that ranks say nothing.
     """
     begun_s = time.perf_counter()
     place = Place(
@@ -100,7 +100,7 @@ def _open_store(place: Place, limits: PreflightSection) -> dist.Store:
     try:
         return processes.open_store(timedelta(seconds=2 * limits.report_s))
     except dist.DistError as error:
-        raise BasestoneError(
+        raise SilentRanks(
             f"preflight: {place.host}, rank {place.rank}: no contact with rank 0: {str(error).splitlines()[0]}; look "
             "whether its node is up, and at the firewall between the nodes"
         ) from error

@@ -8,10 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
+from ..errors import BasestoneError
+
 MOST_NAMED = 8
+EXIT_SILENT = 69  # sysexits.h: unavailable
 MTU_HINT = "small messages pass and large ones hang: look at the MTU along the path"
 # How differences are mended, by the kind of what differs.
 SOURCES, GPUS, RUN = "the sources of basestone", "GPUs", "run file"
+
+
+class SilentRanks(BasestoneError):
+    """Ranks say nothing, and nothing else is wrong: another start may have them, or do without them."""
+
+    exit_code = EXIT_SILENT
 
 
 @dataclass(frozen=True)
@@ -85,15 +94,16 @@ def judge(
         begun: host by rank, of those that began their checks.
     """
     return [
-        *_missing(reports, world_size, waited_s, begun or {}),
+        *silent_problems(reports, world_size, waited_s, begun or {}),
         *_own_problems(reports),
         *_differences(reports),
     ]
 
 
-def _missing(
+def silent_problems(
     reports: Sequence[Report], world_size: int, waited_s: float, begun: Mapping[int, str]
 ) -> list[str]:
+    """Name the ranks that did not report; the arguments are those of `judge`."""
     there = {report.rank for report in reports}
     silent = [rank for rank in range(world_size) if rank not in there and rank not in begun]
     lines = []

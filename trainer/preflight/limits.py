@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ..sections import Section
 
-CHECKED = "launch/CHECKED"  # in the run directory: the mark of a launch that was only checked, and passed
+CHECKED = "check/CHECKED"  # in the run directory: the mark of a launch that was only checked, and passed
 
 
 class PreflightSection(Section):

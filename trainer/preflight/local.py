@@ -95,7 +95,7 @@ def _shown_interfaces() -> str:
 
 def run_directory_problem(run_dir: Path, place: Place, resolved: ResolvedRun | None) -> str | None:
     """Write and sync a file in the run directory; where the run is known, see that a checkpoint fits, too."""
-    path = run_dir / "launch" / f"preflight-write-{place.rank}"
+    path = run_dir / f".preflight-write-{place.rank}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, bytes(WRITTEN_BYTES))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..errors import BasestoneError, ConfigError
-from .judge import Report, clock_problems, judge, unshared_problems
+from ..errors import ConfigError
+from .judge import Report, SilentRanks, clock_problems, judge, silent_problems, unshared_problems
 from .limits import PreflightSection
 
 POLL_S = 0.02
@@ -66,7 +66,7 @@ class Meeting:
 
         Raises:
             ConfigError: the same on every rank, with all that is wrong.
-            BasestoneError: rank 0 does not answer.
+            SilentRanks: nothing is wrong but that ranks say nothing.
         """
         self._give(REPORT, report.as_json())
         if self._rank == 0:
@@ -74,7 +74,7 @@ class Meeting:
             self._publish(REPORT, verdict["problems"], verdict)
         else:
             verdict = self._answer(run_dir) if report.local_rank == 0 else self._verdict(REPORT)
-        _refuse(verdict["problems"])
+        _refuse(verdict)
         return Agreement([(rank, host) for rank, host in verdict["nodes"]], verdict["skew_s"])
 
     def conclude(self, topic: str, own: str, judge: Callable[[Mapping[int, str]], list[str]]) -> None:
@@ -82,15 +82,16 @@ class Meeting:
 
         Raises:
             ConfigError: the same on every rank, with all that is wrong.
-            BasestoneError: rank 0 does not answer.
+            SilentRanks: nothing is wrong but that ranks say nothing.
         """
         self._give(topic, own)
         if self._rank == 0:
-            problems = judge(self._collect(topic))
-            self._publish(topic, problems, {"problems": problems})
+            said = self._collect(topic)
+            verdict: dict = {"problems": judge(said), "silent": len(said) < self._world_size}
+            self._publish(topic, verdict["problems"], verdict)
         else:
-            problems = self._verdict(topic)["problems"]
-        _refuse(problems)
+            verdict = self._verdict(topic)
+        _refuse(verdict)
 
     def choose(self, topic: str, value: bool) -> bool:
         """Give every rank what rank 0 chose."""
@@ -126,7 +127,7 @@ class Meeting:
             if (now := self._store.add("signs", 0)) != signs:
                 signs, since_s = now, time.monotonic()
             if time.monotonic() - since_s > limit_s:
-                raise BasestoneError(
+                raise SilentRanks(
                     f"preflight: {self._host}, rank {self._rank}: rank 0 did not answer for {limit_s:g} s; look at its "
                     "node"
                 )
@@ -140,9 +141,7 @@ class Meeting:
             for number in range(NUM_ROUNDS):
                 self._store.wait([f"clock/{self._rank}/{number}"], timedelta(seconds=self._limits.report_s))
                 self._store.set(f"time/{self._rank}/{number}", repr(self._clock()))
-            self._store.set(
-                f"seen/{self._rank}", "yes" if not mark or _sees(run_dir / "launch" / mark) else "no"
-            )
+            self._store.set(f"seen/{self._rank}", "yes" if not mark or _sees(run_dir / mark) else "no")
         return self._verdict(REPORT)
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------
@@ -179,17 +178,23 @@ class Meeting:
         reports = [Report.of_json(text) for text in self._collect(REPORT).values()]
         begun = self._said(BEGUN)
         problems = judge(reports, self._world_size, self._limits.report_s, begun)
+        silent = len(reports) < self._world_size
+        unheard = silent_problems(reports, self._world_size, self._limits.report_s, begun)
+        others_wrong = len(problems) > len(unheard)
         others = [report for report in reports if report.local_rank == 0 and report.rank]
         skew_s = 0.0
         if len(reports) == self._world_size:
-            asked, skew_s = self._ask_nodes(others, run_dir)
+            asked, skew_s, silent = self._ask_nodes(others, run_dir)
             problems += asked
         nodes = [(report.rank, report.host) for report in reports if report.local_rank == 0]
-        return {"problems": problems, "nodes": nodes, "skew_s": skew_s}
+        return {"problems": problems, "nodes": nodes, "skew_s": skew_s, "silent": silent and not others_wrong}
 
-    def _ask_nodes(self, others: list[Report], run_dir: Path) -> tuple[list[str], float]:
-        """Compare the clocks of nodes and see whether they share the run directory; give problems and the skew."""
-        name = _leave_mark(run_dir / "launch")
+    def _ask_nodes(self, others: list[Report], run_dir: Path) -> tuple[list[str], float, bool]:
+        """Compare the clocks of nodes and see whether they share the run directory.
+
+        Give problems, the skew, and whether all that is wrong is a node that fell silent.
+        """
+        name = _leave_mark(run_dir)
         problems = []
         offsets: dict[str, tuple[float, float]] = {}
         blind = []
@@ -208,11 +213,12 @@ class Meeting:
                     break
         finally:
             if name:
-                (run_dir / "launch" / name).unlink(missing_ok=True)
-        problems += clock_problems(offsets, self._limits.clock_s, self._host)
-        problems += unshared_problems(str(run_dir), blind)
+                (run_dir / name).unlink(missing_ok=True)
+        wrong = clock_problems(offsets, self._limits.clock_s, self._host) + unshared_problems(
+            str(run_dir), blind
+        )
         ahead = [0.0, *(offset for offset, _ in offsets.values())]
-        return problems, max(ahead) - min(ahead)
+        return problems + wrong, max(ahead) - min(ahead), bool(problems) and not wrong
 
     def _offset_of(self, rank: int) -> tuple[float, float]:
         """Measure how far a rank's clock is ahead of this one's, and the doubt: half a round trip.
@@ -233,7 +239,7 @@ class Meeting:
 
 def _leave_mark(folder: Path) -> str:
     """Make a file that no node has looked for before, which NFS would remember; give its name, "" where none can be."""
-    name = f"preflight-{uuid.uuid4().hex[:12]}"
+    name = f".preflight-{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -251,8 +257,8 @@ def _sees(path: Path) -> bool:
     return True
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError(
+def _refuse(verdict: dict) -> None:
+    if problems := verdict["problems"]:
+        raise (SilentRanks if verdict["silent"] else ConfigError)(
             f"preflight: {len(problems)} problem(s)\n" + "\n".join(f"  {problem}" for problem in problems)
         )
