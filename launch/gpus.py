@@ -16,7 +16,7 @@ def fitting_keys(run: RunConfig, num_workers: int) -> list[str]:
     if num_workers % parallel.pipeline:
         keys.append("parallel.pipeline=1")
         keys += ["parallel.virtual_pipeline=1"] if parallel.virtual_pipeline > 1 else []
-        keys += [f"parallel.pipeline_layers=[{run.model.num_layers}]"] if parallel.pipeline_layers else []
+        keys += [f"parallel.pipeline_layers=[{run.model.total_layers}]"] if parallel.pipeline_layers else []
     stages = 1 if num_workers % parallel.pipeline else parallel.pipeline
     if num_workers % (parallel.tensor * stages):
         keys.append("parallel.tensor=1")

@@ -1,4 +1,4 @@
-"""The `[model]` section: the shape of a decoder and how it is initialised. Imports no torch."""
+"""The `[model]` section: the shape of a model and how it is initialised. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .bert.config import BertKeys
 from .embedding.config import EmbeddingKeys
 from .presets import FAMILIES, PRESETS
+from .t5.config import T5Keys
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
@@ -45,8 +46,8 @@ class RopeScaling(BaseModel):
         return self
 
 
-class ModelConfig(BertKeys, EmbeddingKeys):
-    """A Transformer: a decoder in the style of GPT-2, Llama, Mistral or Qwen, or an encoder in that of BERT.
+class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
+    """A Transformer: a decoder in the style of GPT-2, Llama, Mistral or Qwen, an encoder in that of BERT, or T5's both.
 
     `preset` names a published size, `family` a style; a field given in the file wins over both.
     """
@@ -56,10 +57,12 @@ class ModelConfig(BertKeys, EmbeddingKeys):
     preset: str | None = Field(
         None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE
     )
-    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"] = Field(
+    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert", "t5"] = Field(
         "llama", description="the style, and the Hugging Face class of an export", json_schema_extra=FIXED
     )
-    num_layers: int = Field(gt=0, description="Transformer layers", json_schema_extra=FIXED)
+    num_layers: int = Field(
+        gt=0, description="Transformer layers; t5: those of the encoder", json_schema_extra=FIXED
+    )
     hidden_size: int = Field(gt=0, description="width of the residual stream", json_schema_extra=FIXED)
     num_attention_heads: int = Field(gt=0, description="query heads", json_schema_extra=FIXED)
     num_query_groups: int = Field(
@@ -90,7 +93,9 @@ class ModelConfig(BertKeys, EmbeddingKeys):
         description="MLP activation; gelu is the tanh form of GPT-2, gelu_erf the exact one of BERT",
         json_schema_extra=FIXED,
     )
-    position: Literal["rope", "learned"] = Field(description="position encoding", json_schema_extra=FIXED)
+    position: Literal["rope", "learned", "relative"] = Field(
+        description="position encoding; relative is T5's bias in attention", json_schema_extra=FIXED
+    )
     bias: bool = Field(description="biases in the linear layers", json_schema_extra=FIXED)
     qkv_bias: bool = Field(
         False, description="biases of queries, keys and values alone (Qwen2)", json_schema_extra=FIXED
@@ -113,7 +118,8 @@ class ModelConfig(BertKeys, EmbeddingKeys):
     init_std: float = Field(
         0.02,
         gt=0,
-        description="std of initial weights; projections into the residual stream get std / sqrt(2 layers)",
+        description="std of initial weights; projections into the residual stream get std / sqrt(2 layers); t5: that "
+        "of the embedding, from which the others follow by their widths",
         json_schema_extra=FIXED,
     )
     z_loss: float = Field(
@@ -151,7 +157,8 @@ class ModelConfig(BertKeys, EmbeddingKeys):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
-        if problems := self.bert_problems(self.family) + self._family_problems():
+        problems = self.bert_problems(self.family) + self.t5_problems(self.family) + self._family_problems()
+        if problems:
             raise ValueError("; ".join(problems))
         if self.bias and self.qkv_bias:
             raise ValueError(
@@ -182,17 +189,30 @@ class ModelConfig(BertKeys, EmbeddingKeys):
         return self
 
     def _family_problems(self) -> list[str]:
-        """Say where a decoder departs from what its module can be, and BERT from its."""
-        style = FAMILIES["bert"]
+        """Say where a model departs from what the module of its family can be."""
         if self.family == "bert":
-            wrong = [name for name in ("norm_position", "position") if getattr(self, name) != style[name]]
+            wrong = self._departures("norm_position", "position")
             wrong += [name for name in ("z_loss", "rope_scaling") if getattr(self, name)]
             wrong += [] if self.tied else ["tied"]
             wrong += ["activation"] if self.gated else []
-            return [f"{', '.join(wrong)}: family 'bert' has its own; take it out"] if wrong else []
-        return (
-            ["norm_position = 'post' is for family 'bert'; take it out"] if self.norm_position == "post" else []
-        )
+        elif self.family == "t5":
+            wrong = self._departures(
+                "normalization", "norm_position", "position", "bias", "qkv_bias", "qk_norm", "tied"
+            )
+            wrong += ["num_query_groups"] if self.num_query_groups != self.num_attention_heads else []
+            wrong += ["backend"] if self.backend != "torch" else []
+            wrong += ["pooling"] if self.pooling is not None else []
+        else:
+            return [
+                f"{name} = {value!r} is for family {family!r}; take it out"
+                for name, value, family in (("norm_position", "post", "bert"), ("position", "relative", "t5"))
+                if getattr(self, name) == value
+            ]
+        return [f"{', '.join(wrong)}: family {self.family!r} has its own; take it out"] if wrong else []
+
+    def _departures(self, *names: str) -> list[str]:
+        style = FAMILIES[self.family]
+        return [name for name in names if getattr(self, name) != style[name]]
 
     @property
     def predicts_tokens(self) -> bool:
@@ -205,9 +225,9 @@ class ModelConfig(BertKeys, EmbeddingKeys):
         return self.tied and self.predicts_tokens
 
     @property
-    def causal(self) -> bool:
-        """Tell whether a token sees only those before it."""
-        return self.family != "bert"
+    def total_layers(self) -> int:
+        """Layers of all trunks, which a pipeline cuts in the order of the forward pass."""
+        return self.num_layers + self.num_decoder_layers
 
     @property
     def gated(self) -> bool:
@@ -242,6 +262,8 @@ def _fill_derived(values: dict[str, Any]) -> dict[str, Any]:
     """Fill what follows from the other sizes: groups from heads, head_dim from the width, the usual MLP width."""
     filled = dict(values)
     hidden, heads = filled.get("hidden_size"), filled.get("num_attention_heads")
+    if filled.get("family") == "t5" and isinstance(layers := filled.get("num_layers"), int):
+        filled.setdefault("num_decoder_layers", layers)
     if isinstance(heads, int):
         filled.setdefault("num_query_groups", heads)
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:

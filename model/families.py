@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from .bert.layout import bert_layout, bert_macs
 from .config import ModelConfig
-from .layout import Parameter, decoder_layout
+from .layout import Macs, Parameter, decoder_layout, decoder_macs
+from .t5.layout import t5_layout, t5_macs
 
 TaskName = Literal["causal", "masked", "spans", "contrastive"]
 
@@ -18,24 +19,26 @@ TaskName = Literal["causal", "masked", "spans", "contrastive"]
 class Family(NamedTuple):
     """One kind of model.
 
-    `layout` makes the table of parameters; `macs` counts the multiply-adds of a forward for one token, None where they
-    follow the convention of decoders; `chunk` is the module and class of a stage's chunk; `task` is the name of what it
-    is trained on.
+    `layout` makes the table of parameters; `macs` counts the multiply-adds of a forward for one token of the inputs,
+    from the lengths of inputs and targets and the share of causal attention's scores that counts; `chunk` is the module
+    and class of a stage's chunk; `task` is the name of what it is trained on.
     """
 
     layout: Callable[[ModelConfig], dict[str, Parameter]]
-    macs: Callable[[ModelConfig, int], float] | None
+    macs: Callable[[ModelConfig, int, int, float], Macs]
     chunk: tuple[str, str]
     task: TaskName
 
 
-DECODER = Family(decoder_layout, None, (".decoder", "Decoder"), "causal")
+DECODER = Family(decoder_layout, decoder_macs, (".decoder", "Decoder"), "causal")
 BERT = Family(bert_layout, bert_macs, (".bert.chunk", "Bert"), "masked")
+T5 = Family(t5_layout, t5_macs, (".t5.chunk", "T5"), "spans")
+WITH_FOLDER = {"bert": BERT, "t5": T5}
 
 
 def family_of(config: ModelConfig) -> Family:
     """Give what a model's family is made of."""
-    return BERT if config.family == "bert" else DECODER
+    return WITH_FOLDER.get(config.family, DECODER)
 
 
 def task_name(config: ModelConfig) -> TaskName:

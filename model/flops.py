@@ -12,34 +12,35 @@ from typing import Literal
 
 from .config import ModelConfig
 from .families import family_of, layout_of
-from .layout import layer_macs
+from .layout import Macs
 
 Convention = Literal["causal", "full"]
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, convention: Convention = "causal") -> float:
-    """Count the FLOPs of forward and backward for one token at `sequence_length` tokens."""
-    if (macs := family_of(config).macs) is not None:
-        return 6.0 * macs(config, sequence_length)
-    layer = layer_macs(config, sequence_length, share=_share(config, convention))
-    head = config.hidden_size * config.padded_vocab_size if config.predicts_tokens else 0
-    return 6.0 * (config.num_layers * layer + head)
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, convention: Convention = "causal", *, target_length: int = 0
+) -> float:
+    """Count the FLOPs of forward and backward for one token at `sequence_length` tokens.
+
+    Where a decoder has targets of its own, `target_length` of them, the token is one of the inputs, and what the
+    targets take is laid on the inputs.
+    """
+    return 6.0 * sum(_macs(config, sequence_length, convention, target_length))
 
 
 def recomputed_flops_per_token(
-    config: ModelConfig, sequence_length: int, convention: Convention = "causal"
+    config: ModelConfig, sequence_length: int, convention: Convention = "causal", *, target_length: int = 0
 ) -> float:
     """Count what activation checkpointing adds for one token: each layer's forward once more.
 
     Its last product, too, which torch leaves out of its own linear layers; Megatron-core's are one function with it.
     """
-    share = _share(config, convention)
-    return 2.0 * config.num_layers * layer_macs(config, sequence_length, share=share)
+    return 2.0 * _macs(config, sequence_length, convention, target_length).layers
 
 
-def _share(config: ModelConfig, convention: Convention) -> float:
-    """Give the share of a layer's attention scores that counts."""
-    return 0.5 if convention == "causal" and config.causal else 1.0
+def _macs(config: ModelConfig, sequence_length: int, convention: Convention, target_length: int) -> Macs:
+    share = 0.5 if convention == "causal" else 1.0
+    return family_of(config).macs(config, sequence_length, target_length, share)
 
 
 def num_parameters(config: ModelConfig) -> int:

@@ -39,6 +39,9 @@ def _draw(parameter: Parameter, seed: int, axis: int, first: int, length: int) -
         digest = hashlib.sha256(f"{seed}/{parameter.name}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         values = torch.empty(shape).normal_(0.0, parameter.init_std or 0.0, generator=generator)
+        if parameter.init_turns:
+            factors = torch.cat([torch.full((rows, 1), factor) for rows, factor in parameter.init_turns])
+            values *= factors[torch.arange(start, stop) % len(factors)]
         low, high = max(first, start) - start, min(first + length, stop) - start
         blocks.append(values.narrow(axis, low, high - low))
     return torch.cat(blocks, dim=axis)

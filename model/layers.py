@@ -5,7 +5,7 @@ Shapes: s sequence, b batch, h hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,12 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -57,6 +62,9 @@ def megatron_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.head_dim,
+        softmax_scale=1.0
+        if config.position == "relative"
+        else None,  # T5's initial weights stand for the scale
         ffn_hidden_size=config.ffn_hidden_size,
         normalization="RMSNorm" if config.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=config.norm_epsilon,
@@ -111,8 +119,10 @@ class AddThenNorm(nn.Module):
         return lambda output_with_bias, residual, dropout: self.norm(add(output_with_bias, residual, dropout))
 
 
-def layer_spec(model: ModelConfig, config: TransformerConfig, mask_type: AttnMaskType) -> ModuleSpec:
-    """Describe one layer of a model over its backend."""
+def layer_spec(
+    model: ModelConfig, config: TransformerConfig, mask_type: AttnMaskType, *, cross: bool = False
+) -> ModuleSpec:
+    """Describe one layer of a model over its backend; with `cross` it attends to another trunk, too."""
     backend: BackendSpecProvider = backend_for(model.backend)
     rms_norm = model.normalization == "rmsnorm"
     norm = backend.layer_norm(rms_norm=rms_norm)
@@ -134,12 +144,28 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, mask_type: AttnMas
             k_layernorm=head_norm,
         ),
     )
+    if cross:
+        other: Any = ModuleSpec(
+            module=CrossAttention,
+            params={"attn_mask_type": AttnMaskType.no_mask},
+            submodules=CrossAttentionSubmodules(
+                linear_q=backend.column_parallel_linear(),
+                linear_kv=backend.column_parallel_linear(),
+                core_attention=backend.core_attention(),
+                linear_proj=backend.row_parallel_linear(),
+            ),
+        )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=before,
             self_attention=attention,
             self_attn_bda=after,
+            **(
+                {"pre_cross_attn_layernorm": before, "cross_attention": other, "cross_attn_bda": after}
+                if cross
+                else {}
+            ),
             pre_mlp_layernorm=before,
             mlp=get_mlp_module_spec_for_backend(
                 backend, use_te_activation_func=ACTIVATIONS[model.activation][1]
@@ -237,24 +263,46 @@ class Embedding(nn.Module):
             x = x + self.segment(self._own(segments_bs, x))
         if self.norm is not None:
             x = self.norm(x)
-        return self._drop_out(x)
+        return drop_out(x, self.config, self.training)
 
     def _own(self, places_bs: Tensor, x_sbh: Tensor) -> Tensor:
         """Give this rank's slice of the sequence."""
         rank = parallel_state.get_tensor_model_parallel_rank() if self.config.sequence_parallel else 0
         return places_bs[:, rank * x_sbh.shape[0] : (rank + 1) * x_sbh.shape[0]]
 
-    def _drop_out(self, x_sbh: Tensor) -> Tensor:
-        if not (self.config.hidden_dropout and self.training):
-            return x_sbh
-        with own_masks(self.config):
-            return F.dropout(x_sbh, self.config.hidden_dropout)
-
 
 def own_masks(config: TransformerConfig) -> AbstractContextManager[None]:
     """Draw dropout from the rank's own generator under sequence parallel, where each rank holds other tokens."""
     fork = tensor_parallel.get_cuda_rng_tracker().fork
     return fork() if config.sequence_parallel else nullcontext()
+
+
+def drop_out(x_sbh: Tensor, config: TransformerConfig, training: bool) -> Tensor:
+    """Drop out in training, outside of layers, which do so themselves."""
+    if not (config.hidden_dropout and training):
+        return x_sbh
+    with own_masks(config):
+        return F.dropout(x_sbh, config.hidden_dropout)
+
+
+def padding_mask(tokens_bs: Tensor, length_b1: Tensor | None) -> Tensor | None:
+    """Say what attention may not see: bool [b, 1, 1, s], true for padding.
+
+    A sample without tokens, which fills a batch up, sees its first place: a softmax over nothing is no number.
+    """
+    if length_b1 is None:
+        return None
+    places = torch.arange(tokens_bs.shape[1], device=tokens_bs.device)
+    return (places >= length_b1.clamp(min=1))[:, None, None]
+
+
+def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Give a module's children that have parameters, its layers one by one, by their names behind a prefix."""
+    for name, part in module.named_children():
+        if name == "layers":
+            yield from ((f"{prefix}layers.{number}", layer) for number, layer in part.named_children())
+        elif any(True for _ in part.parameters()):
+            yield prefix + name, part
 
 
 class StageChunk(MegatronModule):
@@ -299,6 +347,13 @@ class StageChunk(MegatronModule):
             return {"states": x_sbh.transpose(0, 1)}
         assert self.model.pooling is not None
         return {"contrastive": pooled(x_sbh, both_texts(batch)["length"], self.model.pooling)}
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Give what has parameters, by the name that they begin with in `model/layout.py`."""
+        yield from parts_of(self)
+
+    def share(self, earlier: Sequence[StageChunk]) -> None:
+        """Take over what this chunk and an earlier one of the same rank both have; most have nothing."""
 
     def traced(self) -> Iterator[tuple[str, nn.Module]]:
         """Give what another implementation is compared by: (name, module), in the order of the forward pass.

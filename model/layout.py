@@ -3,7 +3,8 @@
 Checkpoints, Hugging Face adapters, initial weights, weight decay and memory estimates all read this table.
 Imports no torch.
 
-Names inside a layer are Megatron-core's; around it `embed.*`, `layers.<global id>.*`, `norm.*`, `head.*`.
+Names inside a layer are Megatron-core's; around it `embed.*`, `layers.<id>.*`, `norm.*`, `head.*`. Where there are two
+trunks, the names of each one's own begin with it: `encoder.layers.<id>.*`.
 
 Layouts worth knowing:
 * `linear_qkv` holds, query group after query group, [the group's query heads | its key head | its value head],
@@ -32,7 +33,8 @@ class Parameter:
     `axis` is the tensor-parallel axis (None: every rank holds the whole), `parts` the number of equal blocks
     along it that are cut one by one, `init_std` the std of the initial normal draw (None: ones for a norm's
     weight, zeros for a bias). `per_head`: whole on every rank and applied to the rank's own heads alone, so that each
-    rank's gradient is a part of a sum.
+    rank's gradient is a part of a sum. `per_stage`: held by every pipeline stage that has layers of its trunk, each of
+    which has a part of its gradient. `init_turns`: (rows, factor on `init_std`), which take turns along the first axis.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Parameter:
     parts: int = 1
     init_std: float | None = None
     per_head: bool = False
+    per_stage: bool = False
+    init_turns: tuple[tuple[int, float], ...] = ()
 
     @property
     def numel(self) -> int:
@@ -58,6 +62,13 @@ class Parameter:
         if self.axis is None:
             return self.shape
         return tuple(n // tp_size if i == self.axis else n for i, n in enumerate(self.shape))
+
+
+class Macs(NamedTuple):
+    """Multiply-adds of a forward for one token: all layers', and those of the heads behind them."""
+
+    layers: float
+    heads: float
 
 
 class Box(NamedTuple):
@@ -83,6 +94,13 @@ def decoder_layout(config: ModelConfig) -> dict[str, Parameter]:
     if config.predicts_tokens and not config.tied:
         rows.append(Parameter("head.weight", (vocab, hidden), "weight", 0, init_std=config.init_std))
     return {row.name: row for row in rows}
+
+
+def decoder_macs(config: ModelConfig, sequence_length: int, target_length: int, causal_share: float) -> Macs:
+    """Count a decoder's multiply-adds; it has no targets of their own."""
+    layer = layer_macs(config, sequence_length, share=causal_share)
+    head = config.hidden_size * config.padded_vocab_size if config.predicts_tokens else 0
+    return Macs(config.num_layers * layer, head)
 
 
 def layer_rows(config: ModelConfig, prefix: str) -> list[Parameter]:

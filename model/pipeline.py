@@ -1,15 +1,19 @@
 """Which layers a pipeline stage holds. Imports no torch.
 
-A model is cut into `pipeline x virtual` chunks in the order of its layers; chunk c lies on pipeline rank
-c mod `pipeline`. The first chunk holds the embedding, too, the last one the final norm and the head.
+A model is cut into `pipeline x virtual` chunks in the order of its layers, those of an encoder before those of its
+decoder; chunk c lies on pipeline rank c mod `pipeline`. The first chunk holds the embedding, too, the last one the
+final norm and the head.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from .layout import Parameter
+
+LAYER = re.compile(r"(?:\w+\.)?layers\.\d+\.")
 
 
 class Chunk(NamedTuple):
@@ -50,23 +54,35 @@ def chunks_of_ranks(
 def held_by(table: dict[str, Parameter], chunks: Sequence[Chunk], *, tied: bool) -> list[Parameter]:
     """Give the parameters that a rank with these chunks holds, the second copy of a tied embedding among them."""
     first, last = any(chunk.first for chunk in chunks), any(chunk.last for chunk in chunks)
-    layers = {layer for chunk in chunks for layer in chunk.layers}
+    held = {layer for chunk in chunks for layer in chunk.layers}
+    names = dict.fromkeys(found[0] for name in table if (found := LAYER.match(name)))
+    numbers = {
+        name: number for number, name in enumerate(names)
+    }  # the table is in the order of the forward pass
 
-    def holds(name: str) -> bool:
-        part, _, rest = name.partition(".")
-        if part == "layers":
-            return int(rest.partition(".")[0]) in layers
-        if name == "embed.word.weight":
+    def holds(row: Parameter) -> bool:
+        if layer := LAYER.match(row.name):
+            return numbers[layer[0]] in held
+        if row.name == "embed.word.weight":
             return first or (last and tied)
-        return first if part == "embed" else last
+        part = row.name.partition(".")[0]
+        trunk = [number for name, number in numbers.items() if name.startswith(f"{part}.layers")]
+        if not trunk:
+            return first if part == "embed" else last
+        return not held.isdisjoint(trunk) if row.per_stage else trunk[-1] in held
 
-    return [row for name, row in table.items() if holds(name)]
+    return [row for row in table.values() if holds(row)]
 
 
 def pipeline_problems(
-    num_layers: int, pipeline: int, virtual: int = 1, counts: Sequence[int] | None = None
+    num_layers: int,
+    pipeline: int,
+    virtual: int = 1,
+    counts: Sequence[int] | None = None,
+    *,
+    key: str = "model.num_layers",
 ) -> list[str]:
-    """Say everything that forbids a pipeline for so many layers; an empty list when it is legal."""
+    """Say everything that forbids a pipeline for so many layers, which `key` gives; an empty list when it is legal."""
     problems, num_chunks = [], pipeline * virtual
     if virtual > 1 and pipeline == 1:
         problems.append(
@@ -76,7 +92,7 @@ def pipeline_problems(
         if num_chunks > num_layers:
             cut = "parallel.pipeline" if virtual == 1 else "parallel.pipeline x parallel.virtual_pipeline"
             problems.append(
-                f"{cut} = {num_chunks} stages for model.num_layers = {num_layers}; legal values: up to {num_layers}"
+                f"{cut} = {num_chunks} stages for {key} = {num_layers}; legal values: up to {num_layers}"
             )
         return problems
     if len(counts) != num_chunks:
@@ -85,7 +101,5 @@ def pipeline_problems(
             f"{num_chunks} are needed"
         )
     if sum(counts) != num_layers:
-        problems.append(
-            f"parallel.pipeline_layers adds up to {sum(counts)} layers; model.num_layers = {num_layers}"
-        )
+        problems.append(f"parallel.pipeline_layers adds up to {sum(counts)} layers; {key} = {num_layers}")
     return problems

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .bert import config as bert
+from .t5 import config as t5
 
 _LLAMA: dict[str, Any] = {
     "normalization": "rmsnorm",
@@ -36,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_LLAMA, "qkv_bias": True},
     "qwen3": {**_LLAMA, "qk_norm": True},
     "bert": bert.STYLE,
+    "t5": t5.STYLE,
 }
 
 
@@ -132,4 +134,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
     **bert.PRESETS,
+    **t5.PRESETS,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -32,16 +33,32 @@ class Stage(nn.Module):
         make = chunk_class(model)
         built = [make(model, config, chunk, recompute=recompute) for chunk in chunks]
         schedule = _schedule_config(config, len(built))
-        self.layers = nn.ModuleDict()
         for number, chunk in enumerate(built):
             chunk.config = schedule
             chunk.vp_stage = number if len(built) > 1 else None
-            for name, part in chunk.named_children():
-                if name == "layers":
-                    self.layers.update(dict(part.items()))
-                elif any(True for _ in part.parameters()):
-                    setattr(self, name, part)
+            chunk.share(built[:number])
+            for name, part in chunk.parts():
+                self._place(name, part)
         object.__setattr__(self, "chunks", built)  # not sub-modules: their names would depend on the layout
+
+    def _place(self, name: str, part: nn.Module) -> None:
+        """Make a part a sub-module by its global name."""
+        *above, own = name.split(".")
+        parent: nn.Module = self
+        for step in above:
+            if not hasattr(parent, step):
+                parent.add_module(step, nn.ModuleDict())
+            parent = getattr(parent, step)
+        parent.add_module(own, part)
+
+    @property
+    def stage_copies(self) -> dict[str, nn.Parameter | None]:
+        """What several stages have copies of, in one order on all of them; None for those that this one has not."""
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return {}
+        held = dict(self.named_parameters())
+        table = layout_of(self.chunks[0].model)
+        return {name: held.get(name) for name, row in table.items() if row.per_stage}
 
     @property
     def tied_copies(self) -> list[nn.Parameter]:
@@ -49,6 +66,15 @@ class Stage(nn.Module):
         model = self.chunks[0].model
         apart = parallel_state.get_pipeline_model_parallel_world_size() > 1
         return [self.embed.word.weight] if model.tied_head and apart and hasattr(self, "embed") else []
+
+    def transformer_layers(self) -> list[nn.Module]:
+        """Give this rank's layers, of all trunks."""
+        return [module for module in self.modules() if isinstance(module, TransformerLayer)]
+
+    def begins(self, name: str) -> bool:
+        """Tell whether this stage has the first layer of the trunk of a parameter that several stages have."""
+        trunk = getattr(self, name.partition(".")[0])
+        return "0" in trunk.layers
 
     def train(self, mode: bool = True) -> Stage:
         """Switch every chunk, too: they draw dropout and recompute by their own flag."""
@@ -96,6 +122,9 @@ def prepare_parameters(stage: Stage, model: ModelConfig, seed: int | None) -> No
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     second_copies = {id(copy) for copy in stage.tied_copies if not stage.chunks[0].first}
+    second_copies |= {
+        id(copy) for name, copy in stage.stage_copies.items() if copy is not None and not stage.begins(name)
+    }
     parameter: Any
     for name, parameter in stage.named_parameters():
         row, is_copy = table[name], id(parameter) in second_copies

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from ..data.config import DataConfig, ReadingConfig, TaskConfig
 from ..data.division import num_lanes, samples_per_reader
+from ..data.errors import DataConfigError
+from ..data.tasks.spans import SpanRates, raw_length
 from ..model.config import ModelConfig
 from ..model.families import task_name
 from ..model.pipeline import pipeline_problems
@@ -66,9 +68,13 @@ class RunConfig(Section):
             )
         problems += model.layout_problems(parallel.tensor)
         problems += pipeline_problems(
-            model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+            model.total_layers,
+            parallel.pipeline,
+            parallel.virtual_pipeline,
+            parallel.pipeline_layers,
+            key="model.num_layers" + (" + model.num_decoder_layers" if model.num_decoder_layers else ""),
         )
-        problems += self._problems() + self._offload_problems()
+        problems += self._problems() + self._target_problems() + self._offload_problems()
         task = self.filled_task
         problems += _task_problems(model, task)
         ranks = parallel.tensor * parallel.pipeline
@@ -118,6 +124,44 @@ class RunConfig(Section):
         if task.name == "masked" and task.next_sentence is None:
             task = task.model_copy(update={"next_sentence": model.next_sentence})
         return task
+
+    @property
+    def target_length(self) -> int:
+        """Targets of a sequence, where a decoder has them beside the inputs of an encoder; else 0.
+
+        Raises:
+            DataConfigError: sequences are too short for any.
+        """
+        if (task := self.filled_task).name != "spans":
+            return 0
+        return raw_length(self.data.sequence_length, SpanRates(task.noise, task.mean_span))[1]
+
+    def _target_problems(self) -> list[str]:
+        """Check the targets of a sequence; what sequence parallel needs names the nearest legal lengths."""
+        length, tensor = self.data.sequence_length, self.parallel.tensor
+        try:
+            targets = self.target_length
+        except DataConfigError as error:
+            return [f"data.sequence_length = {length}: {error}"]
+        if not self.parallel.sequence or targets % tensor == 0:
+            return []
+
+        def fits(other: int) -> bool:
+            data = self.data.model_copy(update={"sequence_length": other})
+            return self.model_copy(update={"data": data}).target_length % tensor == 0
+
+        least, most = 2 * tensor, self.model.max_sequence_length + 1
+        below = next((other for other in range(length // tensor * tensor, least, -tensor) if fits(other)), None)
+        above = next(
+            (other for other in range(-(-length // tensor) * tensor, most, tensor) if fits(other)), None
+        )
+        near = " or ".join(str(other) for other in (below, above) if other is not None)
+        return [
+            f"parallel.sequence = true needs the {targets} targets of data.sequence_length = {length} to be a multiple "
+            f"of parallel.tensor = {tensor}; set "
+            + (f"data.sequence_length = {near}, or " if near else "")
+            + "parallel.sequence = false"
+        ]
 
     def _lane_problems(self, sizes: list[int], dp: int, lanes: int) -> list[str]:
         """Check that the lanes divide every batch, and feed every data-parallel rank."""
@@ -277,6 +321,16 @@ class ResolvedRun:
     def parts(self) -> dict[str, str]:
         """Give the parts of the loss, each with the field that says which of its predictions count."""
         return self.run.task.parts
+
+    @property
+    def target_length(self) -> int:
+        """Targets of a sequence, where a decoder has them beside the inputs of an encoder; else 0."""
+        return self.run.target_length
+
+    @property
+    def passed_length(self) -> int:
+        """Places of what one pipeline stage sends to the next for a sequence: its inputs and its targets."""
+        return self.run.data.sequence_length + self.target_length
 
     @property
     def saves_asynchronously(self) -> bool:

@@ -46,7 +46,7 @@ from .config import ResolvedRun
 from .ds_config import deepspeed_config, nvme_sections
 from .engine_state import MASTER, EngineState
 from .errors import ConfigError
-from .gradients import Fp32Accumulation, add_over, gradient_of
+from .gradients import Fp32Accumulation, add_copies, add_over, gradient_of
 from .meters.phases import Phases, ScheduleTimers
 from .objective import LossOf, Reports, objective_of
 from .plan import swapped_bytes
@@ -73,7 +73,7 @@ class Engine:
         run = resolved.run
         self.runtime, self.model = runtime, run.model
         self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
-        self._sequence_length = run.data.sequence_length
+        self._sequence_length = resolved.passed_length
         # Pairs pass through the model side by side.
         self._rows = run.train.micro_batch * (1 if run.model.pooling is None else 2)
         self.parts = resolved.parts
@@ -89,7 +89,7 @@ class Engine:
             deepspeed.init_distributed(verbose=False)
         self.module = self._build(resolved, config)
         if run.model.compile:
-            for layer in self.module.layers.values():
+            for layer in self.module.transformer_layers():
                 layer.compile()
         self._through_engine = self._zero > 0 and runtime.pp_size == 1
         self._partial = [p for p in self.module.parameters() if p.partial]  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ class Engine:
             deterministic=run.run.deterministic,
         )
         chunks = chunks_of_ranks(
-            run.model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+            run.model.total_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
         )
         partition: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._zero == 3:
@@ -243,6 +243,11 @@ class Engine:
         add_over([gradient_of(parameter) for parameter in self._partial], runtime.tp_group)
         for parameter in self.module.tied_copies:
             add_over([gradient_of(parameter)], runtime.embedding_group)
+        table = layout_of(self.model)
+        copies = [
+            (table[name].local_shape(runtime.tp_size), copy) for name, copy in self.module.stage_copies.items()
+        ]
+        add_copies(copies, runtime.pp_group, runtime.device)
 
     def _pass(self, micro_batches: Sequence[MicroBatch], loss: LossOf, *, forward_only: bool) -> Reports:
         return run_schedule(

@@ -52,6 +52,26 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return gradient
 
 
+def add_copies(
+    copies: Sequence[tuple[tuple[int, ...], nn.Parameter | None]],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> None:
+    """Replace the gradients of copies by their sum over a group, in fp32 and one message.
+
+    Args:
+        copies: (shape, parameter) in the same order on every rank, with None where a rank has no copy.
+    """
+    sums = [
+        torch.zeros(shape, device=device) if parameter is None else gradient_of(parameter).float()
+        for shape, parameter in copies
+    ]
+    add_over(sums, group)
+    for (_, parameter), total in zip(copies, sums, strict=True):
+        if parameter is not None:
+            gradient_of(parameter).copy_(total)
+
+
 def add_over(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     """Replace each gradient by its sum over a group, in one message."""
     if not gradients:

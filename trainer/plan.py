@@ -177,7 +177,7 @@ def bubble_share(pipeline: int, virtual: int, micro_batches: int) -> float:
 def _chunks(resolved: ResolvedRun) -> list[list[Chunk]]:
     parallel = resolved.run.parallel
     return chunks_of_ranks(
-        resolved.run.model.num_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
+        resolved.run.model.total_layers, parallel.pipeline, parallel.virtual_pipeline, parallel.pipeline_layers
     )
 
 

@@ -35,6 +35,7 @@ class Runtime:
     """Who this worker is and the groups it belongs to.
 
     `embedding_group` joins the ranks of the first and the last stage with the same piece, and is None on others;
+    `pp_group` joins the ranks of all stages with the same piece;
     `model_group` joins the ranks of a model replica; `control` is a CPU group over all ranks for small objects.
     """
 
@@ -49,6 +50,7 @@ class Runtime:
     dp_size: int
     tp_group: dist.ProcessGroup
     embedding_group: dist.ProcessGroup | None
+    pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
     control: dist.ProcessGroup
@@ -263,6 +265,7 @@ def _runtime(device: torch.device, timeout: timedelta) -> Runtime:
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         embedding_group=parallel_state.get_embedding_group(check_initialized=False),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
         control=dist.new_group(backend="gloo", timeout=timeout),

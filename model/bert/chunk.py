@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backend import backend_for
 from ..config import ModelConfig
-from ..layers import Embedding, StageChunk, WholeLinear, layer_spec
+from ..layers import Embedding, StageChunk, WholeLinear, layer_spec, padding_mask
 from ..loss import Outcome, vocab_parallel_cross_entropy, vocab_parallel_right
 from ..pipeline import Chunk
 
@@ -126,14 +126,3 @@ class Bert(StageChunk):
             right = None if self.training else (scores.argmax(-1) == label).float()[:, None]
             outcomes["next_sentence"] = Outcome(losses[:, None], right)
         return outcomes
-
-
-def padding_mask(tokens_bs: Tensor, length_b1: Tensor | None) -> Tensor | None:
-    """Say what attention may not see: bool [b, 1, 1, s], true for padding.
-
-    A sample without tokens, which fills a batch up, sees its first place: a softmax over nothing is no number.
-    """
-    if length_b1 is None:
-        return None
-    places = torch.arange(tokens_bs.shape[1], device=tokens_bs.device)
-    return (places >= length_b1.clamp(min=1))[:, None, None]

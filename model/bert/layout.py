@@ -7,7 +7,7 @@ Around the layers stand `embed.*` with a norm of its own, and behind them the tw
 from __future__ import annotations
 
 from ..config import ModelConfig
-from ..layout import Parameter, layer_macs, layer_rows, norm_rows
+from ..layout import Macs, Parameter, layer_macs, layer_rows, norm_rows
 
 
 def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
@@ -38,13 +38,13 @@ def _linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Par
     ]
 
 
-def bert_macs(config: ModelConfig, sequence_length: int) -> float:
-    """Count the multiply-adds of a forward for one token of a sequence, the heads' among them."""
+def bert_macs(config: ModelConfig, sequence_length: int, target_length: int, causal_share: float) -> Macs:
+    """Count the multiply-adds of a forward for one token of a sequence: all scores count, and there are no targets."""
     hidden = config.hidden_size
     trunk = config.num_layers * layer_macs(config, sequence_length, share=1.0)
     if not config.predicts_tokens:
-        return trunk
+        return Macs(trunk, 0.0)
     heads: float = hidden * hidden + hidden * config.padded_vocab_size
     if config.next_sentence:
         heads += (hidden * hidden + 2 * hidden) / sequence_length
-    return trunk + heads
+    return Macs(trunk, heads)

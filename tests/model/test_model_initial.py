@@ -24,7 +24,7 @@ def config(family: str) -> ModelConfig:
         num_layers=2,
         hidden_size=48,
         num_attention_heads=8,
-        num_query_groups=4,
+        num_query_groups=8 if family == "t5" else 4,
         head_dim=10,  # 4 ranks get 40 rows of linear_qkv: blocks are cut in their midst
         ffn_hidden_size=100,
         max_sequence_length=16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from basestone.model.config import ModelConfig
@@ -112,6 +112,7 @@ def test_ends_hold_what_is_around_the_layers(tied):
     assert layers == [set(chunk.layers) for (chunk,) in chunks_of_ranks(4, 3)]
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["llama", "gpt2"]), st.booleans(), st.integers(1, 12), st.integers(1, 4), st.integers(1, 3)
 )

@@ -49,8 +49,10 @@ class Meters:
         self.tariff = Tariff(section)
         self._convention = section.attention_flops
         shape = (run.model, run.data.sequence_length, section.attention_flops)
-        self.flops_per_token = flops_per_token(*shape)
-        self._recomputed_flops = recomputed_flops_per_token(*shape) if run.train.recompute else 0.0
+        targets = resolved.target_length
+        self.flops_per_token = flops_per_token(*shape, target_length=targets)
+        again = recomputed_flops_per_token(*shape, target_length=targets)
+        self._recomputed_flops = again if run.train.recompute else 0.0
         self._peak, self.peak_note = self._find_peak(resolved)
         self._joules: dict[str, float] = {}
         self._begin(time.perf_counter())
