@@ -19,8 +19,8 @@ Curve = list[tuple[float, float]]
 
 
 def t5(**changes: Any) -> RunConfig:
-    """Make a run file's content: 3 layers of an encoder, 2 of its decoder."""
-    shape = {"model__num_query_groups": 8, "model__num_layers": 3, "model__num_decoder_layers": 2}
+    """Make a run file's content: 4 layers of an encoder, 2 of its decoder."""
+    shape = {"model__num_query_groups": 8, "model__num_layers": 4, "model__num_decoder_layers": 2}
     return run_config("t5", **{**shape, **changes})
 
 

@@ -60,7 +60,7 @@ def test_recomputing_changes_nothing(name):
     assert worst(run_ranks(curve_of, size, run, STEPS)[0], serial()) < 1e-5
 
 
-@pytest.mark.parametrize("counts", [(3, 2), (4, 1)])
+@pytest.mark.parametrize("counts", [(4, 2), (5, 1)])
 def test_stages_cut_where_they_are_told(counts):
     """At the border between the trunks, and within the decoder."""
     size, run = layout_of("pp2-z1", parallel__pipeline_layers=counts)
