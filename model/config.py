@@ -225,6 +225,11 @@ class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
         return self.tied and self.predicts_tokens
 
     @property
+    def causal(self) -> bool:
+        """Tell whether all that a token sees are those before it."""
+        return self.family not in ("bert", "t5")
+
+    @property
     def total_layers(self) -> int:
         """Layers of all trunks, which a pipeline cuts in the order of the forward pass."""
         return self.num_layers + self.num_decoder_layers
