@@ -21,6 +21,7 @@ from ..config import ModelConfig
 from ..embedding.hf import POOLING_MODES, trunk_rows
 from ..families import layout_of
 from ..layout import Parameter
+from ..t5 import hf as t5
 from . import gpt2, llama, mistral, qwen2, qwen3
 from .rules import AdapterError, HFTensor, Row, differences
 
@@ -109,6 +110,7 @@ class Adapter:
             "bos_token_id": bos,
             "eos_token_id": eos,
             "pad_token_id": pad,
+            **({"decoder_start_token_id": pad} if self.framing == "spans" else {}),
             "use_cache": True,
             "dtype": DTYPE_NAMES[dtype],
             "torch_dtype": DTYPE_NAMES[dtype],
@@ -197,6 +199,7 @@ _HEADS = [
         (("llama", llama), ("mistral", mistral), ("qwen2", qwen2), ("qwen3", qwen3), ("gpt2", gpt2)),
     ),
     *map(_bert, bert.OUTPUTS),
+    replace(_decoder("t5", t5), inputs=t5.INPUTS, framing="spans", pipeline_tag="text2text-generation"),
 ]
 _TRUNKS = {
     "LlamaForCausalLM": "LlamaModel",
