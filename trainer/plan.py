@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.reading.transport import shown
+from ..model.config import ModelConfig
 from ..model.families import layout_of
 from ..model.flops import flops_per_token
 from ..model.layout import Parameter, has_weight_decay
@@ -34,7 +36,7 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
         ("run directory", str(run_dir)),
         (
             "model",
-            f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.family}, {_layers(model)}, hidden {model.hidden_size}, "
             f"{model.num_attention_heads} heads in {model.num_query_groups} groups, "
             f"vocabulary {model.vocab_size} (padded to {model.padded_vocab_size})",
         ),
@@ -78,6 +80,12 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
         *_exports(run.export, total),
         ("evaluation", f"{_every(run.evaluate.every_steps)} on {', '.join(run.data.heldout) or 'nothing'}"),
     ]
+
+
+def _layers(model: ModelConfig) -> str:
+    if not model.num_decoder_layers:
+        return f"{model.num_layers} layers"
+    return f"{model.num_layers} layers of the encoder and {model.num_decoder_layers} of the decoder"
 
 
 def _exports(section: ExportSection, num_parameters: int) -> list[tuple[str, str]]:
@@ -138,7 +146,8 @@ def total_flops(resolved: ResolvedRun) -> float:
     """Count the FLOPs of the whole run."""
     run = resolved.run
     convention = run.meter.attention_flops
-    a_token = flops_per_token(run.model, run.data.sequence_length, convention)
+    targets = resolved.target_length
+    a_token = flops_per_token(run.model, run.data.sequence_length, convention, target_length=targets)
     return a_token * resolved.tokens
 
 
@@ -152,7 +161,8 @@ def _batch(resolved: ResolvedRun, phase: Phase) -> str:
     count, size = resolved.num_micro_batches(phase.global_batch), resolved.run.train.micro_batch
     return (
         f"{since}{phase.global_batch} sequences of {resolved.run.data.sequence_length} = {tokens:,} tokens a step, "
-        f"{count} micro-batch(es) of {size} on a rank"
+        + (f"each with {resolved.target_length} targets, " if resolved.target_length else "")
+        + f"{count} micro-batch(es) of {size} on a rank"
     )
 
 
@@ -199,17 +209,10 @@ def memory_bytes(resolved: ResolvedRun, pipeline_rank: int) -> dict[str, float]:
     micro-batches as the schedule has in flight.
     """
     run, parallel = resolved.run, resolved.run.parallel
-    model, stage, dp = run.model, parallel.zero, resolved.data_parallel
+    stage, dp = parallel.zero, resolved.data_parallel
     local = local_parameters(resolved, pipeline_rank)
-    tokens = run.train.micro_batch * run.data.sequence_length
     working = WORKING_BYTES[run.train.dtype]
-    chunks = _chunks(resolved)[pipeline_rank]
-    layers = _layers_in_flight(resolved, pipeline_rank)
-    a_layer = _layer_bytes(resolved)
-    kept = tokens * working * model.hidden_size / (parallel.tensor if parallel.sequence else 1)
-    activations = layers * kept + a_layer if run.train.recompute else layers * a_layer
-    if any(chunk.last for chunk in chunks):
-        activations += 2 * tokens * working * model.padded_vocab_size / parallel.tensor
+    activations = _activation_bytes(resolved, pipeline_rank)
     weights: float = local * working / (dp if stage == 3 else 1)
     gradients: float = local * 4 / (dp if stage >= 2 and parallel.pipeline == 1 else 1)
     optimizer: float = local * (MASTER_AND_MOMENTS_BYTES if stage >= 1 else 8) / (dp if stage >= 1 else 1)
@@ -266,6 +269,45 @@ def swapped_bytes(resolved: ResolvedRun) -> float:
     return owned * (states + weights)
 
 
+def _activation_bytes(resolved: ResolvedRun, rank: int) -> float:
+    """Estimate what a pipeline rank keeps for its backward passes, over the micro-batches in flight."""
+    run, model, tensor = resolved.run, resolved.run.model, resolved.run.parallel.tensor
+    chunks, working = _chunks(resolved)[rank], WORKING_BYTES[run.train.dtype]
+    cut = tensor if run.parallel.sequence else 1
+    layers = [number for chunk in chunks for number in chunk.layers]
+    in_flight = _layers_in_flight(resolved, rank)
+    largest, kept = 0.0, 0.0
+    for number in layers:
+        a_layer = _layer_bytes(resolved, number)
+        largest = max(largest, a_layer)
+        input_bytes = _places(resolved, number) * working * model.hidden_size / cut
+        kept += (input_bytes if run.train.recompute else a_layer) / len(layers)
+    activations = in_flight * kept + (largest if run.train.recompute else 0.0)
+    if any(chunk.last for chunk in chunks):
+        predictions = run.train.micro_batch * (resolved.target_length or run.data.sequence_length)
+        activations += 2 * predictions * working * model.padded_vocab_size / tensor
+    return activations + in_flight / len(layers) * _bias_bytes(resolved, chunks)
+
+
+def _places(resolved: ResolvedRun, layer: int) -> int:
+    """Count the places of a micro-batch that pass through a layer: inputs, or in a decoder of two trunks targets."""
+    run = resolved.run
+    of_decoder = resolved.target_length and layer >= run.model.num_layers
+    return run.train.micro_batch * (resolved.target_length if of_decoder else run.data.sequence_length)
+
+
+def _bias_bytes(resolved: ResolvedRun, chunks: Sequence[Chunk]) -> float:
+    """Count what relative positions add to the scores of a micro-batch, which all layers of a trunk share."""
+    run, model = resolved.run, resolved.run.model
+    if model.position != "relative":
+        return 0.0
+    layers = {layer for chunk in chunks for layer in chunk.layers}
+    inputs = run.train.micro_batch * run.data.sequence_length**2 if min(layers) < model.num_layers else 0
+    targets = resolved.target_length**2 if max(layers) >= model.num_layers else 0
+    heads = model.num_attention_heads / run.parallel.tensor
+    return (inputs + targets) * heads * WORKING_BYTES[run.train.dtype]
+
+
 def _layers_in_flight(resolved: ResolvedRun, rank: int) -> int:
     """Count the layers whose activations a pipeline rank keeps at a time, over its micro-batches."""
     parallel, chunks = resolved.run.parallel, _chunks(resolved)[rank]
@@ -278,13 +320,17 @@ def _layers_in_flight(resolved: ResolvedRun, rank: int) -> int:
     return chunk_layers * min(warm_up + 1, micro_batches * len(chunks))
 
 
-def _layer_bytes(resolved: ResolvedRun) -> float:
+def _layer_bytes(resolved: ResolvedRun, layer: int) -> float:
     """Estimate what one layer keeps of one micro-batch for its backward pass."""
     run, model, tp = resolved.run, resolved.run.model, resolved.run.parallel.tensor
-    tokens = run.train.micro_batch * run.data.sequence_length
+    places, inputs = _places(resolved, layer), run.train.micro_batch * run.data.sequence_length
     cut = tp if run.parallel.sequence else 1
     gates = 3 if model.gated else 2
     heads = (model.num_attention_heads + model.num_query_groups) * model.head_dim
     inner = (3 if model.qk_norm else 2) * heads / tp
-    per_token = 4 * model.hidden_size / cut + inner + gates * model.ffn_hidden_size / tp
-    return tokens * WORKING_BYTES[run.train.dtype] * per_token
+    elements = places * (4 * model.hidden_size / cut + inner + gates * model.ffn_hidden_size / tp)
+    if (
+        layer >= model.num_layers
+    ):  # cross attention: its norm and queries of the targets, keys and values of the inputs
+        elements += places * (2 * model.hidden_size / cut + heads / tp) + inputs * heads / tp
+    return WORKING_BYTES[run.train.dtype] * elements
