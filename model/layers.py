@@ -352,6 +352,11 @@ class StageChunk(MegatronModule):
         """Give what has parameters, by the name that they begin with in `model/layout.py`."""
         yield from parts_of(self)
 
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the parameters by their global names."""
+        for name, part in self.parts():
+            yield from ((f"{name}.{own}", parameter) for own, parameter in part.named_parameters())
+
     def share(self, earlier: Sequence[StageChunk]) -> None:
         """Take over what this chunk and an earlier one of the same rank both have; most have nothing."""
 

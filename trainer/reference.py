@@ -39,9 +39,9 @@ def load_model(
 ) -> StageChunk:
     """Build an fp32 model, or a chunk of it, whose weights were rounded to `rounded_to` on the way."""
     config = megatron_config(model, dtype=torch.float32, sequence_parallel=False, on_cpu=runtime.on_cpu)
-    chunk = chunk or chunks_of_ranks(model.num_layers, pipeline=1)[0][0]
+    chunk = chunk or chunks_of_ranks(model.total_layers, pipeline=1)[0][0]
     built = chunk_class(model)(model, config, chunk)
-    for name, parameter in built.named_parameters():
+    for name, parameter in built.weights():
         parameter.data.copy_(weights.read(name, rounded_to))
     return built.eval()
 
@@ -60,14 +60,14 @@ def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_
     @torch.no_grad()
     def trace(batch: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         fields = {name: field.to(runtime.device) for name, field in batch.items()}
-        last = model.num_layers - 1
+        last = model.total_layers - 1
         seen: list[tuple[str, Tensor]] = []
 
         def see(name: str, x_sbh: Tensor) -> None:
             seen.append((name, x_sbh.transpose(0, 1).float().cpu()))
 
         received: Any = None
-        for number in range(model.num_layers):
+        for number in range(model.total_layers):
             chunk = Chunk(range(number, number + 1), first=number == 0, last=number == last)
             built = load_model(model, weights, runtime, rounded_to=rounded_to, chunk=chunk)
             for name, module in built.traced():

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..model.families import layout_of
+from ..model.pipeline import chunks_of_ranks, held_by
 from . import runtime as processes
 from .config import ResolvedRun, RunConfig
 from .ds_config import deepspeed_config
@@ -108,7 +110,7 @@ class Verification:
         )
         self._places, self._steps, self._dtype = places, steps, dtype
         self._num_processes, self._vocab = num_processes, vocab_size(places)
-        # A serial run rounds what embedding and head give a shared weight together, two stages each for itself.
+        # A serial run rounds what the users of a shared weight give it together, two stages each for itself.
         self._tied = {"embed.word.weight"} if run.model.tied_head else set()
 
     def problems(self, layout: Layout) -> str:
@@ -148,9 +150,12 @@ class Verification:
     def _uncovered(self, layout: Layout, ranks: list[Any]) -> str:
         """Name the first parameter whose pieces on all ranks do not make up its copies; nothing where all do."""
         replicas = layout.data if layout.zero == 0 else 1  # ZeRO cuts what they would all hold
-        for name, row in layout_of(self._resolved(layout).run.model).items():
-            copies = 2 if name in self._tied and layout.pipeline > 1 else 1
-            expected = math.prod(row.local_shape(layout.tensor)) * layout.tensor * replicas * copies
+        model, parallel = self._resolved(layout).run.model, layout.of(self._run).parallel
+        table, counts = layout_of(model), parallel.pipeline_layers
+        stages = chunks_of_ranks(model.total_layers, layout.pipeline, layout.virtual_pipeline, counts)
+        copies = Counter(row.name for chunks in stages for row in held_by(table, chunks, tied=model.tied_head))
+        for name, row in table.items():
+            expected = math.prod(row.local_shape(layout.tensor)) * layout.tensor * replicas * copies[name]
             compared = sum(rank[0][2][name].numel for rank in ranks if name in rank[0][2])
             if compared != expected:
                 return f"step 1: {compared} elements of {name} are there on all ranks, not {expected}"
@@ -158,6 +163,7 @@ class Verification:
 
     def _judge(self, layout: Layout, reference: _Reference, ranks: list[Any], seconds: float) -> Verdict:
         first = self._uncovered(layout, ranks)
+        table = layout_of(self._resolved(layout).run.model)
         limits, worst = TOLERANCES[self._dtype], dict.fromkeys(("loss", "norm", "gradient", "update"), 0.0)
         for step in range(self._steps):
             loss, norm = ranks[0][step][:2]
@@ -168,11 +174,12 @@ class Verification:
             same = self._dtype != "fp32" and step == 0 and layout.tensor * layout.data == 1 and layout.zero < 3
             # Clipping carries a difference of the norm into every gradient.
             same_limit = SAME_ARITHMETIC_TOLERANCE + found["norm", "the gradient norm"][0]
+            shared = self._tied | {name for name, row in table.items() if row.per_stage}
             model_gradient = max(gradient for gradient, _ in reference.largest[step].values())
             model_root = max(root for _, root in reference.largest[step].values())
             for name, (gradient, root) in reference.largest[step].items():
                 pieces = [rank[step][2][name] for rank in ranks if name in rank[step][2]]
-                limit = same_limit if same and name not in self._tied else limits.tensor
+                limit = same_limit if same and name not in shared else limits.tensor
                 apart = _worst(piece.gradient for piece in pieces) / max(
                     gradient, GRADIENT_FLOOR * model_gradient
                 )

@@ -37,7 +37,7 @@ class Adapter:
     into the fields of config.json, and those into a model's; the latter raises AdapterError, or KeyError for a field
     that is missing. `inputs` spells the fields of a batch, and `outputs` are the class's logits in the order of ours;
     `framing` says what a tokenizer puts around a text, `pipeline_tag` what the hub calls its use; `options` are what
-    the class is loaded with.
+    the class is loaded with; `trunks` name its lists of layers where there are two.
     """
 
     family: str
@@ -53,6 +53,7 @@ class Adapter:
     framing: Literal["document", "sentences", "texts", "spans"] = "document"
     pipeline_tag: str = "text-generation"
     options: Mapping[str, Any] = field(default_factory=dict)
+    trunks: tuple[str, ...] = ()
 
     def problems(self, config: ModelConfig) -> list[str]:
         """Name every field of a model that its class cannot hold."""
@@ -199,7 +200,13 @@ _HEADS = [
         (("llama", llama), ("mistral", mistral), ("qwen2", qwen2), ("qwen3", qwen3), ("gpt2", gpt2)),
     ),
     *map(_bert, bert.OUTPUTS),
-    replace(_decoder("t5", t5), inputs=t5.INPUTS, framing="spans", pipeline_tag="text2text-generation"),
+    replace(
+        _decoder("t5", t5),
+        inputs=t5.INPUTS,
+        trunks=t5.TRUNKS,
+        framing="spans",
+        pipeline_tag="text2text-generation",
+    ),
 ]
 _TRUNKS = {
     "LlamaForCausalLM": "LlamaModel",

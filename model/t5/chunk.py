@@ -131,9 +131,7 @@ class T5(StageChunk):
                     trunk.relative = chunk.trunks[name].relative
 
     def traced(self) -> Iterator[tuple[str, nn.Module]]:
-        """See StageChunk."""
-        if self.first:
-            yield "the embedding", self.embed
+        """See StageChunk; the embedding is not there, which runs once for each trunk."""
         for trunk, module in self.trunks.items():
             for number, layer in module.layers.items():
                 yield f"{trunk} layer {number}", layer

@@ -13,6 +13,7 @@ from ..hf.rules import Halves, QueryGroups, Row, Rule, Vocabulary, refuse_unless
 
 MODEL_TYPE = "t5"
 ARCHITECTURE = "T5ForConditionalGeneration"
+TRUNKS = ("encoder.block", "decoder.block")
 INPUTS = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}
 
 

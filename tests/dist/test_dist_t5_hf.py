@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from basestone.model.pipeline import chunks_of_ranks
 from basestone.model.stage import Stage
 from basestone.trainer import runtime as processes
 from basestone.trainer.forks import run_ranks
+from basestone.trainer.hub.compare import verify
+from basestone.trainer.hub.weights import ConversionError
+from basestone.trainer.reference import trace_of
 
 pytestmark = pytest.mark.dist
 CONFIG = ModelConfig(
@@ -157,3 +161,45 @@ def test_another_t5_is_refused_by_its_field(directory, changes):
 def test_a_model_that_the_class_cannot_hold_is_refused():
     with pytest.raises(AdapterError, match="activation = 'swiglu'"):
         adapter_for(CONFIG.model_copy(update={"activation": "swiglu"}))
+
+
+class _Weights:
+    """Weights in memory, one of them spoilt."""
+
+    def __init__(self, spoilt: str) -> None:
+        self._weights = random_weights(CONFIG)
+        if spoilt:
+            self._weights[spoilt] = self._weights[spoilt] * 1.01
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._weights[name].to(dtype)
+
+
+def _verify(directory: Path, spoilt: str) -> tuple[float, str]:
+    """Compare part by part, as an export does, a layer at a time."""
+    trace = trace_of(CONFIG, _Weights(spoilt), processes.start(), rounded_to=torch.float32)
+    batch = {name: BATCH[name] for name in ("tokens", "decoder_tokens")}
+    try:
+        found = verify(directory, adapter_for(CONFIG), CONFIG, trace, batch, LIMIT, command="export")
+    except ConversionError as error:
+        return math.inf, str(error)
+    return found.relative_error, ""
+
+
+def test_an_export_is_compared_layer_by_layer(directory):
+    ((error, problem),) = run_ranks(_verify, 1, directory, "")
+    assert error < LIMIT and not problem
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "place"),
+    [
+        ("encoder.layers.1.mlp.linear_fc1.weight", "at encoder layer 1"),
+        ("encoder.norm.weight", "at decoder layer 0"),
+        ("decoder.layers.1.cross_attention.linear_kv.weight", "at decoder layer 1"),
+        ("decoder.norm.weight", "at the logits after the final norm"),
+    ],
+)
+def test_the_first_part_that_departs_is_named(directory, spoilt, place):
+    ((_, problem),) = run_ranks(_verify, 1, directory, spoilt)
+    assert f"they depart {place}" in problem

@@ -7,7 +7,7 @@ leaves the cosine of the logits at 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def verify(
     model = (load_whole if whole else load_lazily)(directory, adapter, command)
     model.config.use_cache = False
     with torch.no_grad():
-        parts.watch(model, config.num_layers)
+        parts.watch(model, config.num_layers, adapter.trunks)
         found = model(**{theirs: batch[ours] for ours, theirs in adapter.inputs.items()})
     for name in adapter.outputs:
         parts.take(found[name])
@@ -82,16 +82,20 @@ class Comparison:
         self._expected, self._command = expected, command
         self.rows: list[tuple[str, float, float]] = []  # name, relative error, largest absolute difference
 
-    def watch(self, model: Any, num_layers: int) -> None:
-        """Be called with the input of the model's first layer and the output of each."""
-        layers = next(
-            module
-            for module in model.modules()
-            if isinstance(module, nn.ModuleList) and len(module) == num_layers
-        )
-        layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: self.take(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
+    def watch(self, model: Any, num_layers: int, trunks: Sequence[str]) -> None:
+        """Be called with the input of the model's first layer and the output of each; of two trunks, the outputs."""
+        if trunks:
+            layers = [layer for name in trunks for layer in model.get_submodule(name)]
+        else:
+            layers = next(
+                module
+                for module in model.modules()
+                if isinstance(module, nn.ModuleList) and len(module) == num_layers
+            )
+            layers[0].register_forward_pre_hook(
+                lambda _, args, kwargs: self.take(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
         for layer in layers:
             layer.register_forward_hook(lambda _, __, out: self.take(out[0] if isinstance(out, tuple) else out))
 
