@@ -30,7 +30,7 @@ def t5_layout(config: ModelConfig) -> dict[str, Parameter]:
         for layer in range(num_layers):
             rows += _layer_rows(config, f"{trunk}.layers.{layer}.", cross=trunk == "decoder")
         rows += norm_rows(config, f"{trunk}.norm.")
-    # transformers draws a head of its own like the embedding, and begins at a loss of some 20 ln(v); T5X does this.
+    # As in T5X. transformers' std of 1 begins at a loss of ten times ln(vocabulary) and more.
     rows.append(Parameter("head.weight", (vocab, hidden), "weight", 0, init_std=std * hidden**-0.5))
     return {row.name: row for row in rows}
 
