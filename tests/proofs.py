@@ -39,6 +39,7 @@ GROUPS = {  # gpt2 ties its embeddings
     "gpt2": "",
     "qwen2": "num_query_groups = 4\ntied = true",
     "qwen3": "num_query_groups = 2\nhead_dim = 12",
+    "t5": "num_decoder_layers = 3",
 }
 
 

@@ -40,6 +40,9 @@ EQUAL = [
     ("qwen3", 2, "tp2-z3"),
     ("qwen3", 2, "tp2-sp-z1"),
     ("qwen3", 4, "tp2-sp-pp2-z3"),
+    ("t5", 2, "pp2-vp2-z1"),
+    ("t5", 2, "tp2-sp-z3"),
+    ("t5", 4, "tp2-pp2-z2"),
     *(
         pytest.param(family, 2, f"tp2{sequence}-z{zero}", marks=pytest.mark.slow)
         for family in ("qwen2", "qwen3")
