@@ -85,7 +85,7 @@ class Comparison:
     def watch(self, model: Any, num_layers: int, trunks: Sequence[str]) -> None:
         """Be called with the input of the model's first layer and the output of each; of two trunks, the outputs."""
         if trunks:
-            layers = [layer for name in trunks for layer in model.get_submodule(name)]
+            layers: Any = [layer for name in trunks for layer in model.get_submodule(name)]
         else:
             layers = next(
                 module
