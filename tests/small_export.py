@@ -55,8 +55,9 @@ def hf_trace(config, weights, dtype=torch.bfloat16, parts=None):
     state = {t.name: adapter.read(t, weights.read).to(dtype).float() for t in adapter.tensors(config)}
     model.load_state_dict(state)
 
-    def trace(ids):
-        assert ids.dtype == torch.int64
+    def trace(batch):
+        ids = batch["tokens"]
+        assert list(batch) == ["tokens"] and ids.dtype == torch.int64
         seen = []
         hooks = [
             layer.register_forward_hook(lambda _, __, out: seen.append(out)) for layer in model.model.layers
@@ -73,7 +74,7 @@ def hf_trace(config, weights, dtype=torch.bfloat16, parts=None):
     return trace
 
 
-SAMPLES = torch.randint(400, (2, 48), generator=torch.Generator().manual_seed(5))
+SAMPLES = {"tokens": torch.randint(400, (2, 48), generator=torch.Generator().manual_seed(5))}
 
 
 def assert_nothing_left(tmp_path):

@@ -93,7 +93,7 @@ def test_a_planted_fault_leaves_nothing_and_names_its_place(export, config, weig
     elif fault == "norm":
         tensors["norm.weight"][3] += 1
     elif fault == "embedding":
-        tensors["embed.word.weight"][SAMPLES[0, 0]] += 1
+        tensors["embed.word.weight"][SAMPLES["tokens"][0, 0]] += 1
     else:
         dtype = torch.float32
     with pytest.raises(ConversionError, match="more than 1.0e-04; they " + FAULTS[fault]) as caught:
@@ -212,9 +212,9 @@ def test_without_samples_a_random_sequence_is_compared(export, config, weights):
     seen = []
     right = hf_trace(config, weights)
 
-    def trace(ids):
-        seen.append(ids)
-        return right(ids)
+    def trace(batch):
+        seen.append(batch["tokens"])
+        return right(batch)
 
     export(trace=trace, samples=None)
     assert [tuple(ids.shape) for ids in seen] == [(1, 48)]

@@ -159,7 +159,7 @@ def test_all_errors_come_at_once(run_file):
     assert got[0] == "model.hiden_size: unknown key; did you mean 'hidden_size'?"
     assert got[1] == "train.global_batch: Input should be greater than 0 (got 0)"
     assert got[2].startswith("optimizer.lr: Input should be a valid number") and got[2].endswith("(got 'fast')")
-    assert got[3].startswith("nothing: unknown key; known keys: run, model, data, reading")
+    assert got[3].startswith("nothing: unknown key; known keys: run, model, data, task, reading")
 
 
 def test_missing_sections_and_keys(tmp_path):
@@ -215,7 +215,7 @@ def test_a_section_that_is_no_table(tmp_path):
 
 def test_an_unknown_preset_lists_the_known_ones(run_file):
     (line,) = lines(run_file, "model.preset=gpt2-1t")
-    assert "no preset is called 'gpt2-1t'; there are gpt2-1.5b, gpt2-124m" in line and "llama-70b" in line
+    assert "no preset is called 'gpt2-1t'; there are bert-base, bert-large" in line and "llama-70b" in line
 
 
 def test_heads_that_do_not_divide_the_width(run_file):
