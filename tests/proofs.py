@@ -25,7 +25,7 @@ dropout = 0.1
 max_sequence_length = 32
 [data]
 train = "shards/train"
-tokenizer = "tokenizer.model"
+tokenizer = "{tokenizer}.model"
 sequence_length = 32
 [train]
 steps = 50

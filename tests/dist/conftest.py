@@ -25,9 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare([str(out / "all.jsonl")], out / "shards", heldout_fraction=0.1)
     sentinels = tuple(f"<extra_id_{number}>" for number in reversed(range(4)))
-    train_tokenizer(iter(texts), out / "tokenizer.model", vocab_size=400, specials=sentinels)
+    train_tokenizer(iter(texts), out / "tokenizer.model", vocab_size=400)
+    train_tokenizer(iter(texts), out / "sentinels.model", vocab_size=400, specials=sentinels)
     for family, groups in GROUPS.items():
-        (out / f"{family}.toml").write_text(RUN_TOML.format(family=family, groups=groups))
+        tokenizer = "sentinels" if family == "t5" else "tokenizer"
+        text = RUN_TOML.format(family=family, groups=groups, tokenizer=tokenizer)
+        (out / f"{family}.toml").write_text(text)
     return out
 
 
