@@ -28,7 +28,10 @@ from basestone.data.tokenizer import Tokenizer, train_tokenizer
         ({"masked": 0.9, "replaced": 0.2}, r"masked is 0\.9 and replaced 0\.2; together they are at most 1"),
         ({"max_predictions": 0}, "greater than 0"),
         ({"short_fraction": 1.5, "next_sentence": True}, "less than or equal to 1"),
-        ({"short_fraction": 0.2, "next_sentence": False}, "is that of sentence pairs; set next_sentence = true"),
+        (
+            {"short_fraction": 0.2, "next_sentence": False},
+            "is that of sentence pairs; set next_sentence = true",
+        ),
         ({"noise": 1.0}, "less than 1"),
         ({"mean_span": 0.5}, "greater than or equal to 1"),
         ({"mean_span": float("nan")}, "finite number"),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
-from basestone.trainer.forks import run_ranks
 from small import VOCAB, curve_of, make_engine, relative_difference, restore, run_config, save, train
 
-from basestone.model.initial import initial_piece
 from basestone.model.families import layout_of
-from basestone.trainer.errors import CheckpointError
-from basestone.trainer.layouts import parse_layout
+from basestone.model.initial import initial_piece
 from basestone.trainer.checkpoint.reader import Reader
 from basestone.trainer.checkpoint.tensors import CheckpointTensors
+from basestone.trainer.errors import CheckpointError
+from basestone.trainer.forks import run_ranks
+from basestone.trainer.layouts import parse_layout
 
 pytestmark = pytest.mark.dist
 SAVED_AT, STEPS = 4, 9
@@ -133,7 +133,9 @@ def test_initial_weights_are_the_tables_in_every_layout(tmp_path, name):
     table = table_of(run)
     tensors = CheckpointTensors(Reader(tmp_path / "checkpoints" / "step_00000000"), table)
     for name, row in table.items():
-        np.testing.assert_array_equal(tensors.read(name).numpy(), initial_piece(row, run.run.seed, 0, 1).numpy())
+        np.testing.assert_array_equal(
+            tensors.read(name).numpy(), initial_piece(row, run.run.seed, 0, 1).numpy()
+        )
 
 
 def _fragments_of_rank(run):
@@ -158,8 +160,10 @@ def test_fragments_cover_every_parameter_once(zero, dtype):
     for name, row in table_of(run).items():
         spans = sorted((start, numel) for answer in answers for n, start, numel, _, _ in answer if n == name)
         assert spans[0][0] == 0 and sum(numel for _, numel in spans) == row.numel
-        assert all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
-    assert {tuple(keys) for answer in answers for _, _, _, keys, _ in answer} == {("exp_avg", "exp_avg_sq", "master")}
+        assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(spans))
+    assert {tuple(keys) for answer in answers for _, _, _, keys, _ in answer} == {
+        ("exp_avg", "exp_avg_sq", "master")
+    }
 
 
 def _restore_only(run, folder):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from basestone.trainer.forks import run_ranks
 from small import VOCAB, curve_of, make_engine, relative_difference, run_config
 
 from basestone.model.decoder import document_mask
+from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import parse_layout
 
 pytestmark = pytest.mark.dist

@@ -96,7 +96,10 @@ def test_scores_are_there_for_a_chunk_alone(monkeypatch):
 
 def embedder(family: str = "bert", pooling: str = "mean", **changes: Any) -> RunConfig:
     own = {"model__next_sentence": False} if family == "bert" else {}
-    return run_config(family, **{"model__pooling": pooling, "model__dropout": 0.0, "model__temperature": 0.5, **own, **changes})
+    return run_config(
+        family,
+        **{"model__pooling": pooling, "model__dropout": 0.0, "model__temperature": 0.5, **own, **changes},
+    )
 
 
 def fields_of(step: int, *, partners: bool) -> dict[str, torch.Tensor]:

@@ -30,11 +30,11 @@ from hf_models import (
 )
 from megatron.core import parallel_state
 
-from basestone.model.layers import megatron_config
+from basestone.model.families import layout_of
 from basestone.model.hf.adapter import adapter_for_hf
 from basestone.model.hf.rules import Halves, QueryGroups, Rule
 from basestone.model.hf.safetensors_file import SafetensorsReader
-from basestone.model.families import layout_of
+from basestone.model.layers import megatron_config
 from basestone.model.layout import Parameter
 from basestone.model.pipeline import chunks_of_ranks
 from basestone.model.stage import Stage
@@ -129,7 +129,8 @@ FAMILIES = ["llama-untied", "llama-scaled", "mistral", "qwen2", "qwen2-tied", "q
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "sequence"), [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, True)]
+    ("tensor", "pipeline", "sequence"),
+    [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, True)],
 )
 def test_logits_equal_transformers(written, name, tensor, pipeline, sequence):
     directory, expected = written(name)
@@ -138,7 +139,8 @@ def test_logits_equal_transformers(written, name, tensor, pipeline, sequence):
 
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "sequence"), [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, True)]
+    ("tensor", "pipeline", "sequence"),
+    [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (2, 2, True)],
 )
 def test_all_logits_equal_transformers(tmp_path, name, tensor, pipeline, sequence):
     write_directory(ENCODERS[name], random_weights(ENCODERS[name]), tmp_path)

@@ -103,7 +103,9 @@ def test_a_run_goes_on_through_five_random_layouts(tmp_path, family, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "seed"), [("llama", 3), ("gpt2", 4), ("llama", 5), ("qwen3", 6), ("qwen2", 7)])
+@pytest.mark.parametrize(
+    ("family", "seed"), [("llama", 3), ("gpt2", 4), ("llama", 5), ("qwen3", 6), ("qwen2", 7)]
+)
 def test_a_run_goes_on_through_twenty_random_layouts(tmp_path, family, seed):
     assert chain(tmp_path, family, 20, seed) < TOLERANCE
 

@@ -6,14 +6,11 @@ import functools
 
 import numpy as np
 import pytest
-from basestone.trainer.forks import run_ranks
 from small import (
     NUM_LAYERS,
-    SEQUENCE,
     curve_of,
     held_out_loss,
     make_engine,
-   
     relative_difference,
     run_config,
     train,
@@ -22,6 +19,7 @@ from small import (
 from basestone.trainer.batch import share
 from basestone.trainer.config import RunConfig
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import all_layouts, parse_layout
 
 pytestmark = pytest.mark.dist
@@ -111,7 +109,14 @@ def test_uneven_stages_equal_serial(family, name, counts):
 
 
 # Fewer micro-batches than stages, as many, more, and a last one that is filled up.
-MICRO_BATCHES = [("pp2-z1", 8), ("pp2-z2", 3), ("pp4-z1", 4), ("pp4-z2", 1), ("pp2-vp2-z1", 4), ("pp2-dp2-z3", 3)]
+MICRO_BATCHES = [
+    ("pp2-z1", 8),
+    ("pp2-z2", 3),
+    ("pp4-z1", 4),
+    ("pp4-z2", 1),
+    ("pp2-vp2-z1", 4),
+    ("pp2-dp2-z3", 3),
+]
 
 
 @pytest.mark.parametrize(("name", "micro_batch"), MICRO_BATCHES)
@@ -135,7 +140,9 @@ EVALUATED = ["pp2-z1", "pp2-z3", "pp2-z0", "pp2-vp2-z1", "pp2-vp2-z3", "tp2-sp-p
 @pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_equals_serial_and_disturbs_nothing(name):
     size, run = layout_of(name, "gpt2", model__z_loss=1e-3)
-    expected, loss, _ = run_ranks(_evaluate_between, 1, run_config("gpt2", parallel__zero=0, model__z_loss=1e-3))[0]
+    expected, loss, _ = run_ranks(
+        _evaluate_between, 1, run_config("gpt2", parallel__zero=0, model__z_loss=1e-3)
+    )[0]
     for curve, found, again in run_ranks(_evaluate_between, size, run):
         assert relative_difference(curve, expected) < 1e-5
         assert abs(found - loss) < 1e-5 * loss and again == found
@@ -283,6 +290,8 @@ def test_slices_of_the_tokens_have_masks_of_their_own(recompute):
 
 
 def test_whole_tokens_have_the_same_masks_on_every_rank():
-    masks = list(zip(*run_ranks(_dropout_masks, 2, run_config(model__dropout=0.5, parallel__tensor=2)), strict=True))
+    masks = list(
+        zip(*run_ranks(_dropout_masks, 2, run_config(model__dropout=0.5, parallel__tensor=2)), strict=True)
+    )
     assert len(masks) >= 7
     assert all(np.array_equal(one, other) for one, other in masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from basestone.trainer.forks import run_ranks
 from small import VOCAB, held_out_loss, make_engine, relative_difference, restore, run_config, save, train
 
 from basestone.model.families import layout_of
@@ -18,6 +18,7 @@ from basestone.trainer.config import RunConfig
 from basestone.trainer.engine import check_deepspeed
 from basestone.trainer.engine_state import MASTER
 from basestone.trainer.errors import ConfigError
+from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import parse_layout
 
 pytestmark = pytest.mark.dist
@@ -101,7 +102,9 @@ def test_a_layout_keeps_offload_where_it_goes_with_it(name, offload):
     run = layout.of(offloaded(3, to="nvme", parallel__nvme_path="/disk"))
     assert run.parallel.offload == offload
     run.resolve(layout.processes, VOCAB)
-    assert layout.of(offloaded(2)).parallel.offload == ("cpu" if layout.zero > 1 and layout.pipeline == 1 else "none")
+    assert layout.of(offloaded(2)).parallel.offload == (
+        "cpu" if layout.zero > 1 and layout.pipeline == 1 else "none"
+    )
 
 
 def _train_and_save(run: RunConfig, folder: str) -> list[tuple[float, float]]:
@@ -145,7 +148,9 @@ def _contract(run: RunConfig) -> list[tuple[str, int, int]]:
     engine = make_engine(run)
     train(engine, run, range(1))
     state = engine.state
-    found = {f.name: (f.start, f.numel, {k: t.clone() for k, t in f.tensors.items()}) for f in state.fragments()}
+    found = {
+        f.name: (f.start, f.numel, {k: t.clone() for k, t in f.tensors.items()}) for f in state.fragments()
+    }
     assert state.steps == 1
     for name, (_, numel, tensors) in found.items():
         assert all(t.shape == (numel,) and t.dtype == torch.float32 for t in tensors.values()), name
@@ -177,7 +182,7 @@ def _fulfils_contract(run: RunConfig) -> None:
     for name, row in table.items():
         spans = sorted((start, numel) for answer in answers for found, start, numel in answer if found == name)
         assert spans[0][0] == 0 and sum(numel for _, numel in spans) == row.numel
-        assert all(a + n == b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

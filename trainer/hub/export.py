@@ -161,9 +161,11 @@ def _write_configs(
 ) -> None:
     """Write all but the weights and the card."""
     specials = {"bos": tokens.bos, "eos": tokens.eos, "pad": tokens.pad}
-    generation = {"_from_model_config": True, **{f"{name}_token_id": value for name, value in specials.items()}}
+    described = adapter.hf_config(config, dtype=dtype, **specials)
+    ids = [*(f"{name}_token_id" for name in specials), "decoder_start_token_id"]
+    generation = {"_from_model_config": True, **{name: described[name] for name in ids if name in described}}
     for name, values in (
-        ("config.json", adapter.hf_config(config, dtype=dtype, **specials)),
+        ("config.json", described),
         *([("generation_config.json", generation)] if config.predicts_tokens else []),
         *(sentence_files(config, sequence_length).items() if config.pooling is not None else []),
     ):

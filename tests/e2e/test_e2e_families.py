@@ -1,0 +1,169 @@
+"""Every family by the command line: train, go on in another layout, evaluate, export, and open what came out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import losses_of
+
+pytestmark = pytest.mark.dist
+
+RUN = """
+[run]
+processes = 2
+[model]
+{model}
+num_layers = 2
+hidden_size = 64
+num_attention_heads = 4
+max_sequence_length = 64
+{task}
+[data]
+train = "{shards}/train"
+tokenizer = "{tokenizer}"
+sequence_length = 48
+[data.heldout]
+topics = "{shards}/heldout"
+[train]
+steps = 6
+global_batch = 8
+micro_batch = 2
+dtype = "fp32"
+[optimizer]
+lr = 1e-3
+[schedule]
+kind = "constant"
+[evaluate]
+every_steps = 3
+max_tokens = 2000
+[checkpoint]
+every_steps = 3
+"""
+KINDS = {
+    "bert": ('family = "bert"\ndropout = 0.0', ""),
+    "t5": ('family = "t5"\nnum_decoder_layers = 2', ""),
+    "bert-sentences": (
+        'family = "bert"\ndropout = 0.0\nnext_sentence = false\npooling = "mean"\ntemperature = 1.0',
+        '[task]\npairs = "neighbours"',
+    ),
+    "llama-sentences": (
+        'family = "llama"\npooling = "last"\ntemperature = 1.0',
+        '[task]\npairs = "neighbours"',
+    ),
+}
+ACCURACIES = {
+    "bert": {"masked", "next_sentence"},
+    "t5": {"spans"},
+    "bert-sentences": {"contrastive"},
+    "llama-sentences": {"contrastive"},
+}
+
+
+@pytest.fixture(scope="module")
+def symbols(tmp_path_factory, basestone, corpus) -> Path:
+    """A tokenizer of the corpus with masks and sentinels."""
+    out = tmp_path_factory.mktemp("symbols") / "tokenizer.model"
+    specials = [part for name in ("[CLS]", "[SEP]", "[MASK]") for part in ("--special", name)]
+    done = basestone(
+        "tokenizer",
+        "train",
+        corpus / "shards/train",
+        "--out",
+        out,
+        "--vocab-size",
+        "600",
+        *specials,
+        "--sentinels",
+        20,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "eval"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, symbols, tmp_path):
+    model, task = KINDS[kind]
+    run = tmp_path / "run.toml"
+    run.write_text(RUN.format(model=model, task=task, shards=corpus / "shards", tokenizer=symbols))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for run_dir, more in (
+        (whole, ("parallel.tensor=2",)),
+        (cut, ("parallel.tensor=2", "train.steps=3")),
+        (cut, ("parallel.pipeline=2", "parallel.zero=2")),
+    ):
+        settings = [part for setting in more for part in ("--set", setting)]
+        done = forked("train", run, "--run-dir", run_dir, *settings)
+        assert done.returncode == 0, done.stderr
+    assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-5)
+    last = evaluations(cut)[-1]
+    assert {name.removesuffix("_accuracy") for name in last if name.endswith("_accuracy")} == ACCURACIES[kind]
+    assert "bits_per_byte" not in last
+
+    done = forked("evaluate", cut, "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout).values()
+    assert found == pytest.approx({name: last[name] for name in found}, rel=1e-4)
+
+    out = tmp_path / "out"
+    done = forked("export", cut, out, "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    opened = OPEN[kind](out)
+    assert bool(torch.isfinite(opened).all())
+    done = forked("import", out, tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert "equal transformers'" in done.stdout
+
+
+def open_bert(out: Path) -> torch.Tensor:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForPreTraining
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    encoded = tokenizer("a list", "the second [MASK]", return_tensors="pt")
+    names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
+    assert names[0] == "[CLS]" and names[-1] == "[SEP]" and names.count("[SEP]") == 2 and "[MASK]" in names
+    assert encoded["token_type_ids"][0].tolist() == [0] * (names.index("[SEP]") + 1) + [1] * (
+        len(names) - names.index("[SEP]") - 1
+    )
+    model, info = BertForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    _, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert {name.partition(".")[0] for name in info["missing_keys"]} == {"classifier"}
+    return model(**encoded).prediction_logits
+
+
+def open_t5(out: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    encoded = tokenizer("a list of <extra_id_0> items", return_tensors="pt")
+    names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
+    assert names[-1] == "</s>" and names[0] != "<s>" and "<extra_id_0>" in names
+    model = T5ForConditionalGeneration.from_pretrained(out)
+    answer = model.generate(**encoded, max_new_tokens=4, do_sample=False)
+    assert answer[0, 0] == tokenizer.pad_token_id, "the decoder begins as in training"
+    return model(**encoded, decoder_input_ids=answer).logits
+
+
+def open_sentences(out: Path) -> torch.Tensor:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(out), device="cpu")
+    texts = ["a list of items", "another text, and a longer one than the first", "x"]
+    together = model.encode(texts, convert_to_tensor=True)
+    alone = torch.stack([model.encode(text, convert_to_tensor=True) for text in texts])
+    assert together.shape == (3, 64) and torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=-1), torch.ones(3))
+    assert model.tokenizer("x")["input_ids"][0] == model.tokenizer.cls_token_id
+    return together
+
+
+OPEN = {"bert": open_bert, "t5": open_t5, "bert-sentences": open_sentences, "llama-sentences": open_sentences}
