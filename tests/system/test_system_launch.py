@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from small_corpus import make_corpus
 from whole_run import CHANGES, train
 
 pytestmark = pytest.mark.system
-STEPS = 30
+STEPS, QUICKSTART_STEPS = 30, 6
 END_S = 240.0
 
 
@@ -31,6 +32,22 @@ def reference(tmp_path_factory, corpus) -> list[float]:
     """Losses of the same run by two processes of this machine."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
     train(corpus, run_dir, f"train.steps={STEPS}")
+    return losses_of(run_dir)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """A folder whose run.toml is the quickstart's: 8 million parameters in bf16, tensor parallel over two ranks."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    shutil.copy(Path(__file__).parents[2] / "recipes" / "quickstart.toml", folder / "run.toml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart_losses(tmp_path_factory, quickstart) -> list[float]:
+    """Its first losses by two processes of this machine."""
+    run_dir = tmp_path_factory.mktemp("quickstart-losses") / "run"
+    train(quickstart, run_dir, f"train.steps={QUICKSTART_STEPS}")
     return losses_of(run_dir)
 
 
@@ -79,16 +96,17 @@ def reached(run_dir: Path, step: int) -> Callable[[], bool]:
 # ---- torchrun -------------------------------------------------------------------------------------------------------
 
 
-def test_torchrun_over_two_nodes_gives_the_losses_of_one_machine(cluster: Cluster, tmp_path, corpus, reference):
+def test_torchrun_over_two_nodes_gives_the_losses_of_one_machine(
+    cluster: Cluster, tmp_path, quickstart, quickstart_losses
+):
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    line = launch(
-        corpus, run_dir, "--on", "torchrun", "--nodes", 2, "--processes-per-node", 1, "--endpoint", "n0:29400"
-    )
+    where = ("--on", "torchrun", "--nodes", 2, "--processes-per-node", 1, "--endpoint", "n0:29400")
+    line = launch(quickstart, run_dir, *where, steps=QUICKSTART_STEPS)
     agents = [begin(node, line, log) for node in cluster.nodes]
     with ending(*agents):
         assert [agent.wait(END_S) for agent in agents] == [0, 0], log.read_text()
-    assert losses_of(run_dir) == reference
-    assert events_of(run_dir, "start") == [f"{STEPS} steps on 2 process(es)"]
+    assert losses_of(run_dir) == quickstart_losses
+    assert events_of(run_dir, "start") == [f"{QUICKSTART_STEPS} steps on 2 process(es)"]
 
 
 def test_the_run_goes_on_without_a_node_and_again_with_it(cluster: Cluster, tmp_path, corpus):
@@ -129,10 +147,15 @@ def hostfile(tmp_path: Path, *names: str) -> Path:
 
 
 def test_hosts_by_deepspeeds_launcher_give_the_losses_of_one_machine(
-    ssh_cluster: Cluster, tmp_path, corpus, reference
+    ssh_cluster: Cluster, tmp_path, quickstart, quickstart_losses
 ):
     run_dir, log = tmp_path / "run 'odd' $(id)", tmp_path / "log"
-    line = launch(corpus, run_dir, "--on", "hosts", "--hostfile", hostfile(tmp_path, "n0", "n1"))
+    line = launch(
+        quickstart,
+        run_dir,
+        *("--on", "hosts", "--hostfile", hostfile(tmp_path, "n0", "n1")),
+        steps=QUICKSTART_STEPS,
+    )
     here = tmp_path / "a;touch planted;b $(touch planted) c"
     here.mkdir()
     agent = begin(ssh_cluster.nodes[0], line, log, here)
@@ -141,7 +164,7 @@ def test_hosts_by_deepspeeds_launcher_give_the_losses_of_one_machine(
     assert not list(tmp_path.rglob("planted")) and not any(
         Path(place, "planted").exists() for place in ("/", *(node.home for node in ssh_cluster.nodes))
     )
-    assert losses_of(run_dir) == reference
+    assert losses_of(run_dir) == quickstart_losses
 
 
 def test_a_rank_that_dies_on_another_host_is_started_again(ssh_cluster: Cluster, tmp_path, corpus, reference):
