@@ -25,7 +25,7 @@ class Family(NamedTuple):
     """
 
     layout: Callable[[ModelConfig], dict[str, Parameter]]
-    macs: Callable[[ModelConfig, int, int, float], Macs]
+    macs: Callable[[ModelConfig, int, float, float], Macs]
     chunk: tuple[str, str]
     task: TaskName
 

@@ -18,18 +18,18 @@ Convention = Literal["causal", "full"]
 
 
 def flops_per_token(
-    config: ModelConfig, sequence_length: int, convention: Convention = "causal", *, target_length: int = 0
+    config: ModelConfig, sequence_length: int, convention: Convention = "causal", *, target_length: float = 0
 ) -> float:
     """Count the FLOPs of forward and backward for one token at `sequence_length` tokens.
 
-    Where a decoder has targets of its own, `target_length` of them, the token is one of the inputs, and what the
-    targets take is laid on the inputs.
+    Where not every token is predicted, `target_length` are: the targets of an encoder-decoder, the hidden tokens of a
+    BERT. What they take is laid on the tokens of the inputs.
     """
     return 6.0 * sum(_macs(config, sequence_length, convention, target_length))
 
 
 def recomputed_flops_per_token(
-    config: ModelConfig, sequence_length: int, convention: Convention = "causal", *, target_length: int = 0
+    config: ModelConfig, sequence_length: int, convention: Convention = "causal", *, target_length: float = 0
 ) -> float:
     """Count what activation checkpointing adds for one token: each layer's forward once more.
 
@@ -38,7 +38,7 @@ def recomputed_flops_per_token(
     return 2.0 * _macs(config, sequence_length, convention, target_length).layers
 
 
-def _macs(config: ModelConfig, sequence_length: int, convention: Convention, target_length: int) -> Macs:
+def _macs(config: ModelConfig, sequence_length: int, convention: Convention, target_length: float) -> Macs:
     share = 0.5 if convention == "causal" else 1.0
     return family_of(config).macs(config, sequence_length, target_length, share)
 

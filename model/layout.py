@@ -96,7 +96,7 @@ def decoder_layout(config: ModelConfig) -> dict[str, Parameter]:
     return {row.name: row for row in rows}
 
 
-def decoder_macs(config: ModelConfig, sequence_length: int, target_length: int, causal_share: float) -> Macs:
+def decoder_macs(config: ModelConfig, sequence_length: int, target_length: float, causal_share: float) -> Macs:
     """Count a decoder's multiply-adds; it has no targets of their own."""
     layer = layer_macs(config, sequence_length, share=causal_share)
     head = config.hidden_size * config.padded_vocab_size if config.predicts_tokens else 0

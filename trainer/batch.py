@@ -68,10 +68,15 @@ def causal_fields(tokens: Tensor, marks: Tensor, *, documents_apart: bool = Fals
 
 
 def num_tokens_of(fields: Mapping[str, Tensor]) -> float:
-    """Count the tokens that the model is trained on: those that are not padding, else those that are predicted."""
+    """Count the tokens that the model is trained on: those that are not padding, else those that are predicted.
+
+    A text that is its own partner counts twice, as it passes through the model.
+    """
     if "length" not in fields:
         return float(fields["weights"].sum())
-    lengths = [field for name, field in fields.items() if name.endswith("length")]
+    lengths = [fields["length"]]
+    if "labels" not in fields:
+        lengths.append(fields.get("other_length", fields["length"]))
     return float(sum(int(length.sum()) for length in lengths))
 
 

@@ -333,6 +333,15 @@ class ResolvedRun:
         return self.run.data.sequence_length + self.target_length
 
     @property
+    def num_predicted(self) -> float:
+        """Give the predictions of a sequence where not every token is one, as FLOPs count them."""
+        task = self.run.task
+        if task.name != "masked":
+            return self.target_length
+        predicted = task.predicted * self.run.data.sequence_length
+        return min(predicted, task.max_predictions or predicted)
+
+    @property
     def saves_asynchronously(self) -> bool:
         """Tell whether checkpoints are written from a copy, which memory that was offloaded would not hold."""
         wanted = self.run.checkpoint.asynchronous

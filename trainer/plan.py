@@ -146,7 +146,7 @@ def total_flops(resolved: ResolvedRun) -> float:
     """Count the FLOPs of the whole run."""
     run = resolved.run
     convention = run.meter.attention_flops
-    targets = resolved.target_length
+    targets = resolved.num_predicted
     a_token = flops_per_token(run.model, run.data.sequence_length, convention, target_length=targets)
     return a_token * resolved.tokens
 

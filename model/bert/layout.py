@@ -38,13 +38,16 @@ def _linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Par
     ]
 
 
-def bert_macs(config: ModelConfig, sequence_length: int, target_length: int, causal_share: float) -> Macs:
-    """Count the multiply-adds of a forward for one token of a sequence: all scores count, and there are no targets."""
+def bert_macs(config: ModelConfig, sequence_length: int, target_length: float, causal_share: float) -> Macs:
+    """Count the multiply-adds of a forward for one token of a sequence, of which `target_length` are predicted.
+
+    All scores count; the head over the vocabulary sees what is predicted.
+    """
     hidden = config.hidden_size
     trunk = config.num_layers * layer_macs(config, sequence_length, share=1.0)
     if not config.predicts_tokens:
         return Macs(trunk, 0.0)
-    heads: float = hidden * hidden + hidden * config.padded_vocab_size
+    heads = target_length * (hidden * hidden + hidden * config.padded_vocab_size)
     if config.next_sentence:
-        heads += (hidden * hidden + 2 * hidden) / sequence_length
-    return Macs(trunk, heads)
+        heads += hidden * hidden + 2 * hidden
+    return Macs(trunk, heads / sequence_length)

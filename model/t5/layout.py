@@ -74,7 +74,7 @@ def _layer_rows(config: ModelConfig, prefix: str, *, cross: bool) -> list[Parame
     ]
 
 
-def t5_macs(config: ModelConfig, sequence_length: int, target_length: int, causal_share: float) -> Macs:
+def t5_macs(config: ModelConfig, sequence_length: int, target_length: float, causal_share: float) -> Macs:
     """Count the multiply-adds of a forward for one token of the inputs, those of the targets laid on them."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     targets = target_length / sequence_length

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from small import GLOBAL_BATCH, LR, SEQUENCE, VOCAB, make_engine, run_config
+from torch.utils.flop_counter import FlopCounterMode
 
+from basestone.model.flops import flops_per_token
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import MicroBatch, cut
 from basestone.trainer.config import RunConfig
@@ -115,6 +117,23 @@ def test_without_next_sentences():
 
 def test_recomputing_changes_nothing(serial):
     assert worst(run_ranks(curve_of, 1, bert(train__recompute=True))[0], serial) < 1e-5
+
+
+def _flops(run: RunConfig) -> tuple[float, float]:
+    """Count a step's forward and backward; give it beside the closed form, both for one place of the batch."""
+    engine = make_engine(run)
+    batches, counts = batches_of(engine, run, 0)
+    processes.seed_step(run.run.seed, 0, engine.runtime)
+    with FlopCounterMode(display=False) as counter:
+        engine.forward_backward(batches, counts)
+    expected = flops_per_token(engine.model, SEQUENCE, target_length=counts["masked"] / GLOBAL_BATCH)
+    return counter.get_total_flops() / (GLOBAL_BATCH * SEQUENCE), expected
+
+
+def test_flops_are_those_that_torch_counts():
+    """With dropout torch counts the attention's products one by one."""
+    counted, expected = run_ranks(_flops, 1, bert(model__dropout=0.1))[0]
+    assert counted == pytest.approx(expected, rel=1e-6)
 
 
 def _seen(run: RunConfig) -> float:

@@ -49,7 +49,7 @@ class Meters:
         self.tariff = Tariff(section)
         self._convention = section.attention_flops
         shape = (run.model, run.data.sequence_length, section.attention_flops)
-        targets = resolved.target_length
+        targets = resolved.num_predicted
         self.flops_per_token = flops_per_token(*shape, target_length=targets)
         again = recomputed_flops_per_token(*shape, target_length=targets)
         self._recomputed_flops = again if run.train.recompute else 0.0
