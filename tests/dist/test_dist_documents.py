@@ -36,9 +36,12 @@ def _logits(run, apart):
     module = make_engine(run).module.eval()
     tokens, starts = packed_rows()
     with torch.no_grad():
-        together = module({"tokens": tokens, "starts": starts} if apart else {"tokens": tokens})
+        together = module({"tokens": tokens, "starts": starts} if apart else {"tokens": tokens})["next_token"]
         alone = [
-            torch.cat([module({"tokens": part}) for part in row.unsqueeze(0).split(lengths, dim=1)], dim=1)
+            torch.cat(
+                [module({"tokens": part})["next_token"] for part in row.unsqueeze(0).split(lengths, dim=1)],
+                dim=1,
+            )
             for row, lengths in zip(tokens, LENGTHS, strict=True)
         ]
     return together.numpy(), torch.cat(alone).numpy()
