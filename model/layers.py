@@ -297,11 +297,14 @@ def padding_mask(tokens_bs: Tensor, length_b1: Tensor | None) -> Tensor | None:
 
 
 def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Give a module's children that have parameters, its layers one by one, by their names behind a prefix."""
+    """Give a module's children, its layers one by one, by their names behind a prefix.
+
+    A head without a weight of its own is among them: what is in no tree is not seen by DeepSpeed, which gathers for it.
+    """
     for name, part in module.named_children():
         if name == "layers":
             yield from ((f"{prefix}layers.{number}", layer) for number, layer in part.named_children())
-        elif any(True for _ in part.parameters()):
+        else:
             yield prefix + name, part
 
 
@@ -349,7 +352,7 @@ class StageChunk(MegatronModule):
         return {"contrastive": pooled(x_sbh, both_texts(batch)["length"], self.model.pooling)}
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Give what has parameters, by the name that they begin with in `model/layout.py`."""
+        """Give what a chunk is made of, by the name that its parameters begin with in `model/layout.py`."""
         yield from parts_of(self)
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
