@@ -147,7 +147,7 @@ def norm_rows(config: ModelConfig, prefix: str) -> list[Parameter]:
     return rows
 
 
-def layer_macs(config: ModelConfig, sequence_length: int, *, share: float) -> float:
+def layer_macs(config: ModelConfig, sequence_length: float, *, share: float) -> float:
     """Count the multiply-adds of one layer's forward for one token; `share` is that of the scores that count."""
     hidden, head_dim = config.hidden_size, config.head_dim
     heads, groups = config.num_attention_heads, config.num_query_groups
