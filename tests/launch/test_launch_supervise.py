@@ -233,10 +233,15 @@ def test_a_job_that_makes_room_is_requeued_until_it_is_in_vain(in_slurm):
     run_dir.mkdir()
     job = job_in(run_dir, "slurm", max_restarts=1)
     (in_slurm / "step").write_text(f"kill -USR2 $PPID; sleep 0.5; touch '{run_dir}/RESUME'\n")
+    secrets, kept = job.folder / "secrets.json", []
+    secrets.parent.mkdir(parents=True, exist_ok=True)
+    secrets.write_text("{}")
     for _ in range(3):
         assert supervise.run_batch(job) == 75
+        kept.append(secrets.exists())
         (run_dir / STOP).unlink(missing_ok=True)
     assert asked_of(in_slurm).count("requeue 7") == 1, "the second start saved nothing new"
+    assert kept == [True, False, False], "who gives up needs them no more"
     supervise.forget(job)
     assert supervise.run_batch(job) == 75
     assert asked_of(in_slurm).count("requeue 7") == 2, "a new launch counts anew"
