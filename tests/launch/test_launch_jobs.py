@@ -12,33 +12,17 @@ from pathlib import Path
 
 import pytest
 from in_process import Command
+from launch_jobs import job_in
 
 from basestone.launch import local
 from basestone.launch.cluster import ends, jobs, kubernetes, rank
 from basestone.launch.cluster.config import ClusterConfig
 from basestone.launch.cluster.job import Job
 from basestone.launch.cluster.plan import port_of
-from basestone.launch.cluster.slurm import options_of
 from basestone.launch.environ import RankIdentity
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.run_lock import RunLock, is_held
 from basestone.trainer.rundir import STOP
-
-
-def job_in(run_dir: Path, backend: str = "local", **changes) -> Job:
-    values = {
-        "name": "gpt-1123-120000",
-        "backend": backend,
-        "run_file": "/shared/gpt.toml",
-        "run_dir": str(run_dir),
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "processes_per_node": 1,
-        "options": {"python": sys.executable, **options_of(ClusterConfig().slurm)},
-    }
-    job = Job(**(values | changes))
-    job.write({})
-    return job
 
 
 def test_a_refused_launch_leaves_the_run_that_goes_on_alone(

@@ -11,31 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launch_jobs import job_in
 
 from basestone.launch.cluster import ends, launcher, outcome, supervise
-from basestone.launch.cluster.config import ClusterConfig
 from basestone.launch.cluster.job import Job
 from basestone.launch.cluster.outcome import Outcome
-from basestone.launch.cluster.slurm import options_of
 from basestone.launch.cluster.supervise import Supervisor
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.rundir import STOP
-
-
-def job_in(run_dir: Path, backend: str = "local", **changes) -> Job:
-    values = {
-        "name": "gpt-1123-120000",
-        "backend": backend,
-        "run_file": "/shared/gpt.toml",
-        "run_dir": str(run_dir),
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "processes_per_node": 1,
-        "options": {"python": sys.executable, **options_of(ClusterConfig().slurm)},
-    }
-    job = Job(**(values | changes))
-    job.write({})
-    return job
 
 
 @pytest.fixture(autouse=True)
