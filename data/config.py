@@ -244,9 +244,6 @@ class DataConfig(Section):
         return value
 
 
-PART_OF_TASK = {"causal": "next_token", "masked": "masked", "spans": "spans", "contrastive": "contrastive"}
-
-
 class TaskConfig(Section):
     """Say what is made of the data's tokens, and so what the model learns to predict."""
 
@@ -323,7 +320,8 @@ class TaskConfig(Section):
     def parts(self) -> dict[str, str]:
         """Return the parts of the loss, each with the field that says, 0 or 1, which of its predictions count."""
         assert self.name is not None
-        parts = {PART_OF_TASK[self.name]: "real" if self.name == "contrastive" else "weights"}
+        first = "next_token" if self.name == "causal" else self.name
+        parts = {first: "real" if self.name == "contrastive" else "weights"}
         return parts | {"next_sentence": "real"} if self.next_sentence else parts
 
     def misplaced(self, task: str) -> str | None:

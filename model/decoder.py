@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,7 +17,7 @@ from torch import Tensor
 from .backend import backend_for
 from .config import ModelConfig
 from .layers import Embedding, StageChunk, layer_spec
-from .loss import Outcome, vocab_parallel_cross_entropy
+from .loss import Outcome
 from .pipeline import Chunk
 
 
@@ -98,16 +97,7 @@ class Decoder(StageChunk):
         logits_sbv, _ = self.head(x_sbh, weight=weight)
         if (labels_bs := batch.get("labels")) is None:
             return {"next_token": logits_sbv.transpose(0, 1)}
-        rank, vocab = parallel_state.get_tensor_model_parallel_rank(), self.model.vocab_size
-        assert vocab is not None
-        losses_sb = vocab_parallel_cross_entropy(
-            logits_sbv,
-            labels_bs.transpose(0, 1),
-            first_row=rank * logits_sbv.shape[-1],
-            vocab_size=vocab,
-            z_loss=self.model.z_loss if self.training else 0.0,
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
+        losses_sb, _ = self.token_outcome(logits_sbv, labels_bs.transpose(0, 1), told=False)
         return {"next_token": Outcome(losses_sb.transpose(0, 1))}
 
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .backend import backend_for
 from .config import ModelConfig
 from .embedding.pooling import both_texts, pooled
+from .loss import Outcome, vocab_parallel_cross_entropy, vocab_parallel_right
 from .pipeline import Chunk
 
 
@@ -362,6 +363,22 @@ class StageChunk(MegatronModule):
 
     def share(self, earlier: Sequence[StageChunk]) -> None:
         """Take over what this chunk and an earlier one of the same rank both have; most have nothing."""
+
+    def token_outcome(self, logits: Tensor, labels: Tensor, *, told: bool = True) -> Outcome:
+        """Give the losses of predictions, like `labels`, from this rank's part of the logits; z-loss in training alone.
+
+        Out of training they come with what was right, where it is to be `told`.
+        """
+        vocab = self.model.vocab_size
+        assert vocab is not None
+        place = {
+            "first_row": parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1],
+            "vocab_size": vocab,
+            "group": parallel_state.get_tensor_model_parallel_group(),
+        }
+        right = vocab_parallel_right(logits, labels, **place) if told and not self.training else None
+        z_loss = self.model.z_loss if self.training else 0.0
+        return Outcome(vocab_parallel_cross_entropy(logits, labels, z_loss=z_loss, **place), right)
 
     def traced(self) -> Iterator[tuple[str, nn.Module]]:
         """Give what another implementation is compared by: (name, module), in the order of the forward pass.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backend import backend_for
 from ..config import ModelConfig
 from ..layers import Embedding, StageChunk, WholeLinear, layer_spec, padding_mask
-from ..loss import Outcome, vocab_parallel_cross_entropy, vocab_parallel_right
+from ..loss import Outcome
 from ..pipeline import Chunk
 
 
@@ -101,25 +101,17 @@ class Bert(StageChunk):
         return self.next_sentence(torch.tanh(self.pooler(first_bh)))
 
     def _outcomes(self, x_bsh: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Outcome]:
-        vocab, weights_bs = self.model.vocab_size, batch["weights"]
-        assert vocab is not None
+        weights_bs = batch["weights"]
         # A head over the vocabulary costs as much as some layers: it sees what is predicted, 15 % by default.
         picked = weights_bs.flatten().nonzero()[:, 0]
         logits_pv = self._token_logits(x_bsh.flatten(0, 1)[picked])
-        labels_p = batch["labels"].flatten()[picked]
-        place = {
-            "first_row": parallel_state.get_tensor_model_parallel_rank() * logits_pv.shape[-1],
-            "vocab_size": vocab,
-            "group": parallel_state.get_tensor_model_parallel_group(),
-        }
+        losses_p, right_p = self.token_outcome(logits_pv, batch["labels"].flatten()[picked])
 
         def placed(found_p: Tensor) -> Tensor:
             everywhere = found_p.new_zeros(weights_bs.numel())
             return everywhere.index_put((picked,), found_p).view(weights_bs.shape)
 
-        right = None if self.training else placed(vocab_parallel_right(logits_pv, labels_p, **place))
-        losses = placed(vocab_parallel_cross_entropy(logits_pv, labels_p, **place))
-        outcomes = {"masked": Outcome(losses, right)}
+        outcomes = {"masked": Outcome(placed(losses_p), None if right_p is None else placed(right_p))}
         if (next_label := batch.get("next_label")) is not None:
             scores, label = self._sentence_logits(x_bsh[:, 0]).float(), next_label[:, 0]
             losses = F.cross_entropy(scores, label, reduction="none")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..backend import backend_for
 from ..config import ModelConfig
 from ..layers import Embedding, StageChunk, drop_out, layer_spec, padding_mask, parts_of
-from ..loss import Outcome, vocab_parallel_cross_entropy, vocab_parallel_right
+from ..loss import Outcome
 from ..pipeline import Chunk
 
 
@@ -176,12 +176,4 @@ class T5(StageChunk):
     ) -> dict[str, Tensor] | dict[str, Outcome]:
         if (labels_bt := batch.get("labels")) is None:
             return {"spans": logits_btv}
-        vocab = self.model.vocab_size
-        assert vocab is not None
-        first_row = parallel_state.get_tensor_model_parallel_rank() * logits_btv.shape[-1]
-        group = parallel_state.get_tensor_model_parallel_group()
-        place = {"first_row": first_row, "vocab_size": vocab, "group": group}
-        right = None if self.training else vocab_parallel_right(logits_btv, labels_bt, **place)
-        z_loss = self.model.z_loss if self.training else 0.0
-        losses_bt = vocab_parallel_cross_entropy(logits_btv, labels_bt, z_loss=z_loss, **place)
-        return {"spans": Outcome(losses_bt, right)}
+        return {"spans": self.token_outcome(logits_btv, labels_bt)}
