@@ -320,8 +320,8 @@ class TaskConfig(Section):
     def parts(self) -> dict[str, str]:
         """Return the parts of the loss, each with the field that says, 0 or 1, which of its predictions count."""
         assert self.name is not None
-        first = "next_token" if self.name == "causal" else self.name
-        parts = {first: "real" if self.name == "contrastive" else "weights"}
+        first: str = "next_token" if self.name == "causal" else self.name
+        parts: dict[str, str] = {first: "real" if self.name == "contrastive" else "weights"}
         return parts | {"next_sentence": "real"} if self.next_sentence else parts
 
     def misplaced(self, task: str) -> str | None:
