@@ -130,15 +130,13 @@ def train(
         local.become_worker(arguments)
 
     from ..trainer.load import load_run
-    from ..trainer.places import locate, task_of, vocab_size
+    from ..trainer.places import open_run
     from ..trainer.plan import describe
     from .gpus import check_gpus
 
     config = load_run(run, overrides or [])
     num_workers = config.run.processes or max(1, environ.num_gpus())
-    places = locate(config.data, config.reading, environ.cache_dir(), _say)
-    resolved = config.resolve(num_workers, vocab_size(places))
-    task_of(config, places.tokenizer)
+    resolved, _ = open_run(config, num_workers, environ.cache_dir(), _say)
     lines = describe(resolved, directory)
     if dry_run:
         for label, text in lines:

@@ -14,7 +14,7 @@ from ..data.indexing import Indexer
 from ..data.reading.reader import RangeReader
 from ..data.tasks.task import Task, make_task
 from ..data.tokenizer import Tokenizer
-from .config import RunConfig
+from .config import ResolvedRun, RunConfig
 
 ONLY_SOURCE = "train"  # the name of the source where data.train names the shards
 Log = Callable[[str], None]
@@ -117,6 +117,20 @@ def locate_tokenizer(data: DataConfig, reading: ReadingConfig, cache_dir: Path) 
     tokenizer = locator.tokenizer()
     _refuse(locator.problems)
     return tokenizer
+
+
+def open_run(
+    run: RunConfig, world_size: int, cache_dir: Path, log: Log = lambda _: None
+) -> tuple[ResolvedRun, DataPlaces]:
+    """Find what a run names and derive everything from it, before anything starts.
+
+    Raises:
+        ConfigError, DataConfigError: listing what is not there, does not go together, or lacks what the task needs.
+    """
+    places = locate(run.data, run.reading, cache_dir, log)
+    resolved = run.resolve(world_size, vocab_size(places))
+    task_of(run, places.tokenizer)
+    return resolved, places
 
 
 def task_of(run: RunConfig, tokenizer: Path) -> Task:

@@ -14,7 +14,7 @@ from ...data.storage import write_atomic
 from ...trainer.config import ResolvedRun, RunConfig
 from ...trainer.errors import ConfigError
 from ...trainer.load import load_run, run_to_toml
-from ...trainer.places import locate, vocab_size
+from ...trainer.places import open_run, vocab_size
 from ...trainer.plan import describe
 from ...trainer.run_lock import RunLock, is_held
 from ...trainer.rundir import STOP
@@ -180,8 +180,8 @@ def _processes_per_node(request: Request, run: RunConfig, cluster: ClusterConfig
 
 def _resolve(run: RunConfig, cache: Path, low: int, high: int, per_node: int) -> ResolvedRun:
     """Lay the run out over the most nodes, and see that every number of nodes that may be left works, too."""
-    vocabulary = vocab_size(locate(run.data, run.reading, cache, lambda text: print(text, file=sys.stderr)))
-    resolved = run.resolve(high * per_node, vocabulary)
+    resolved, found = open_run(run, high * per_node, cache, lambda text: print(text, file=sys.stderr))
+    vocabulary = vocab_size(found)
     problems = []
     for nodes in range(low, high):
         try:

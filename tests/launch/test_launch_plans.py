@@ -318,6 +318,7 @@ def _lost(given, known, place: str = "") -> list[str]:
             ["--on", "slurm", "--hostfile", "hosts"],
             "--hostfile is for --on hosts and --on mpi (got --on slurm)",
         ),
+        (["--set", "model.family=bert"], "[MASK]"),
         (["--resume", "nope"], "--resume nope: there is no such directory; give a step directory"),
         (["--on", "hosts", "--hostfile", "hosts", "--nodes", "3"], "names 2 host(s)"),
         (["--on", "hosts", "--hostfile", "hosts", "--processes-per-node", "2"], "slots=1"),
