@@ -25,23 +25,6 @@ HELDOUT_SEED = 0
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Hold whole documents, end to end, cut into sequences.
-
-    ``tokens`` int32 [num_sequences, sequence_length + 1], the last one padded; ``weights`` uint8
-    [num_sequences, sequence_length]: every token but the very first is predicted once; ``starts`` bool
-    [num_sequences, sequence_length], true where a document begins. ``num_bytes`` is the
-    size of the documents' text in UTF-8, for bits per byte.
-    """
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    starts: np.ndarray
-    num_bytes: int
-    num_documents: int
-
-
-@dataclass(frozen=True)
-class TaskHeldOut:
     """Hold a task's fields, int32 [num_samples, columns], of whole documents, whose text has ``num_bytes``."""
 
     arrays: dict[str, np.ndarray]
@@ -52,65 +35,26 @@ class TaskHeldOut:
 def load_heldout(
     directory: Path | str,
     tokenizer: Path,
-    *,
-    sequence_length: int,
-    max_tokens: int,
-    reader: RangeReader | None = None,
-) -> HeldOutSet:
-    """Load documents in file order up to ``max_tokens`` tokens; ones longer than that alone are passed over.
-
-    Raises DataConfigError where nothing fits, DataError for damaged shards.
-    """
-    if sequence_length < 1 or max_tokens < 2:
-        raise DataConfigError(
-            f"sequence length is {sequence_length} and the most tokens {max_tokens}; at least 1 and 2 are needed"
-        )
-    opened = Tokenizer(tokenizer)
-    read = _read_whole(directory, opened, max_tokens, reader)
-    taken = [tokens for _, tokens in read.documents]
-    num_tokens = sum(map(len, taken))
-    num_sequences = -(-(num_tokens - 1) // sequence_length)
-    stream = np.full(num_sequences * sequence_length + 1, opened.pad, np.int32)
-    stream[:num_tokens] = np.concatenate(taken)
-    starts = np.arange(num_sequences)[:, None] * sequence_length
-    targets = starts + np.arange(1, sequence_length + 1)
-    return HeldOutSet(
-        tokens=stream[starts + np.arange(sequence_length + 1)],
-        weights=(targets < num_tokens).astype(np.uint8),
-        starts=np.isin(starts + np.arange(sequence_length), np.cumsum([0, *map(len, taken)])),
-        num_bytes=read.num_bytes,
-        num_documents=len(taken),
-    )
-
-
-def load_task_heldout(
-    directory: Path | str,
-    tokenizer: Path,
     task: Task,
     *,
     max_tokens: int,
     short_fraction: float = 0.1,
     reader: RangeReader | None = None,
-) -> TaskHeldOut:
-    """Load the documents that ``load_heldout`` takes as the arrays of a task, each document once.
+) -> HeldOutSet:
+    """Load documents in file order up to ``max_tokens`` tokens as the arrays of a task, each document once.
 
-    What is drawn depends on a sample's place in the set alone, not on the run's seed, so every evaluation of every run
-    hides the same. ``short_fraction`` is that of sentence pairs.
+    Documents longer than that alone are passed over. A causal task predicts every token but the very first once. What
+    is drawn depends on a sample's place in the set alone, not on the run's seed, so every evaluation of every run hides
+    the same. ``short_fraction`` is that of sentence pairs.
 
     Raises DataConfigError where nothing fits or nothing can be made of it, DataError for damaged shards.
     """
-    if isinstance(task, CausalTask):
-        found = load_heldout(
-            directory, tokenizer, sequence_length=task.row_tokens, max_tokens=max_tokens, reader=reader
-        )
-        rows = np.arange(len(found.tokens))
-        lengths = 1 + found.weights.sum(axis=1, dtype=np.int64)
-        batch = StreamBatch(found.tokens, found.weights, found.starts, rows, 0 * rows, lengths)
-        return TaskHeldOut(task.arrays(batch), found.num_bytes, found.num_documents)
     opened = Tokenizer(tokenizer)
     read = _read_whole(directory, opened, max_tokens, reader)
-    if task.packing == "split":
-        batch = _cut_rows([tokens for _, tokens in read.documents], task.row_tokens, opened.pad)
+    causal = isinstance(task, CausalTask)
+    if causal or task.packing == "split":  # bits per byte are those of all text, whatever the run packs
+        documents = [tokens for _, tokens in read.documents]
+        batch = _cut_rows(documents, task.row_tokens, opened.pad, overlap=int(causal))
     else:
         packer = window_packer(
             task.packing,
@@ -125,7 +69,7 @@ def load_task_heldout(
         if not sequences:
             raise DataConfigError(f"{directory}: nothing to measure on, for {packer.nothing}; give other text")
         batch = _write_rows(sequences, task.row_tokens, opened.pad)
-    return TaskHeldOut(task.reseeded(HELDOUT_SEED).arrays(batch), read.num_bytes, len(read.documents))
+    return HeldOutSet(task.reseeded(HELDOUT_SEED).arrays(batch), read.num_bytes, len(read.documents))
 
 
 @dataclass(frozen=True)
@@ -153,10 +97,13 @@ class _Once:
         """Do nothing: all is read."""
 
 
-def _cut_rows(documents: Sequence[np.ndarray], row_tokens: int, pad: int) -> StreamBatch:
-    """Lay documents end to end and cut them into rows as the stream does, the last one padded."""
+def _cut_rows(documents: Sequence[np.ndarray], row_tokens: int, pad: int, overlap: int) -> StreamBatch:
+    """Lay documents end to end and cut them into rows as the stream does, the last one padded.
+
+    No row holds the last ``overlap`` tokens alone.
+    """
     flat = np.concatenate(documents)
-    num_rows = -(-len(flat) // row_tokens)
+    num_rows = -(-(len(flat) - overlap) // row_tokens)
     filled = np.full(num_rows * row_tokens + 1, pad, np.int32)
     filled[: len(flat)] = flat
     firsts = np.arange(num_rows) * row_tokens

@@ -221,20 +221,3 @@ def best_fit(pieces: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]]:
 def window_chunks(tokens_per_chunk: float, sequence_length: int) -> int:
     """Return how many chunks make a window of some ``WINDOW_SEQUENCES`` sequences."""
     return max(1, round(WINDOW_SEQUENCES * sequence_length / max(1.0, tokens_per_chunk)))
-
-
-def positions_of(starts: np.ndarray) -> np.ndarray:
-    """Return each token's place in its document, counted within its row: int64 like ``starts``.
-
-    ``starts`` bool [num_samples, sequence_length], true where a document begins; a row begins one by itself.
-    """
-    places = np.arange(starts.shape[1])
-    begins = np.where(starts, places, 0)
-    return places - np.maximum.accumulate(begins, axis=1)
-
-
-def document_lengths(starts: np.ndarray) -> list[np.ndarray]:
-    """Return for each row the lengths of the documents in it, int64, which add up to the sequence length."""
-    edges = starts.copy()
-    edges[:, 0] = True
-    return [np.diff(np.append(np.flatnonzero(row), len(row))) for row in edges]

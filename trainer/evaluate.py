@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ..data.heldout import load_task_heldout
+from ..data.heldout import load_heldout
 from ..data.reading.reader import RangeReader
 from .batch import cut, model_fields, share
 from .config import ResolvedRun
@@ -58,7 +58,7 @@ class HeldOut:
         task = task_of(run, places.tokenizer)
         fields, size = None, (0, 0)
         if runtime.reads_data:
-            data = load_task_heldout(
+            data = load_heldout(
                 place,
                 places.tokenizer,
                 task,

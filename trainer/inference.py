@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..data.errors import DataConfigError
-from ..data.heldout import TaskHeldOut, load_task_heldout
+from ..data.heldout import HeldOutSet, load_heldout
 from ..data.reading.reader import RangeReader
 from ..data.reading.transport import is_local, join, shown
 from ..data.storage import write_atomic
@@ -116,8 +116,8 @@ class OpenCheckpoint:
     def _own_heldout(self) -> dict[str, str]:
         return locate_heldout(self.run.data, self.run.reading, processes.cache_dir(), self.tokenizer)
 
-    def _heldout_set(self, place: str, max_tokens: int) -> TaskHeldOut:
-        return load_task_heldout(
+    def _heldout_set(self, place: str, max_tokens: int) -> HeldOutSet:
+        return load_heldout(
             place,
             self.tokenizer,
             task_of(self.run, self.tokenizer),

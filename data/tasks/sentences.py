@@ -1,12 +1,8 @@
-"""Lay out sentences for an encoder: pairs for next-sentence prediction, or full sentences without.
-
-Pairs are made as for BERT (Devlin et al. 2019, appendix A.2); full sentences as for RoBERTa (Liu et al. 2019, section
-4.2, FULL-SENTENCES).
-"""
+"""Lay out pairs of sentences for next-sentence prediction, as for BERT (Devlin et al. 2019, appendix A.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,41 +96,6 @@ def frame_pair(pair: SentencePair, length: int, specials: EncoderSpecials) -> En
     segments = np.zeros(length, np.int32)
     segments[len(pair.first) + 2 : num_tokens] = 1
     return EncoderRow(tokens, segments, num_tokens)
-
-
-def full_sentences(
-    documents: Iterable[Document], length: int, specials: EncoderSpecials
-) -> Iterator[EncoderRow]:
-    """Pack sentences in order into rows: [CLS] sentences [SEP], with one more [SEP] where a document ends.
-
-    A sentence longer than a row is cut into rows of its own. Every token comes exactly once.
-
-    Raises DataConfigError for rows with no room for a token.
-    """
-    room = length - 2
-    if room < 1:
-        raise DataConfigError(f"rows have {length} tokens; at least 3 are needed")
-    row: list[int] = []
-    for document in documents:
-        if len(document) and row and len(row) < room:
-            row.append(specials.sep)
-        for sentence in document:
-            for begin in range(0, len(sentence), room):
-                part = sentence[begin : begin + room]
-                if len(row) + len(part) > room:
-                    yield _frame(row, length, specials)
-                    row = []
-                row += part.tolist()
-    if row:
-        yield _frame(row, length, specials)
-
-
-def _frame(row: list[int], length: int, specials: EncoderSpecials) -> EncoderRow:
-    if row[-1] == specials.sep:
-        row = row[:-1]
-    tokens = np.full(length, specials.pad, np.int32)
-    tokens[: len(row) + 2] = [specials.cls, *row, specials.sep]
-    return EncoderRow(tokens, np.zeros(length, np.int32), len(row) + 2)
 
 
 def _fill(document: Document, start: int, target: int) -> int:

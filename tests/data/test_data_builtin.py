@@ -13,6 +13,7 @@ from basestone.data.builtin import prepare_builtin
 from basestone.data.errors import DataConfigError
 from basestone.data.heldout import load_heldout
 from basestone.data.shards import open_shard_set
+from basestone.data.tasks.causal import CausalTask
 from basestone.data.tokenizer import Tokenizer
 
 SMALL = {"max_files": 60, "vocab_size": 512}
@@ -45,9 +46,8 @@ def test_a_small_corpus_is_whole_and_found_again(tmp_path: Path) -> None:
         seed=0,
     )
     assert stream.next_batch().weights.all()
-    assert (
-        load_heldout(corpus.heldout, corpus.tokenizer, sequence_length=64, max_tokens=1 << 20).num_bytes > 1000
-    )
+    task = CausalTask(64, "split")
+    assert load_heldout(corpus.heldout, corpus.tokenizer, task, max_tokens=1 << 20).num_bytes > 1000
 
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     said.clear()

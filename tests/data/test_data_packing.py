@@ -16,8 +16,6 @@ from basestone.data.packing import (
     Cursor,
     SplitPacker,
     best_fit,
-    document_lengths,
-    positions_of,
     window_chunks,
 )
 from basestone.data.position import merge_states
@@ -135,12 +133,6 @@ def test_documents_that_give_nothing_are_an_error_not_an_endless_search(window: 
     late = SplitPacker(Chunks([[], [], [9]]), Cursor())
     for _ in range(20):
         late.fill(np.empty(8, np.int64))
-
-
-def test_positions_and_lengths_of_documents() -> None:
-    starts = np.array([[0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0]], bool)
-    assert positions_of(starts).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]]
-    assert [lengths.tolist() for lengths in document_lengths(starts)] == [[2, 2, 1, 1], [6]]
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])

@@ -7,7 +7,7 @@ import pytest
 from task_streams import CASES, LENGTH, case_task
 
 from basestone.data.errors import DataConfigError
-from basestone.data.heldout import TaskHeldOut, load_heldout, load_task_heldout
+from basestone.data.heldout import HeldOutSet, load_heldout
 from basestone.data.shards import open_shard_set
 from basestone.data.tokenizer import Tokenizer
 
@@ -20,8 +20,8 @@ def texts(text_shards: Path) -> list[str]:
     return [text for chunk in range(opened.num_chunks) for text in opened.read_documents(chunk)]
 
 
-def load(case: str, shards: Path, model: Path, *, seed: int = 7, length: int = LENGTH) -> TaskHeldOut:
-    return load_task_heldout(
+def load(case: str, shards: Path, model: Path, *, seed: int = 7, length: int = LENGTH) -> HeldOutSet:
+    return load_heldout(
         shards / "heldout", model, case_task(case, model, seed=seed, length=length), max_tokens=MANY
     )
 
@@ -40,14 +40,6 @@ def test_every_evaluation_draws_the_same(
     assert all(field.dtype == np.int32 for field in found.arrays.values()) and rows > 5
     assert all(np.array_equal(found.arrays[name], again.arrays[name]) for name in found.arrays)
     assert all(found.arrays[name].any() for name in {"weights", "real", "marks"} & set(task.widths))
-
-
-def test_a_causal_set_is_what_it_was(text_shards: Path, symbols_model: Path) -> None:
-    found = load("causal", text_shards, symbols_model)
-    plain = load_heldout(text_shards / "heldout", symbols_model, sequence_length=LENGTH, max_tokens=MANY)
-    assert (found.arrays["tokens"] == plain.tokens).all()
-    assert (found.arrays["marks"] == plain.weights + 2 * plain.starts).all()
-    assert (found.num_bytes, found.num_documents) == (plain.num_bytes, plain.num_documents)
 
 
 def test_masked_sets_hold_every_token_once(texts: list[str], text_shards: Path, symbols_model: Path) -> None:
@@ -106,7 +98,7 @@ def test_passages_in_order_are_the_documents(texts: list[str], text_shards: Path
 def test_pairs_of_a_held_out_set(text_shards: Path, symbols_model: Path) -> None:
     task = case_task("next sentence", symbols_model)
     found, never = (
-        load_task_heldout(
+        load_heldout(
             text_shards / "heldout", symbols_model, task, max_tokens=MANY, short_fraction=fraction
         ).arrays
         for fraction in (0.9, 0.0)
@@ -118,7 +110,7 @@ def test_pairs_of_a_held_out_set(text_shards: Path, symbols_model: Path) -> None
 def test_sets_that_give_nothing_are_named(pair_shards: Path, text_shards: Path, symbols_model: Path) -> None:
     task = case_task("masked", symbols_model)
     with pytest.raises(DataConfigError, match="no document fits into 2 tokens; allow more"):
-        load_task_heldout(text_shards / "heldout", symbols_model, task, max_tokens=2)
+        load_heldout(text_shards / "heldout", symbols_model, task, max_tokens=2)
     with pytest.raises(DataConfigError, match=r"two texts with U\+001F between them"):
         load("given", text_shards, symbols_model)
     sizes = {
@@ -126,7 +118,7 @@ def test_sets_that_give_nothing_are_named(pair_shards: Path, text_shards: Path, 
         for text in open_shard_set(text_shards / "heldout").read_documents(0)
     }
     with pytest.raises(DataConfigError, match="sentence pairs need a second document"):
-        load_task_heldout(
+        load_heldout(
             text_shards / "heldout",
             symbols_model,
             case_task("next sentence", symbols_model),

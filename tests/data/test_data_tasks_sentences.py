@@ -11,7 +11,6 @@ from basestone.data.tasks.sample_random import SampleRandom
 from basestone.data.tasks.sentences import (
     SentencePair,
     frame_pair,
-    full_sentences,
     sentence_pairs,
 )
 from basestone.data.tasks.vocabulary import sentence_ends, split_sentences, word_starts
@@ -132,48 +131,9 @@ def test_pair_properties(lengths: list[int], other: list[int], limit: int, sampl
         assert (row.tokens[row.num_tokens :] == SPECIALS.pad).all()
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=6), min_size=1, max_size=6), st.integers(3, 20)
-)
-def test_full_sentences_keep_every_token(documents: list[list[int]], length: int) -> None:
-    counter = iter(range(10, 10_000))
-    built = [[np.array([next(counter) for _ in range(n)]) for n in sentences] for sentences in documents]
-    rows = list(full_sentences(built, length, SPECIALS))
-    text = np.concatenate([row.tokens[row.tokens >= 10] for row in rows])
-    assert text.tolist() == list(range(10, 10 + sum(map(sum, documents))))
-    for row in rows:
-        tokens = row.tokens[: row.num_tokens]
-        assert tokens[0] == SPECIALS.cls and tokens[-1] == SPECIALS.sep and tokens[-2] != SPECIALS.sep
-        assert (row.tokens[row.num_tokens :] == SPECIALS.pad).all() and not row.segments.any()
-
-
-def test_full_sentences_mark_documents() -> None:
-    documents = [[np.array([10, 11]), np.array([12])], [np.array([20, 21])], [np.array([30, 31, 32])]]
-    rows = list(full_sentences(documents, 8, SPECIALS))
-    assert [row.tokens.tolist() for row in rows] == [
-        [1, 10, 11, 12, 2, 20, 21, 2],
-        [1, 30, 31, 32, 2, 3, 3, 3],
-    ]
-
-
-def test_empty_documents_leave_no_trace() -> None:
-    document, empty = [np.array([10])], []
-    wanted = [row.tokens.tolist() for row in full_sentences([document, document], 8, SPECIALS)]
-    assert wanted == [[1, 10, 2, 10, 2, 3, 3, 3]]
-    for documents in (
-        [document, empty, empty, document],
-        [empty, document, document, empty, empty],
-        [document, empty, document],
-    ):
-        assert [row.tokens.tolist() for row in full_sentences(documents, 8, SPECIALS)] == wanted
-    assert not list(full_sentences([empty, empty], 8, SPECIALS))
-
-
 def test_sentence_mistakes_are_named() -> None:
     document = [np.array([10])]
     with pytest.raises(DataConfigError, match="pairs need a second document"):
         sentence_pairs(document, [], SampleRandom(0, 0), max_tokens=10)
     with pytest.raises(DataConfigError, match="room for 1 tokens"):
         sentence_pairs(document, [document], SampleRandom(0, 0), max_tokens=1)
-    with pytest.raises(DataConfigError, match="rows have 2 tokens; at least 3"):
-        list(full_sentences([document], 2, SPECIALS))

@@ -1,4 +1,4 @@
-"""Causal and span tasks on text: the original rebuilt, randomness from the sample's number alone."""
+"""Span tasks on text: the original rebuilt, randomness from the sample's number alone."""
 
 import math
 import subprocess
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rates import assert_rate
 
 from basestone.data.errors import DataConfigError
-from basestone.data.tasks.causal import causal_sample, document_positions
 from basestone.data.tasks.sample_random import SampleRandom
 from basestone.data.tasks.spans import (
     Sentinels,
@@ -90,45 +89,6 @@ def test_a_process_with_another_hash_seed_draws_the_same() -> None:
         for seed in ("1", "2")
     }
     assert outputs == {f"{[SampleRandom(11, i).permutation(50).tolist() for i in range(20)]}\n"}
-
-
-# --- causal
-
-
-def test_labels_are_one_further_on() -> None:
-    sample = causal_sample(np.arange(10, 17))
-    assert sample.tokens.tolist() == [10, 11, 12, 13, 14, 15] and sample.labels.tolist() == [
-        11,
-        12,
-        13,
-        14,
-        15,
-        16,
-    ]
-    assert sample.weights.tolist() == [1] * 6 and sample.positions.tolist() == [0, 1, 2, 3, 4, 5]
-    assert sample.segments.tolist() == [1] * 6
-    assert sample.tokens.dtype == sample.labels.dtype == sample.positions.dtype == "int32"
-
-
-def test_documents_and_padding_in_a_row() -> None:
-    row = np.array([5, 6, 7, 8, 9, 0, 0])
-    sample = causal_sample(row, [2, 3], across_documents=False)
-    assert sample.segments.tolist() == [1, 1, 2, 2, 2, 0]
-    assert sample.positions.tolist() == [0, 1, 0, 1, 2, 0]
-    assert sample.weights.tolist() == [1, 0, 1, 1, 0, 0]
-    assert causal_sample(row, [2, 3]).weights.tolist() == [1, 1, 1, 1, 0, 0]
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5), st.booleans())
-def test_weights_count_what_can_be_predicted(lengths: list[int], padding: int, across: bool) -> None:
-    row = np.arange(sum(lengths) + padding)
-    sample = causal_sample(row, lengths, across_documents=across)
-    assert sample.weights.sum() == (sum(lengths) - 1 if across else sum(lengths) - len(lengths))
-    assert document_positions(lengths, len(row)).tolist() == [
-        place for length in [*lengths, padding] for place in range(length)
-    ]
-    for number, length in enumerate(lengths, start=1):
-        assert (sample.segments == number).sum() == length
 
 
 # --- spans
