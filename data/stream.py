@@ -22,7 +22,8 @@ class StreamBatch:
     ``tokens`` int32 [num_samples, sequence_length + 1]; ``weights`` uint8 [num_samples, sequence_length],
     1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples, sequence_length], true where a
     document begins; ``ids`` int64 [num_samples], the global sample ids; ``sources`` int64 [num_samples], the number of
-    the source of each; ``lengths`` int64 [num_samples], how many of a row's tokens are there. Filler samples come last: id and source -1, weights and length 0.
+    the source of each; ``lengths`` int64 [num_samples], how many of a row's tokens are there. Filler samples come last:
+    id and source -1, weights and length 0.
     """
 
     tokens: np.ndarray
