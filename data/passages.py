@@ -59,7 +59,18 @@ class SentenceCutter:
         return word_starts(pieces), sentence_ends(pieces)
 
 
-class PairPacker(WindowPacker):
+class SentencePacker(WindowPacker):
+    """A window packer that cuts documents into sentences."""
+
+    def __init__(
+        self, documents: Documents, cursor: Cursor, window_chunks: int, key: int, *, sentences: SentenceCutter
+    ) -> None:
+        """See WindowPacker."""
+        super().__init__(documents, cursor, window_chunks, key)
+        self._sentences = sentences
+
+
+class PairPacker(SentencePacker):
     """Make the pairs of next-sentence prediction: see tasks.sentences.sentence_pairs."""
 
     nothing = "no document has a sentence"
@@ -75,8 +86,8 @@ class PairPacker(WindowPacker):
         short_fraction: float,
     ) -> None:
         """See WindowPacker; ``short_fraction`` of the pairs aim at a shorter length."""
-        super().__init__(documents, cursor, window_chunks, key)
-        self._sentences, self._short_fraction = sentences, short_fraction
+        super().__init__(documents, cursor, window_chunks, key, sentences=sentences)
+        self._short_fraction = short_fraction
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         chunks = self._expect_window()
@@ -132,30 +143,14 @@ class PairPacker(WindowPacker):
         return found
 
 
-class PassagePacker(WindowPacker):
-    """Cut documents into passages of whole sentences; with ``together`` = 2 a row is one and the next.
+class PassagePacker(SentencePacker):
+    """Cut documents into passages of whole sentences."""
 
-    A document that is shorter than two passages is then cut once, between the two sentences nearest to its middle. What
-    is left over of an odd number of passages is not used, nor are documents of one sentence.
-    """
-
-    def __init__(
-        self,
-        documents: Documents,
-        cursor: Cursor,
-        window_chunks: int,
-        key: int,
-        *,
-        sentences: SentenceCutter,
-        together: int,
-    ) -> None:
-        """See WindowPacker."""
-        super().__init__(documents, cursor, window_chunks, key)
-        self._sentences, self._together = sentences, together
-        self.nothing = "no document has text" if together == 1 else "no document has two sentences"
+    nothing = "no document has text"
+    together = 1  # passages of a row
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
-        together, room = self._together, (size - 1) // self._together
+        together, room = self.together, (size - 1) // self.together
         sequences = []
         for chunk in self._expect_window():
             for text in self._source.read(chunk):
@@ -172,17 +167,21 @@ class PassagePacker(WindowPacker):
         return sequences
 
 
-class GivenPacker(WindowPacker):
+class NeighbourPacker(PassagePacker):
+    """Put a passage and the next one of its document into a row.
+
+    A document that is shorter than two passages is cut once, between the two sentences nearest to its middle. What is
+    left over of an odd number of passages is not used, nor are documents of one sentence.
+    """
+
+    nothing = "no document has two sentences"
+    together = 2
+
+
+class GivenPacker(SentencePacker):
     """Take the two texts that U+001F divides a document into; what is too long of each is left out."""
 
     nothing = "it holds no documents"
-
-    def __init__(
-        self, documents: Documents, cursor: Cursor, window_chunks: int, key: int, *, sentences: SentenceCutter
-    ) -> None:
-        """See WindowPacker."""
-        super().__init__(documents, cursor, window_chunks, key)
-        self._sentences = sentences
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         room = (size - 1) // 2
@@ -207,6 +206,9 @@ class GivenPacker(WindowPacker):
         return texts
 
 
+SENTENCE_PACKERS = {"passages": PassagePacker, "neighbours": NeighbourPacker, "given": GivenPacker}
+
+
 def window_packer(
     packing: str,
     documents: Documents,
@@ -223,9 +225,7 @@ def window_packer(
         return BestFitPacker(*place)
     if packing == "pairs":
         return PairPacker(*place, sentences=sentences, short_fraction=short_fraction)
-    if packing == "given":
-        return GivenPacker(*place, sentences=sentences)
-    return PassagePacker(*place, sentences=sentences, together=2 if packing == "neighbours" else 1)
+    return SENTENCE_PACKERS[packing](*place, sentences=sentences)
 
 
 def _same(one: Document, other: Document) -> bool:
