@@ -6,7 +6,7 @@ Shapes: s sequence, b batch, h hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from .backend import backend_for
 from .config import ModelConfig
+from .draws import own_masks, same_draws
 from .embedding.pooling import both_texts, pooled
 from .loss import Outcome, vocab_parallel_cross_entropy, vocab_parallel_right
 from .pipeline import Chunk
@@ -176,23 +177,6 @@ def layer_spec(
     )
 
 
-def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Let a recomputed layer draw what its forward drew: torch keeps its own generator only, not Megatron's."""
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    before = tracker.get_states()
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        after = tracker.get_states()
-        tracker.set_states(before)
-        try:
-            yield
-        finally:
-            tracker.set_states(after)
-
-    return nullcontext(), again()
-
-
 class LearnedVectors(nn.Module):
     """A learned vector for every position or segment, held whole by every rank."""
 
@@ -270,12 +254,6 @@ class Embedding(nn.Module):
         """Give this rank's slice of the sequence."""
         rank = parallel_state.get_tensor_model_parallel_rank() if self.config.sequence_parallel else 0
         return places_bs[:, rank * x_sbh.shape[0] : (rank + 1) * x_sbh.shape[0]]
-
-
-def own_masks(config: TransformerConfig) -> AbstractContextManager[None]:
-    """Draw dropout from the rank's own generator under sequence parallel, where each rank holds other tokens."""
-    fork = tensor_parallel.get_cuda_rng_tracker().fork
-    return fork() if config.sequence_parallel else nullcontext()
 
 
 def drop_out(x_sbh: Tensor, config: TransformerConfig, training: bool) -> Tensor:
@@ -396,7 +374,7 @@ class StageChunk(MegatronModule):
             for layer in layers.values():
                 if self.recompute and self.training:
                     x_sbh, _ = torch.utils.checkpoint.checkpoint(
-                        layer, x_sbh, attention_mask=mask, use_reentrant=False, context_fn=_same_draws, **more
+                        layer, x_sbh, attention_mask=mask, use_reentrant=False, context_fn=same_draws, **more
                     )
                 else:
                     x_sbh, _ = layer(x_sbh, attention_mask=mask, **more)

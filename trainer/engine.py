@@ -35,6 +35,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from ..model.draws import draws_again
 from ..model.families import layout_of
 from ..model.initial import initial_piece
 from ..model.layers import megatron_config
@@ -44,13 +45,14 @@ from ..model.stage import Stage, prepare_parameters
 from .batch import MicroBatch
 from .config import ResolvedRun
 from .ds_config import deepspeed_config, nvme_sections
+from .engine_chunk import EngineChunk
 from .engine_state import MASTER, EngineState
 from .errors import ConfigError
 from .gradients import Fp32Accumulation, add_copies, add_over, gradient_of
 from .meters.phases import Phases, ScheduleTimers
 from .objective import LossOf, Reports, objective_of
 from .plan import swapped_bytes
-from .runtime import Mpu, Runtime, draws_again, run_schedule
+from .runtime import Mpu, Runtime, run_schedule
 from .swap import SwapFolder, swap_folder_problem
 
 MOST_BUILD_S = 600.0
@@ -105,7 +107,7 @@ class Engine:
         self.state = EngineState(self.module, self._deepspeed_optimizer, runtime.dp_group)
         if self._zero == 3:
             self._initialise_stage3(run.run.seed)
-        chunks = [_EngineChunk(self._engine, self.module)] if self._through_engine else self.module.chunks
+        chunks = [EngineChunk(self._engine, self.module)] if self._through_engine else self.module.chunks
         self._chunks: list[Any] = chunks
         self._accumulation: Fp32Accumulation | None = None
         if runtime.pp_size > 1 and self._dtype != "fp32" and resolved.most_micro_batches > 1:
@@ -223,7 +225,7 @@ class Engine:
         """Run the schedule; give this rank's share of the sums by part: [parts, (loss, right predictions)]."""
 
         def look(loss: LossOf) -> Reports:
-            with torch.no_grad(), draws_again(self.runtime):
+            with torch.no_grad(), draws_again(self.runtime.device):
                 return self._pass(micro_batches, loss, forward_only=True)
 
         self._objective.prepare(micro_batches, look)
@@ -369,36 +371,6 @@ def _swap_folders(config: dict[str, Any]) -> list[SwapFolder]:
     for section in sections:
         section["nvme_path"] = str(folders[section["nvme_path"]].path)
     return list(folders.values())
-
-
-class _EngineChunk(nn.Module):
-    """What the schedule calls in place of the model, so that each forward passes through DeepSpeed's engine."""
-
-    engine: Any
-    stage: Stage
-
-    def __init__(self, engine: Any, module: Stage) -> None:
-        super().__init__()
-        object.__setattr__(self, "engine", engine)  # not a sub-module: the engine owns the parameters
-        object.__setattr__(self, "stage", module)  # "decoder" would mean something to the schedule
-        (chunk,) = module.chunks
-        self.config, self.model_type = chunk.config, chunk.model_type
-        self._remaining = 0
-
-    def begin_step(self, num_micro_batches: int) -> None:
-        """Say how many forwards come before the optimizer's step."""
-        self._remaining = num_micro_batches
-
-    def set_input_tensor(self, tensor: Any) -> None:
-        """Pass on what the schedule hands over."""
-        self.stage.chunks[0].set_input_tensor(tensor)
-
-    def forward(self, batch: MicroBatch) -> Any:
-        """Run one micro-batch; the last one of a step is the accumulation boundary."""
-        if self.stage.training and torch.is_grad_enabled():
-            self._remaining -= 1
-            self.engine.set_gradient_accumulation_boundary(self._remaining == 0)
-        return self.engine(batch)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -294,21 +293,6 @@ def seed_step(seed: int, step: int, runtime: Runtime) -> None:
         torch.cuda.manual_seed(shared)
     tracker.add(names._DATA_PARALLEL_RNG_TRACKER_NAME, shared)
     tracker.add(names._MODEL_PARALLEL_RNG_TRACKER_NAME, _hash(seed, step, *place, runtime.tp_rank))
-
-
-@contextmanager
-def draws_again(runtime: Runtime) -> Iterator[None]:
-    """Leave every generator as it was before the block: what follows it draws the same."""
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    states, plain = tracker.get_states(), torch.get_rng_state()
-    device = None if runtime.on_cpu else torch.cuda.get_rng_state()
-    try:
-        yield
-    finally:
-        tracker.set_states(states)
-        torch.set_rng_state(plain)
-        if device is not None:
-            torch.cuda.set_rng_state(device)
 
 
 def _hash(*values: int) -> int:
