@@ -64,6 +64,9 @@ class Parameter:
         return tuple(n // tp_size if i == self.axis else n for i, n in enumerate(self.shape))
 
 
+TRUNK = ("embed.", "layers.", "encoder.", "decoder.")  # how the names of its parameters begin
+
+
 class Macs(NamedTuple):
     """Multiply-adds of a forward for one token: all layers', and those of the heads behind them."""
 
@@ -190,6 +193,11 @@ def intersect(a: Box, b: Box) -> tuple[int, int, int, int] | None:
     if last_row <= row or last_col <= col:
         return None
     return row, col, last_row - row, last_col - col
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a parameter stands behind the trunk: another model may have the same trunk and not this."""
+    return not name.startswith(TRUNK)
 
 
 def has_weight_decay(parameter: Parameter) -> bool:

@@ -111,7 +111,8 @@ class Trainer:
         self._run_id = self._own_id or known.get("run_id") or uuid.uuid4().hex
         self._gone_back_to = restorer.gone_back_to or (state or {}).get("gone_back_to")
         init_from = resolved.run.train.init_from if state is None else None
-        begun_with = restorer.begin_with(init_from) if init_from else None
+        predicts_tokens = resolved.run.model.predicts_tokens
+        begun_with = restorer.begin_with(init_from, predicts_tokens=predicts_tokens) if init_from else None
         self.step = int(state["step"]) if state else 0
         self._tokens: int = state["tokens"] if state else 0
         self._heldout_losses: dict[str, float] = {}  # of this step, where it was evaluated

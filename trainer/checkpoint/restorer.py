@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ...data.reading.transport import join, shown
-from ...model.layout import Parameter
+from ...model.families import layout_of
+from ...model.layout import Parameter, is_head
 from ..engine_state import MASTER, STATE_KEYS, EngineState, Fragment
 from ..errors import BasestoneError, CheckpointError, ConfigError
+from ..load import validate_run
 from ..runtime import Runtime
 from .format import MANIFEST, steps_in
 from .opening import CHECKPOINTS, newest_good, steps_at
@@ -152,7 +154,7 @@ class Restorer:
                 + "\n  ".join(others)
                 + "\nput these back, or choose another --run-dir"
             )
-        if found := self._load(reader, MASTER, *STATE_KEYS):
+        if found := self._load(reader, self._table, MASTER, *STATE_KEYS):
             return found
         self._engine_state.steps = state["optimizer_steps"]
         self._engine_state.loss_scale = state.get("loss_scale")
@@ -169,14 +171,17 @@ class Restorer:
         hint = "; train.init_from begins a new run with its weights" if saved == [MASTER] else ""
         return [f"optimizer: the checkpoint holds {', '.join(saved)}, this run's has {', '.join(wanted)}{hint}"]
 
-    def begin_with(self, place: str) -> str:
+    def begin_with(self, place: str, *, predicts_tokens: bool) -> str:
         """Load the masters of another run's checkpoint; optimizer states and counts stay as they are.
+
+        Heads that this model lacks are left out: sentence embeddings begin with the trunk of a language model.
 
         Args:
             place: a step directory, or a run directory for its newest good one; a path or a URL.
+            predicts_tokens: this model has a head for tokens, tied or not, so that another one cannot be left out.
 
         Returns:
-            The step directory, for messages.
+            The step directory and what of it was left out, for messages.
 
         Raises:
             ConfigError: it is not there, or holds no good checkpoint of this model, on every rank.
@@ -187,13 +192,21 @@ class Restorer:
         problems = []
         for candidate in candidates:
             problem, reader = self._open(candidate)
-            if problem is None and (other := model_problem(reader, self._table)):
+            if problem is not None:
+                problems.append(problem)
+                continue
+            names = [row.name for row in reader.index.parameters]
+            heads = [name for name in names if is_head(name) and name not in self._table]
+            if predicts_tokens:
+                heads = [name for name in heads if not name.startswith("head.")]
+            if other := model_problem(reader, self._table, heads):
                 raise ConfigError(f"train.init_from: {other}")
-            problem = problem or self._load(reader, MASTER)
-            if problem is None:
-                self._engine_state.refresh()
-                return reader.at()
-            problems.append(problem)
+            table = layout_of(validate_run(reader.state()["run"], place).model) if heads else self._table
+            if problem := self._load(reader, table, MASTER):
+                problems.append(problem)
+                continue
+            self._engine_state.refresh()
+            return reader.at() + (f", without {', '.join(heads)}" if heads else "")
         raise ConfigError(f"train.init_from = {shown(place)}: " + "\n  ".join(problems))
 
     def _begun_from(self, place: str) -> list[str] | str:
@@ -214,11 +227,15 @@ class Restorer:
             problem = str(error)
         return next(filter(None, self._runtime.gather_all(problem)), None), reader  # type: ignore[return-value]
 
-    def _load(self, reader: Reader, *keys: str) -> str | None:
-        """Fill this rank's tensors; give what is wrong with the checkpoint on any rank, the same on every rank."""
+    def _load(self, reader: Reader, table: dict[str, Parameter], *keys: str) -> str | None:
+        """Fill this rank's tensors from a checkpoint of the table's parameters.
+
+        Returns:
+            What is wrong with it on any rank, the same on every rank.
+        """
         problem = None
         try:
-            self._read_rank(CheckpointTensors(reader, self._table), keys)
+            self._read_rank(CheckpointTensors(reader, table), keys)
         except (OSError, CheckpointError) as error:
             problem = f"rank {self._runtime.rank}: {error}"
         return next(filter(None, self._runtime.gather_all(problem)), None)

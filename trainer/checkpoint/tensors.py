@@ -10,7 +10,7 @@ import math
 import mmap
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -211,9 +211,9 @@ def index_of(
     return {"parameters": parameters, "tensors": list(tensors), "ranks": ranks}
 
 
-def model_problem(reader: Reader, table: dict[str, Parameter]) -> str | None:
-    """Say which parameters of a checkpoint are not the table's, if any."""
-    saved = {row.name: row.shape for row in reader.index.parameters}
+def model_problem(reader: Reader, table: dict[str, Parameter], left_out: Collection[str] = ()) -> str | None:
+    """Say which parameters of a checkpoint, but for those `left_out`, are not the table's, if any."""
+    saved = {row.name: row.shape for row in reader.index.parameters if row.name not in left_out}
     problems = [f"{name} is missing" for name in table if name not in saved]
     problems += [f"{name} is not in this model" for name in saved if name not in table]
     problems += [
