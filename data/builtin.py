@@ -1,20 +1,23 @@
-"""Make a corpus out of what every Python brings along: its documentation topics and library sources."""
+"""Make corpora out of what every Python brings along: its documentation topics and library sources."""
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import sysconfig
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import BUILTIN_NAMES, BUILTIN_SYMBOLS, BUILTIN_TOKENIZERS
+from .config import BUILTIN_CORPUS, BUILTIN_PAIRS, BUILTIN_SYMBOLS
 from .errors import DataConfigError
+from .passages import TEXT_SEPARATOR
 from .prepare import (
     HELDOUT_NAME,
     REPORT_NAME,
@@ -31,6 +34,8 @@ from .tokenizer import train_tokenizer
 RECIPE_VERSION = 1
 VOCAB_SIZE = 4096
 HELDOUT_FRACTION = 0.04
+PAIRS_HELDOUT_FRACTION = 0.1
+MIN_DOCSTRING_CHARS = 20
 CHUNK_BYTES = 32 << 10  # a small corpus needs small chunks to shuffle well
 SEED_BYTES = 6 << 20
 TOKENIZER_NAME = "tokenizer.model"
@@ -65,17 +70,19 @@ def prepare_builtin(
 
     ``builtin:python`` gives shards of text and a tokenizer trained on the part for training. ``max_files``
     takes only that many files and topics, for a smaller corpus. ``builtin:python-symbols`` is the same corpus with a
-    tokenizer that has the same pieces, and [CLS], [SEP], [MASK] and 100 sentinels besides.
+    tokenizer that has the same pieces, and [CLS], [SEP], [MASK] and 100 sentinels besides. ``builtin:python-pairs``,
+    with that tokenizer, holds the docstring of a function and the code under it as the two texts of a document.
 
     Raises DataConfigError for an unknown name, DataStorageError where the cache cannot be written.
     """
-    if name not in BUILTIN_TOKENIZERS:
-        raise DataConfigError(
-            f"no embedded corpus is called {name!r}; there are: {', '.join(BUILTIN_TOKENIZERS)}"
-        )
+    size = {"max_files": max_files, "vocab_size": vocab_size}
+    if name == BUILTIN_PAIRS:
+        return _pairs(prepare_builtin(BUILTIN_SYMBOLS, cache_dir, log, **size), cache_dir, max_files, log)
     if name == BUILTIN_SYMBOLS:
-        corpus = prepare_builtin(BUILTIN_NAMES[0], cache_dir, log, max_files=max_files, vocab_size=vocab_size)
-        return _with_symbols(corpus, cache_dir, log)
+        return _with_symbols(prepare_builtin(BUILTIN_CORPUS, cache_dir, log, **size), cache_dir, log)
+    if name != BUILTIN_CORPUS:
+        there = ", ".join((BUILTIN_CORPUS, BUILTIN_PAIRS, BUILTIN_SYMBOLS))
+        raise DataConfigError(f"no embedded corpus is called {name!r}; there are: {there}")
     settings = CorpusSettings(heldout_fraction=HELDOUT_FRACTION, chunk_bytes=CHUNK_BYTES)
     recipe = [RECIPE_VERSION, platform.python_version(), max_files, vocab_size, SEED_BYTES, repr(settings)]
     fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
@@ -107,6 +114,24 @@ def _with_symbols(corpus: BuiltinCorpus, cache_dir: Path, log: Callable[[str], N
     _make_once(out, BUILTIN_SYMBOLS, cache_dir, log, write)
     report = json.loads((out / REPORT_NAME).read_bytes())
     return BuiltinCorpus(corpus.train, corpus.heldout, out / TOKENIZER_NAME, report)
+
+
+def _pairs(
+    corpus: BuiltinCorpus, cache_dir: Path, max_files: int | None, log: Callable[[str], None]
+) -> BuiltinCorpus:
+    """Return the pairs of the library's functions, with the tokenizer of the whole corpus."""
+    out = corpus.train.parent.with_name(f"{corpus.train.parent.name}-pairs")
+    settings = CorpusSettings(heldout_fraction=PAIRS_HELDOUT_FRACTION, chunk_bytes=CHUNK_BYTES)
+
+    def write() -> None:
+        with unfinished_directory(out) as directory:
+            report = write_corpus(_docstrings_and_code(max_files), directory, out, settings)
+            log(f"{report.documents_kept} pairs of a docstring and the code under it")
+            write_atomic(directory / REPORT_NAME, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+
+    _make_once(out, BUILTIN_PAIRS, cache_dir, log, write)
+    report = json.loads((out / REPORT_NAME).read_bytes())
+    return BuiltinCorpus(out / TRAIN_NAME, out / HELDOUT_NAME, corpus.tokenizer, report)
 
 
 def _make_once(
@@ -155,6 +180,29 @@ def _python_documents(max_files: int | None) -> Iterator[RawDocument]:
 
     for name in sorted(topics)[:max_files]:
         yield RawDocument(f"topics/{name}", topics[name], source="topics")
+    for origin, content in _library(max_files):
+        yield RawDocument(origin, content, source="library")
+
+
+def _docstrings_and_code(max_files: int | None) -> Iterator[RawDocument]:
+    """Yield the docstring of each function and the code under it, U+001F between them; each docstring once."""
+    said = set()
+    for origin, content in _library(max_files):
+        source = content.decode("utf-8", "replace")
+        lines = source.split("\n")  # as the parser counts them: a form feed ends none
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+                continue
+            docstring = ast.get_docstring(node) or ""
+            if len(docstring) < MIN_DOCSTRING_CHARS or docstring in said:
+                continue
+            said.add(docstring)
+            code = textwrap.dedent("\n".join(lines[node.body[1].lineno - 1 : node.end_lineno]))
+            yield RawDocument(f"{origin}:{node.lineno}", docstring + TEXT_SEPARATOR + code, source="library")
+
+
+def _library(max_files: int | None) -> Iterator[tuple[str, bytes]]:
+    """Yield the sources of the library that people wrote, by their paths there."""
     root = Path(sysconfig.get_path("stdlib"))
     for number, file in enumerate(_library_files(root)):
         if max_files is not None and number >= max_files:
@@ -163,7 +211,7 @@ def _python_documents(max_files: int | None) -> Iterator[RawDocument]:
         if not any(
             mark.encode() in content[:4096] or mark.encode() in content[-4096:] for mark in GENERATED_MARKS
         ):
-            yield RawDocument(str(file.relative_to(root)), content, source="library")
+            yield str(file.relative_to(root)), content
 
 
 def _library_files(root: Path) -> Iterator[Path]:

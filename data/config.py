@@ -18,9 +18,11 @@ from pydantic import (
 from .division import MAX_LANES, USUAL_LANES
 
 BUILTIN_PREFIX = "builtin:"
-BUILTIN_NAMES = ("builtin:python",)
+BUILTIN_CORPUS = "builtin:python"  # with its tokenizer
+BUILTIN_PAIRS = "builtin:python-pairs"  # a corpus only
 BUILTIN_SYMBOLS = "builtin:python-symbols"  # a tokenizer only
-BUILTIN_TOKENIZERS = (*BUILTIN_NAMES, BUILTIN_SYMBOLS)
+BUILTIN_NAMES = (BUILTIN_CORPUS, BUILTIN_PAIRS)
+BUILTIN_TOKENIZERS = (BUILTIN_CORPUS, BUILTIN_SYMBOLS)
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
 # what only one task reads
@@ -225,7 +227,7 @@ class DataConfig(Section):
     def _check_tokenizer(cls, value: str) -> str:
         if value.startswith(BUILTIN_PREFIX) and value not in BUILTIN_TOKENIZERS:
             raise ValueError(f"got {value!r}; the embedded tokenizers are: {', '.join(BUILTIN_TOKENIZERS)}")
-        if value != BUILTIN_SYMBOLS:
+        if not value.startswith(BUILTIN_PREFIX):
             _check_place(value)
         return value
 

@@ -1,5 +1,7 @@
 """The embedded corpus prepares itself once, whoever asks."""
 
+import ast
+import inspect
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from streams import open_stream
 from basestone.data.builtin import prepare_builtin
 from basestone.data.errors import DataConfigError
 from basestone.data.heldout import load_heldout
+from basestone.data.passages import TEXT_SEPARATOR
 from basestone.data.shards import open_shard_set
 from basestone.data.tasks.causal import CausalTask
 from basestone.data.tokenizer import Tokenizer
@@ -99,6 +102,18 @@ def test_a_tokenizer_with_symbols_has_the_same_pieces_and_corpus(tmp_path: Path)
     assert [ours.token_id(f"<extra_id_{number}>") for number in range(100)] == list(range(106, 6, -1))
     text = "[MASK] is text in a document"
     assert 6 not in ours.encode(text) and ours.decode(ours.encode(text)) == text
+
+
+def test_pairs_are_docstrings_and_the_code_under_them(tmp_path: Path) -> None:
+    pairs = prepare_builtin("builtin:python-pairs", tmp_path, **SMALL)
+    assert pairs.tokenizer == prepare_builtin("builtin:python-symbols", tmp_path, **SMALL).tokenizer
+    opened = [open_shard_set(place) for place in (pairs.train, pairs.heldout)]
+    texts = [text for one in opened for chunk in range(one.num_chunks) for text in one.read_documents(chunk)]
+    found = dict(text.split(TEXT_SEPARATOR) for text in texts)
+    assert len(found) == len(texts) == pairs.report["documents_kept"] > 100
+    assert 0.05 < opened[1].num_documents / len(texts) < 0.2
+    code = found[inspect.getdoc(ast.get_docstring)]
+    assert code.startswith("if not isinstance(node,") and code.rstrip().endswith("return text")
 
 
 @pytest.mark.faults

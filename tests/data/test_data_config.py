@@ -30,7 +30,14 @@ def test_one_directory_may_be_a_plain_string() -> None:
         ({"workers": -1}, "got -1; use 0"),
         ({"worker": 1}, "Extra inputs are not permitted"),
         ({"tokenizer": "builtin:perl"}, "embedded tokenizers are: builtin:python, builtin:python-symbols"),
-        ({"train": "builtin:python-symbols"}, "the embedded corpora are: builtin:python .type"),
+        (
+            {"tokenizer": "builtin:python-pairs"},
+            "embedded tokenizers are: builtin:python, builtin:python-symbols",
+        ),
+        (
+            {"train": "builtin:python-symbols"},
+            "the embedded corpora are: builtin:python, builtin:python-pairs .type",
+        ),
     ],
 )
 def test_mistakes_are_named(change: dict, message: str) -> None:
