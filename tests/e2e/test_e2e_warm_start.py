@@ -60,6 +60,30 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, corpus, first, layou
     assert events[1]["message"] == f"weights of {first / 'checkpoints' / 'step_00000008'}"
 
 
+def test_sentence_embeddings_begin_with_the_trunk_of_a_language_model(tmp_path, corpus, first):
+    """What predicts tokens is left out, and named; everything else is the first run's."""
+    run_dir = tmp_path / "run"
+    words = [
+        "model.pooling=mean",
+        "task.pairs=neighbours",
+        f"train.init_from={first}",
+        "train.steps=1",
+        "optimizer.lr=1e-30",
+        "optimizer.weight_decay=0",
+    ]
+    train(corpus, run_dir, *words)
+    (found, _), (wanted, _) = tensors_of(run_dir), tensors_of(first)
+    assert {*wanted.names()} - {*found.names()} == {"head.weight"}
+    for name in found.names():
+        np.testing.assert_array_equal(found.read(name).numpy(), wanted.read(name).numpy())
+    (message,) = (
+        event["message"]
+        for event in map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+        if event["event"] == "init"
+    )
+    assert message.endswith("step_00000008, without head.weight")
+
+
 def test_a_resume_does_not_begin_again(tmp_path, corpus, first):
     run_dir, step = tmp_path / "run", first / "checkpoints" / "step_00000006"
     train(corpus, run_dir, f"train.init_from={step}", "train.steps=2")
@@ -76,6 +100,14 @@ def test_a_resume_does_not_begin_again(tmp_path, corpus, first):
     [
         (["train.init_from=/nowhere"], r"train\.init_from = /nowhere: there is no such directory"),
         (["train.init_from={empty}"], r"train\.init_from = .*holds no checkpoint; leave train\.init_from out"),
+        (
+            ["train.init_from={first}", "model.tied=true"],
+            r"train\.init_from: .*another model: head\.weight is not in",
+        ),
+        (
+            ["train.init_from={first}", "model.pooling=mean", "task.pairs=neighbours", "model.num_layers=1"],
+            r"train\.init_from: .*another model: layers\.1\.",
+        ),
         (["train.init_from={first}", "model.ffn_hidden_size=128"], r"train\.init_from: .*another model.*mlp"),
     ],
 )
