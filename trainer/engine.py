@@ -131,10 +131,9 @@ class Engine:
         )
         partition: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._zero == 3:
-            # With mpu= it would partition over all ranks and mix up tensor-parallel pieces without a word.
-            partition = deepspeed.zero.Init(
-                data_parallel_group=runtime.dp_group, config_dict_or_path=config, dtype=dtype
-            )
+            # With mpu= it would partition over all ranks and mix up tensor-parallel pieces without a word; with dtype=
+            # it takes bfloat16 whatever is asked for, on a CPU whose oneDNN has no fp16. The configuration says it.
+            partition = deepspeed.zero.Init(data_parallel_group=runtime.dp_group, config_dict_or_path=config)
         with partition:
             stage = Stage(run.model, layer_config, chunks[runtime.pp_rank], recompute=run.train.recompute)
         prepare_parameters(stage, run.model, None if self._zero == 3 else run.run.seed)
