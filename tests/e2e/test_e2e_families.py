@@ -107,6 +107,9 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     last = evaluations(cut)[-1]
     assert {name.removesuffix("_accuracy") for name in last if name.endswith("_accuracy")} == ACCURACIES[kind]
     assert "bits_per_byte" not in last
+    if "contrastive" in ACCURACIES[kind]:
+        assert last["contrastive_accuracy"] <= last["contrastive_recall_at_10"] <= 1
+        assert f"contrastive recall at 10 {last['contrastive_recall_at_10']:.4f}" in done.stdout + done.stderr
 
     done = forked("evaluate", cut, "--json")
     assert done.returncode == 0, done.stderr
