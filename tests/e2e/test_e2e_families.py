@@ -121,6 +121,12 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     assert done.returncode == 0, done.stderr
     opened = OPEN[kind](out)
     assert bool(torch.isfinite(opened).all())
+    if "contrastive" in ACCURACIES[kind]:
+        lines = [json.dumps({"text": f"list {number}", "other": f"a list of {number}"}) for number in range(12)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+        done = forked("similarity", out, tmp_path / "pairs.jsonl", "--json")
+        assert done.returncode == 0, done.stderr
+        assert 0 <= json.loads(done.stdout)["recall_at_1"] <= json.loads(done.stdout)["recall_at_10"] <= 1
     done = forked("import", out, tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert "equal transformers'" in done.stdout
