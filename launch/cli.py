@@ -281,6 +281,31 @@ def import_directory(
     _one_worker(arguments, tokenizer, debug)
 
 
+@app.command(epilog="Example: basestone similarity my-encoder sts-test.jsonl --json")
+def similarity(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="An exported encoder of sentences, or another's.", show_default=False
+        ),
+    ],
+    pairs: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"text", "other"}, all with "score" or none.', show_default=False),
+    ],
+    batch: Annotated[int, typer.Option(help="Texts of one forward pass.", min=1)] = 32,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure vectors of texts: correlation with people's scores, or how often a text's partner is found.
+
+    With scores it gives Spearman's and Pearson's correlation with the cosines; without, recall at 1 and 10 and the mean
+    reciprocal rank of each text's partner among all others of the file.
+    """
+    arguments = ["similarity", str(directory), str(pairs), "--batch", str(batch)]
+    _one_worker(arguments + (["--json"] if as_json else []), None, debug)
+
+
 def _one_worker(arguments: list[str], tokenizer: Path | None, debug: bool) -> None:
     arguments = [
         *arguments,

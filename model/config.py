@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .bert.config import BertKeys
 from .embedding.config import EmbeddingKeys
-from .presets import FAMILIES, PRESETS
+from .presets import FAMILIES, PRESETS, SHAPES
 from .t5.config import T5Keys
 
 FIXED: dict[str, Any] = {"on_resume": "fixed"}
 FREE: dict[str, Any] = {"on_resume": "free"}
 GATED = ("swiglu", "geglu")
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 
 
 class RopeScaling(BaseModel):
@@ -57,7 +61,7 @@ class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
     preset: str | None = Field(
         None, description="a published size by name, e.g. gpt2-124m", json_schema_extra=FREE
     )
-    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert", "t5"] = Field(
+    family: FamilyName = Field(
         "llama", description="the style, and the Hugging Face class of an export", json_schema_extra=FIXED
     )
     num_layers: int = Field(
@@ -157,7 +161,8 @@ class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
-        problems = self.bert_problems(self.family) + self.t5_problems(self.family) + self._family_problems()
+        problems = self.bert_problems(self.family, FAMILIES[self.family])
+        problems += self.t5_problems(self.family) + self._family_problems()
         if problems:
             raise ValueError("; ".join(problems))
         if self.bias and self.qkv_bias:
@@ -190,29 +195,14 @@ class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
 
     def _family_problems(self) -> list[str]:
         """Say where a model departs from what the module of its family can be."""
-        if self.family == "bert":
-            wrong = self._departures("norm_position", "position")
-            wrong += [name for name in ("z_loss", "rope_scaling") if getattr(self, name)]
-            wrong += [] if self.tied else ["tied"]
-            wrong += ["activation"] if self.gated else []
-        elif self.family == "t5":
-            wrong = self._departures(
-                "normalization", "norm_position", "position", "bias", "qkv_bias", "qk_norm", "tied"
-            )
-            wrong += ["num_query_groups"] if self.num_query_groups != self.num_attention_heads else []
-            wrong += ["backend"] if self.backend != "torch" else []
-            wrong += ["pooling"] if self.pooling is not None else []
-        else:
+        if self.family not in SHAPES:
             return [
                 f"{name} = {value!r} is for family {family!r}; take it out"
                 for name, value, family in (("norm_position", "post", "bert"), ("position", "relative", "t5"))
                 if getattr(self, name) == value
             ]
+        wrong = SHAPES[self.family].departures(self)
         return [f"{', '.join(wrong)}: family {self.family!r} has its own; take it out"] if wrong else []
-
-    def _departures(self, *names: str) -> list[str]:
-        style = FAMILIES[self.family]
-        return [name for name in names if getattr(self, name) != style[name]]
 
     @property
     def predicts_tokens(self) -> bool:
@@ -227,7 +217,7 @@ class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
     @property
     def causal(self) -> bool:
         """Tell whether all that a token sees are those before it."""
-        return self.family not in ("bert", "t5")
+        return self.family not in SHAPES
 
     @property
     def total_layers(self) -> int:

@@ -6,14 +6,12 @@ A family of its own shape has a folder here; gpt2, llama and their like are all 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from .bert.layout import bert_layout, bert_macs
 from .config import ModelConfig
 from .layout import Macs, Parameter, decoder_layout, decoder_macs
 from .t5.layout import t5_layout, t5_macs
-
-TaskName = Literal["causal", "masked", "spans", "contrastive"]
 
 
 class Family(NamedTuple):
@@ -27,7 +25,7 @@ class Family(NamedTuple):
     layout: Callable[[ModelConfig], dict[str, Parameter]]
     macs: Callable[[ModelConfig, int, float, float], Macs]
     chunk: tuple[str, str]
-    task: TaskName
+    task: str
 
 
 DECODER = Family(decoder_layout, decoder_macs, (".decoder", "Decoder"), "causal")
@@ -41,7 +39,7 @@ def family_of(config: ModelConfig) -> Family:
     return WITH_FOLDER.get(config.family, DECODER)
 
 
-def task_name(config: ModelConfig) -> TaskName:
+def task_name(config: ModelConfig) -> str:
     """Give the name of what a model is trained on."""
     return "contrastive" if config.pooling is not None else family_of(config).task
 

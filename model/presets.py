@@ -7,6 +7,7 @@ each was published with.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from .bert import config as bert
@@ -22,6 +23,9 @@ _LLAMA: dict[str, Any] = {
     "tied": False,
 }
 
+# Families that are no decoders: each has a folder with its style, its sizes, and what its module cannot be.
+SHAPES: dict[str, ModuleType] = {"bert": bert, "t5": t5}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {
         "normalization": "layernorm",
@@ -36,8 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _LLAMA,
     "qwen2": {**_LLAMA, "qkv_bias": True},
     "qwen3": {**_LLAMA, "qk_norm": True},
-    "bert": bert.STYLE,
-    "t5": t5.STYLE,
+    **{name: shape.STYLE for name, shape in SHAPES.items()},
 }
 
 
@@ -133,6 +136,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": _qwen3(36, 4096, 32, 12288, tied=False),
     "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
-    **bert.PRESETS,
-    **t5.PRESETS,
+    **{name: preset for shape in SHAPES.values() for name, preset in shape.PRESETS.items()},
 }

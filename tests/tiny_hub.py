@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from basestone.data.hf_tokenizer import write_hf_tokenizer
 from basestone.data.tokenizer import Tokenizer, train_tokenizer
 from basestone.model.config import ModelConfig
+from basestone.model.embedding.hf import sentence_files
 from basestone.model.hf.adapter import adapter_for
 
 TEXT = "".join(f"What is {i} plus {i + 1}? The sum is {2 * i + 1}, and a colour is blue.\n" for i in range(400))
@@ -29,8 +30,8 @@ def make_tokenizer(path: Path) -> Path:
 def make_directory(
     out: Path, tokenizer: Path, *, family: str = "llama", dtype: str = "fp32", **keys: Any
 ) -> Path:
-    """Write config.json, model.safetensors, the tokenizer and a card with a licence."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Write a model, its tokenizer and a card with a licence; with `pooling`, an encoder of texts."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     model = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_sequence_length": 64, **keys}
     model |= {"family": family, "vocab_size": 400, "dropout": 0.0} | (
@@ -40,15 +41,21 @@ def make_directory(
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     read = Tokenizer(tokenizer)
     fields = adapter_for(config).hf_config(config, dtype=torch_dtype, bos=read.bos, eos=read.eos, pad=read.pad)
-    write_hf_tokenizer(tokenizer, out, model_max_length=64)
+    framing = "document" if config.pooling is None else "texts"
+    write_hf_tokenizer(tokenizer, out, model_max_length=64, framing=framing)
     (out / "config.json").write_text(json.dumps(fields, indent=2))
     ids = {f"{name}_token_id": getattr(read, name) for name in ("bos", "eos", "pad")}
     (out / "generation_config.json").write_text(json.dumps(ids))
     torch.manual_seed(5)
-    state = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out)).state_dict()
+    made: Any = AutoModelForCausalLM if config.pooling is None else AutoModel
+    state = made.from_config(AutoConfig.from_pretrained(out)).state_dict()
     wanted = [tensor.name for tensor in adapter_for(config).tensors(config)]
     tensors = {name: state[name].to(torch_dtype).clone() for name in wanted}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    if config.pooling is not None:
+        for name, content in sentence_files(config, 64).items():
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_text(json.dumps(content))
     (out / "README.md").write_text("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# tiny\n")
     return out
 

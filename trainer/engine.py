@@ -187,6 +187,11 @@ class Engine:
         return [parameter.register_hook(add_up) for parameter in self._partial]
 
     @property
+    def figures(self) -> tuple[str, ...]:
+        """What `evaluate` gives of each part: the loss, and what counts predictions."""
+        return self._objective.figures
+
+    @property
     def micro_batch_multiple(self) -> int:
         """What the number of micro-batches must be a multiple of: the interleaved schedule has a say in it."""
         return self.runtime.pp_size if len(self.module.chunks) > 1 else 1
@@ -221,7 +226,7 @@ class Engine:
     def _run(
         self, micro_batches: Sequence[MicroBatch], scales: Mapping[str, float], *, forward_only: bool = False
     ) -> Tensor:
-        """Run the schedule; give this rank's share of the sums by part: [parts, (loss, right predictions)]."""
+        """Run the schedule; give this rank's share of the sums by part: [parts, figures]."""
 
         def look(loss: LossOf) -> Reports:
             with torch.no_grad(), draws_again(self.runtime.device):
@@ -230,7 +235,7 @@ class Engine:
         self._objective.prepare(micro_batches, look)
         loss: LossOf = functools.partial(self._objective.loss, scales=scales)
         reports = self._pass(micro_batches, loss, forward_only=forward_only)
-        sums = torch.zeros(len(self.parts), 2, device=self.runtime.device)
+        sums = torch.zeros(len(self.parts), len(self.figures), device=self.runtime.device)
         if self.runtime.tp_rank == 0:  # its tensor-parallel neighbours have the same sums, earlier stages none
             for report in reports:
                 sums += report["sums"]
@@ -298,10 +303,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Give this rank's share of the sums, fp32 [parts, 2], without dropout and z-loss.
-
-        By part: the loss in nats, and the predictions that were right where the model tells.
-        """
+        """Give this rank's share of the sums, fp32 [parts, figures], without dropout and z-loss."""
         self.module.eval()
         return self._run(micro_batches, dict.fromkeys(self.parts, 1.0), forward_only=True)
 

@@ -13,6 +13,7 @@ from ..data.heldout import load_heldout
 from ..data.reading.reader import RangeReader
 from .batch import cut, model_fields, share
 from .config import ResolvedRun
+from .objective import named_sums
 from .places import DataPlaces, task_of
 from .runtime import Runtime
 
@@ -24,26 +25,26 @@ if TYPE_CHECKING:
 class HeldOutLoss:
     """What a held-out set gave.
 
-    `loss` in nats a prediction, the sum of `losses` by part; `accuracies` by part where the model tells; `perplexity`
-    of the first part; `bits_per_byte` over the UTF-8 bytes of the same documents, where every token is predicted;
-    `tokens` the predictions of the first part.
+    `loss` in nats a prediction, the sum of `losses` by part; `shares` of predictions where the model tells, such as
+    `masked_accuracy`; `perplexity` of the first part; `bits_per_byte` over the UTF-8 bytes of the same documents, where
+    every token is predicted; `tokens` the predictions of the first part.
     """
 
     loss: float
     losses: dict[str, float]
-    accuracies: dict[str, float]
+    shares: dict[str, float]
     perplexity: float
     bits_per_byte: float | None
     tokens: int
 
     def record(self) -> dict[str, float]:
-        """Give the fields by name; parts and accuracies only where there are several parts, or any."""
+        """Give the fields by name; losses of parts only where there are several."""
         record = {"loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
         if self.bits_per_byte is not None:
             record["bits_per_byte"] = self.bits_per_byte
         if len(self.losses) > 1:
             record |= {f"{name}_loss": loss for name, loss in self.losses.items()}
-        return record | {f"{name}_accuracy": share for name, share in self.accuracies.items()}
+        return record | self.shares
 
 
 class HeldOut:
@@ -88,21 +89,25 @@ class HeldOut:
         """Run the model over the set; the same result on every rank."""
         sums = engine.evaluate(cut(self._fields, micro_batch, engine.micro_batch_multiple)).double()
         dist.all_reduce(sums)
-        return held_out_loss(dict(zip(self._parts, sums.tolist(), strict=True)), self._counts, self._num_bytes)
+        return held_out_loss(named_sums(sums, self._parts, engine.figures), self._counts, self._num_bytes)
 
 
-def held_out_loss(sums: dict[str, list[float]], counts: dict[str, float], num_bytes: int) -> HeldOutLoss:
-    """Make the figures of a set from each part's summed loss and right predictions, and how many there were."""
+def held_out_loss(sums: dict[str, dict[str, float]], counts: dict[str, float], num_bytes: int) -> HeldOutLoss:
+    """Make the figures of a set from each part's sums, the loss among them, and how many predictions counted."""
     first = next(iter(sums))
-    losses = {name: total / max(1.0, counts[name]) for name, (total, _) in sums.items()}
+    means = {
+        part: {name: total / max(1.0, counts[part]) for name, total in of_part.items()}
+        for part, of_part in sums.items()
+    }
+    losses = {part: of_part.pop("loss") for part, of_part in means.items()}
     causal = first == "next_token"
     return HeldOutLoss(
         loss=sum(losses.values()),
         losses=losses,
-        accuracies={}
+        shares={}
         if causal
-        else {name: right / max(1.0, counts[name]) for name, (_, right) in sums.items()},
+        else {f"{part}_{name}": share for part, of_part in means.items() for name, share in of_part.items()},
         perplexity=math.exp(min(losses[first], 700.0)),
-        bits_per_byte=sums[first][0] / math.log(2) / max(1, num_bytes) if causal else None,
+        bits_per_byte=sums[first]["loss"] / math.log(2) / max(1, num_bytes) if causal else None,
         tokens=int(counts[first]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,19 @@ def objective_of(
     return Predictions(parts) if model.pooling is None else Pairs(model.temperature, group)
 
 
+def named_sums(sums: Tensor, parts: Iterable[str], figures: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Name sums [parts, figures]."""
+    return {part: dict(zip(figures, row, strict=True)) for part, row in zip(parts, sums.tolist(), strict=True)}
+
+
 class Predictions:
     """Losses of predictions, each part's weighted by its scale: every micro-batch stands for itself.
 
-    A report's `sums` are fp32 [parts, 2]: the loss in nats, and the predictions that were right where the model tells.
+    A report's `sums` are fp32 [parts, figures]: the loss in nats, and the predictions that were right where the model
+    tells.
     """
+
+    figures = ("loss", "accuracy")
 
     def __init__(self, parts: Mapping[str, str]) -> None:
         """Take the parts of the loss, each with the field that says which predictions count."""
@@ -53,9 +61,14 @@ class Predictions:
 class Pairs:
     """The contrastive loss of a whole global batch, over all of its micro-batches and data-parallel ranks.
 
+    A report's `sums` are fp32 [1, figures]: the loss in nats, how many partners are nearest, and how many are among the
+    ten nearest.
+
     Where there are several micro-batches, a first pass without gradients finds all vectors, and the second takes back
     the gradient of each (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
     """
+
+    figures = ("loss", "accuracy", "recall_at_10")
 
     def __init__(self, temperature: float, group: dist.ProcessGroup | None) -> None:
         """Take what cosines are divided by, and the data-parallel ranks."""
@@ -87,7 +100,8 @@ class Pairs:
         real = batch["real"][:, 0]
         found = self._waiting.pop(0) if self._waiting else self._contrast(first.detach(), second.detach(), real)
         total = (first * found.first_gradient + second * found.second_gradient).sum() * scales["contrastive"]
-        return total, {"sums": torch.stack((found.losses.sum(), (found.right * real).sum()))[None]}
+        hits = [((found.ahead < among) * real).sum() for among in (1, 10)]
+        return total, {"sums": torch.stack((found.losses.sum(), *hits))[None]}
 
     def _contrast(self, first: Tensor, second: Tensor, real: Tensor) -> Contrast:
         return contrast(first, second, real, temperature=self._temperature, group=self._group)

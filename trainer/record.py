@@ -12,7 +12,7 @@ from .console import RunConsole
 from .errors import message_of
 from .load import run_to_toml
 from .rundir import RunDirectory, warned_of
-from .sinks.sink import Sink
+from .sinks.sink import OF_PARTS, Sink
 
 
 def heldout_text(record: Mapping[str, Any]) -> str:
@@ -21,9 +21,8 @@ def heldout_text(record: Mapping[str, Any]) -> str:
     if "bits_per_byte" in record:
         texts.append(f"{record['bits_per_byte']:.4f} bits per byte")
     for name, value in record.items():
-        part, _, kind = name.rpartition("_")
-        if part and kind in ("loss", "accuracy"):
-            texts.append(f"{part.replace('_', ' ')} {kind} {value:.4f}")
+        if name.endswith(OF_PARTS):
+            texts.append(f"{name.replace('_', ' ')} {value:.4f}")
     return ", ".join(texts)
 
 

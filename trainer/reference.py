@@ -13,7 +13,7 @@ from ..model.layers import StageChunk, megatron_config
 from ..model.pipeline import Chunk, chunks_of_ranks
 from ..model.stage import chunk_class
 from .batch import MicroBatch
-from .objective import objective_of
+from .objective import named_sums, objective_of
 from .runtime import Runtime
 
 
@@ -137,8 +137,8 @@ def generate(
 @torch.no_grad()
 def sums_of(
     model: StageChunk, batches: Sequence[MicroBatch], parts: Mapping[str, str], runtime: Runtime
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Give what a whole model makes of batches: (loss in nats, right predictions) by part, and how many count."""
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Give what a whole model makes of batches: by part the sum of each figure, and how many predictions count."""
     here = [{name: field.to(runtime.device) for name, field in batch.items()} for batch in batches]
     objective = objective_of(model.model, parts, runtime.dp_group)
     objective.prepare(here, lambda loss: [loss(model(batch), batch)[1] for batch in here])
@@ -146,4 +146,4 @@ def sums_of(
     sums = sum(objective.loss(model(batch), batch, scales)[1]["sums"].double() for batch in here)
     counts = {name: sum(float(batch[weights].sum()) for batch in here) for name, weights in parts.items()}
     assert isinstance(sums, Tensor)
-    return dict(zip(parts, sums.tolist(), strict=True)), counts
+    return named_sums(sums, parts, objective.figures), counts

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         "import-file": import_file,
         "import-directory": import_directory,
         "finetune": finetune,
+        "similarity": similarity,
     }
     try:
         commands[arguments.command](arguments)
@@ -121,6 +122,11 @@ def _add_hub_commands(
     one.add_argument("--run", type=Path, required=True)
     one = commands.add_parser("finetune", parents=[common])
     one.add_argument("settings", type=json.loads)
+    one.add_argument("--json", action="store_true")
+    one = commands.add_parser("similarity", parents=[common])
+    one.add_argument("directory", type=Path)
+    one.add_argument("data", type=Path)
+    one.add_argument("--batch", type=int, required=True)
     one.add_argument("--json", action="store_true")
 
 
@@ -342,6 +348,13 @@ def finetune(arguments: argparse.Namespace) -> None:
     settings = FinetuneSettings(**arguments.settings)
     with _stoppable("finetune", settings.out):
         tune(settings, as_json=arguments.json)
+
+
+def similarity(arguments: argparse.Namespace) -> None:
+    """Measure the vectors of a Hugging Face directory on pairs of texts."""
+    from .similarity.run import similarity as measure
+
+    measure(arguments.directory, arguments.data, batch=arguments.batch, as_json=arguments.json)
 
 
 @contextlib.contextmanager

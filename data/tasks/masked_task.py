@@ -8,20 +8,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..stream import StreamBatch
-from .masked import MaskRates, MaskVocabulary, mask_tokens
+from .masked import MaskedSample, MaskRates, MaskVocabulary, mask_tokens
 from .sample_random import SampleRandom
 from .sentences import EncoderSpecials, SentencePair, frame_pair
 
 
 @dataclass(frozen=True, eq=False)
-class EncoderHiding:
-    """Hide tokens of framed sequences of ``length``, and lay out what a model takes of them."""
+class EncoderInputs:
+    """Change framed sequences of ``length``, and lay out what a model takes of them."""
 
     length: int
     frame: EncoderSpecials
-    vocabulary: MaskVocabulary
-    rates: MaskRates
     seed: int
+
+    def changed(self, framed: np.ndarray, random: SampleRandom) -> MaskedSample:
+        """Return what the model sees of a sequence, int [num_tokens], and what it has to tell."""
+        raise NotImplementedError
 
     def empty(self, num_samples: int) -> dict[str, np.ndarray]:
         """Return the fields of samples that are only padding."""
@@ -42,12 +44,24 @@ class EncoderHiding:
         sample: int,
     ) -> None:
         """Write global sample ``sample``, int [num_tokens] without padding, into a row of the fields."""
-        found = mask_tokens(framed, self.vocabulary, SampleRandom(self.seed, sample), self.rates)
+        found = self.changed(framed, SampleRandom(self.seed, sample))
         count = len(framed)
         fields["tokens"][row, :count] = found.tokens
         fields["labels"][row, :count] = found.labels
         fields["weights"][row, :count] = found.weights
         fields["length"][row] = count
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderHiding(EncoderInputs):
+    """Hide tokens, which are to be predicted."""
+
+    vocabulary: MaskVocabulary
+    rates: MaskRates
+
+    def changed(self, framed: np.ndarray, random: SampleRandom) -> MaskedSample:
+        """See EncoderInputs."""
+        return mask_tokens(framed, self.vocabulary, random, self.rates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +77,7 @@ class MaskedTask:
     keeps its length.
     """
 
-    hiding: EncoderHiding
+    inputs: EncoderInputs
     packing: str
     bos: int
     eos: int
@@ -71,32 +85,32 @@ class MaskedTask:
     @property
     def row_tokens(self) -> int:
         """See task.Task: rows that are cut share a token, whole ones do not."""
-        return self.hiding.length - (2 if self.packing == "split" else 3)
+        return self.inputs.length - (2 if self.packing == "split" else 3)
 
     @property
     def widths(self) -> dict[str, int]:
         """See task.Task."""
-        length = self.hiding.length
+        length = self.inputs.length
         return {"tokens": length, "labels": length, "weights": length, "length": 1}
 
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""
-        fields = self.hiding.empty(len(batch.ids))
-        frame, room = self.hiding.frame, self.hiding.length - 2
+        fields = self.inputs.empty(len(batch.ids))
+        frame, room = self.inputs.frame, self.inputs.length - 2
         for row in np.flatnonzero(batch.ids >= 0).tolist():
             text = batch.tokens[row, : min(int(batch.lengths[row]), room)]
             if self.packing != "split":
                 text = text[int(text[0] == self.bos) :]
                 text = text[: len(text) - int(len(text) > 0 and text[-1] == self.eos)]
             text = np.where((text == self.bos) | (text == self.eos), frame.sep, text)
-            self.hiding.write(
+            self.inputs.write(
                 fields, row, np.concatenate([[frame.cls], text, [frame.sep]]), int(batch.ids[row])
             )
         return fields
 
     def reseeded(self, seed: int) -> MaskedTask:
         """See task.Task."""
-        return replace(self, hiding=replace(self.hiding, seed=seed))
+        return replace(self, inputs=replace(self.inputs, seed=seed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,36 +122,36 @@ class SentencePairTask:
     ``real`` [1], 1 where the sample counts.
     """
 
-    hiding: EncoderHiding
+    inputs: EncoderInputs
     packing: str = "pairs"
 
     @property
     def row_tokens(self) -> int:
         """See task.Task; packing's rows (passages.py) have a label and no specials, and leave a place empty."""
-        return self.hiding.length - 2
+        return self.inputs.length - 2
 
     @property
     def widths(self) -> dict[str, int]:
         """See task.Task."""
-        length = self.hiding.length
+        length = self.inputs.length
         columns = {"tokens": length, "labels": length, "weights": length, "length": 1}
         return {**columns, "segments": length, "next_label": 1, "real": 1}
 
     def arrays(self, batch: StreamBatch) -> dict[str, np.ndarray]:
         """See task.Task."""
-        hiding, num_samples = self.hiding, len(batch.ids)
-        fields = hiding.empty(num_samples)
-        fields["segments"] = np.zeros((num_samples, hiding.length), np.int32)
+        inputs, num_samples = self.inputs, len(batch.ids)
+        fields = inputs.empty(num_samples)
+        fields["segments"] = np.zeros((num_samples, inputs.length), np.int32)
         fields["next_label"], fields["real"] = (np.zeros((num_samples, 1), np.int32) for _ in range(2))
         for row in np.flatnonzero(batch.ids >= 0).tolist():
             _, begin, cut = np.flatnonzero(batch.starts[row])
             label = int(batch.tokens[row, 0])
             parts = batch.tokens[row, begin:cut], batch.tokens[row, cut : batch.lengths[row]]
-            framed = frame_pair(SentencePair(*parts, is_next=not label), hiding.length, hiding.frame)
-            hiding.write(fields, row, framed.tokens[: framed.num_tokens], int(batch.ids[row]))
+            framed = frame_pair(SentencePair(*parts, is_next=not label), inputs.length, inputs.frame)
+            inputs.write(fields, row, framed.tokens[: framed.num_tokens], int(batch.ids[row]))
             fields["segments"][row], fields["next_label"][row], fields["real"][row] = framed.segments, label, 1
         return fields
 
     def reseeded(self, seed: int) -> SentencePairTask:
         """See task.Task."""
-        return replace(self, hiding=replace(self.hiding, seed=seed))
+        return replace(self, inputs=replace(self.inputs, seed=seed))

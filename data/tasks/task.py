@@ -96,7 +96,7 @@ def _masked_task(
     )
     starts = word_starts(tokenizer.pieces()) if task.whole_words else None
     vocabulary = MaskVocabulary(find_mask(tokenizer), special_table(tokenizer), starts)
-    hiding = EncoderHiding(sequence_length, find_frame(tokenizer), vocabulary, rates, seed)
+    hiding = EncoderHiding(sequence_length, find_frame(tokenizer), seed, vocabulary, rates)
     if not task.next_sentence:
         _check_length(sequence_length, MIN_MASKED if packing == "split" else MIN_WHOLE, "masked tokens")
         return MaskedTask(hiding, packing, tokenizer.bos, tokenizer.eos)

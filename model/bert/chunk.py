@@ -34,13 +34,16 @@ class Bert(StageChunk):
     ) -> None:
         """Build the parts that `chunk` names."""
         super().__init__(model, config, chunk, recompute=recompute)
-        hidden = model.hidden_size
         if self.first or (self.last and model.tied_head):  # the head has a copy of the word embedding
             self.embed = Embedding(model, config, whole=self.first)
         spec = layer_spec(model, config, AttnMaskType.no_mask)
         self.layers = self.build_layers(spec, chunk.layers, config)
-        if not (self.last and model.predicts_tokens):
-            return
+        if self.last and model.predicts_tokens:
+            self.build_heads(model, config)
+
+    def build_heads(self, model: ModelConfig, config: TransformerConfig) -> None:
+        """Build what stands behind the last layer."""
+        hidden = model.hidden_size
         if model.next_sentence:
             self.pooler = WholeLinear(hidden, hidden, config)
             self.next_sentence = WholeLinear(hidden, 2, config)
@@ -84,12 +87,16 @@ class Bert(StageChunk):
             x_sbh = tensor_parallel.gather_from_sequence_parallel_region(
                 x_sbh, tensor_parallel_output_grad=False
             )
+        return self.predictions(x_sbh.transpose(0, 1), batch)
+
+    def predictions(self, x_bsh: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | dict[str, Outcome]:
+        """Give what the heads make of the last states, [b, s, h]: losses where the batch has labels, else logits."""
         if "labels" in batch:
-            return self._outcomes(x_sbh.transpose(0, 1), batch)
-        logits = {"masked": self._token_logits(x_sbh.transpose(0, 1))}
-        return (
-            logits | {"next_sentence": self._sentence_logits(x_sbh[0])} if self.model.next_sentence else logits
-        )
+            return self._outcomes(x_bsh, batch)
+        logits = {"masked": self._token_logits(x_bsh)}
+        if not self.model.next_sentence:
+            return logits
+        return logits | {"next_sentence": self._sentence_logits(x_bsh[:, 0])}
 
     def _token_logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., v]."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig  # which is made of this
 
 
 class BertKeys(BaseModel):
@@ -22,11 +26,11 @@ class BertKeys(BaseModel):
         json_schema_extra={"on_resume": "fixed"},
     )
 
-    def bert_problems(self, family: str) -> list[str]:
+    def bert_problems(self, family: str, style: Mapping[str, Any]) -> list[str]:
         """Say which keys do not go with a family."""
         given = [name for name in BertKeys.model_fields if getattr(self, name)]
-        if family == "bert":
-            return [] if self.num_segments else ["num_segments = 0: a BERT has 1 at least"]
+        if "num_segments" in style:
+            return [] if self.num_segments else [f"num_segments = 0: a {family.upper()} has 1 at least"]
         if not given:
             return []
         return [f"{', '.join(given)}: for family 'bert' alone, got {family!r}; take them out"]
@@ -46,6 +50,14 @@ STYLE: dict[str, Any] = {
     "norm_epsilon": 1e-12,
     "dropout": 0.1,
 }
+
+
+def departures(config: ModelConfig) -> list[str]:
+    """Name the keys that are something else than the module can be."""
+    wrong = [name for name in ("norm_position", "position") if getattr(config, name) != STYLE[name]]
+    wrong += [name for name in ("z_loss", "rope_scaling") if getattr(config, name)]
+    wrong += [] if config.tied else ["tied"]
+    return wrong + (["activation"] if config.gated else [])
 
 
 def _bert(layers: int, hidden: int, heads: int, sequence: int = 512) -> dict[str, Any]:

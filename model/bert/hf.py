@@ -27,20 +27,20 @@ def needed(config: ModelConfig, architecture: str) -> dict[str, object]:
     }
 
 
-def rows(config: ModelConfig) -> list[Row]:
-    """Make the table, in the order of the forward pass."""
+def trunk_rows(config: ModelConfig, trunk: str) -> list[Row]:
+    """List the rows of the embedding and the layers; `trunk` is what the class calls its encoder."""
     assert config.vocab_size is not None
     vocabulary = Vocabulary(config.vocab_size, config.padded_vocab_size)
     heads = QueryGroups(config.num_attention_heads, config.num_query_groups, config.head_dim)
-    embeddings = "bert.embeddings."
+    embeddings = f"{trunk}.embeddings."
     table = [
         Row("embed.word.weight", (embeddings + "word_embeddings.weight",), vocabulary),
         Row("embed.position.weight", (embeddings + "position_embeddings.weight",), Rule()),
         Row("embed.segment.weight", (embeddings + "token_type_embeddings.weight",), Rule()),
-        *_same("embed.norm", embeddings + "LayerNorm"),
+        *same("embed.norm", embeddings + "LayerNorm"),
     ]
     for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}.", f"bert.encoder.layer.{layer}."
+        ours, theirs = f"layers.{layer}.", f"{trunk}.encoder.layer.{layer}."
         for kind in LINEAR:
             qkv = tuple(f"{theirs}attention.self.{part}.{kind}" for part in ("query", "key", "value"))
             table.append(Row(f"{ours}self_attention.linear_qkv.{kind}", qkv, heads))
@@ -51,16 +51,25 @@ def rows(config: ModelConfig) -> list[Row]:
             ("mlp.linear_fc2", "output.dense"),
             ("mlp_bda.norm", "output.LayerNorm"),
         ):
-            table += _same(ours + source, theirs + target)
+            table += same(ours + source, theirs + target)
+    return table
+
+
+def rows(config: ModelConfig) -> list[Row]:
+    """Make the table, in the order of the forward pass."""
+    assert config.vocab_size is not None
+    vocabulary = Vocabulary(config.vocab_size, config.padded_vocab_size)
+    table = trunk_rows(config, "bert")
     if config.next_sentence:
-        table += _same("pooler", "bert.pooler.dense") + _same("next_sentence", "cls.seq_relationship")
-    table += _same("transform", "cls.predictions.transform.dense")
-    table += _same("norm", "cls.predictions.transform.LayerNorm")
+        table += same("pooler", "bert.pooler.dense") + same("next_sentence", "cls.seq_relationship")
+    table += same("transform", "cls.predictions.transform.dense")
+    table += same("norm", "cls.predictions.transform.LayerNorm")
     table.append(Row("head.bias", ("cls.predictions.bias",), vocabulary))
     return table
 
 
-def _same(ours: str, theirs: str) -> list[Row]:
+def same(ours: str, theirs: str) -> list[Row]:
+    """Give the rows of a linear layer or a norm, which are the same on both sides."""
     return [Row(f"{ours}.{kind}", (f"{theirs}.{kind}",), Rule()) for kind in LINEAR]
 
 

@@ -10,8 +10,8 @@ from ..config import ModelConfig
 from ..layout import Macs, Parameter, layer_macs, layer_rows, norm_rows
 
 
-def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
-    """Make the table: global name -> Parameter, in the order of the forward pass."""
+def trunk_layout(config: ModelConfig) -> list[Parameter]:
+    """List the parameters of the embedding and the layers, in the order of the forward pass."""
     hidden, vocab, std = config.hidden_size, config.padded_vocab_size, config.init_std
     rows = [
         Parameter("embed.word.weight", (vocab, hidden), "embedding", 0, init_std=std),
@@ -22,16 +22,23 @@ def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
     rows += norm_rows(config, "embed.norm.")
     for layer in range(config.num_layers):
         rows += layer_rows(config, f"layers.{layer}.")
+    return rows
+
+
+def bert_layout(config: ModelConfig) -> dict[str, Parameter]:
+    """Make the table: global name -> Parameter, in the order of the forward pass."""
+    rows, hidden, std = trunk_layout(config), config.hidden_size, config.init_std
     if not config.predicts_tokens:
         return {row.name: row for row in rows}
     if config.next_sentence:
-        rows += _linear_rows("pooler.", hidden, hidden, std) + _linear_rows("next_sentence.", 2, hidden, std)
-    rows += _linear_rows("transform.", hidden, hidden, std) + norm_rows(config, "norm.")
-    rows.append(Parameter("head.bias", (vocab,), "bias", 0))
+        rows += linear_rows("pooler.", hidden, hidden, std) + linear_rows("next_sentence.", 2, hidden, std)
+    rows += linear_rows("transform.", hidden, hidden, std) + norm_rows(config, "norm.")
+    rows.append(Parameter("head.bias", (config.padded_vocab_size,), "bias", 0))
     return {row.name: row for row in rows}
 
 
-def _linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Parameter]:
+def linear_rows(prefix: str, num_out: int, num_in: int, std: float) -> list[Parameter]:
+    """List the weight and the bias of a linear layer that every rank holds whole."""
     return [
         Parameter(prefix + "weight", (num_out, num_in), "weight", init_std=std),
         Parameter(prefix + "bias", (num_out,), "bias"),

@@ -40,13 +40,13 @@ def pooled(x_sbh: Tensor, length_b1: Tensor, how: str) -> Tensor:
 
 
 class Contrast(NamedTuple):
-    """What came of a rank's pairs: each one's loss in nats [n], whether its partner was nearest [n], and gradients.
+    """What came of a rank's pairs: each one's loss in nats [n], and how many others are as near as its partner [n].
 
     The gradients [n, h] are those of the summed loss of all ranks.
     """
 
     losses: Tensor
-    right: Tensor
+    ahead: Tensor
     first_gradient: Tensor
     second_gradient: Tensor
 
@@ -88,11 +88,11 @@ def contrast(
         away = (places == own[:, None]) | (counts[start : start + chunk] == 0)
         return scores.masked_fill_(away, float("-inf"))
 
-    rest, nearest = torch.full_like(target, float("-inf")), torch.full_like(target, float("-inf"))
+    rest, ahead = torch.full_like(target, float("-inf")), torch.zeros_like(target)
     for start in range(0, len(keys), chunk):
         scores = others(start)
         rest = torch.logaddexp(rest, scores.logsumexp(-1))
-        nearest = torch.maximum(nearest, scores.amax(-1))
+        ahead += (scores >= target[:, None]).sum(-1)
     # From the difference alone: a small loss would be lost between two large numbers.
     losses = F.softplus(rest - target)
     away = torch.expm1(-losses) * real  # the partner's share of the softmax, less 1
@@ -106,7 +106,7 @@ def contrast(
         dist.all_reduce(key_gradients, group=group)
     return Contrast(
         losses=losses * real,
-        right=(target > nearest).float(),
+        ahead=ahead,
         first_gradient=first_gradient / temperature,
         second_gradient=key_gradients[own] / temperature,
     )

@@ -150,7 +150,7 @@ class LastRead:
         return self._tensor
 
 
-def _decoder(family: str, module: ModuleType) -> Adapter:
+def _of_module(family: str, module: ModuleType) -> Adapter:
     return Adapter(
         family,
         module.MODEL_TYPE,
@@ -196,12 +196,12 @@ def _of_sentences(head: Adapter, architecture: str, **more: Any) -> Adapter:
 
 _HEADS = [
     *itertools.starmap(
-        _decoder,
+        _of_module,
         (("llama", llama), ("mistral", mistral), ("qwen2", qwen2), ("qwen3", qwen3), ("gpt2", gpt2)),
     ),
     *map(_bert, bert.OUTPUTS),
     replace(
-        _decoder("t5", t5),
+        _of_module("t5", t5),
         inputs=t5.INPUTS,
         trunks=t5.TRUNKS,
         framing="spans",

@@ -5,9 +5,12 @@ Sources: Raffel et al. 2020; Shazeer 2020 for the gate; T5 1.1's config.json for
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig  # which is made of this
 
 
 class T5Keys(BaseModel):
@@ -62,6 +65,17 @@ STYLE: dict[str, Any] = {
     "dropout": 0.0,  # T5 1.1 was pre-trained without
     "init_std": 1.0,
 }
+
+
+OWN = ("normalization", "norm_position", "position", "bias", "qkv_bias", "qk_norm", "tied")
+
+
+def departures(config: ModelConfig) -> list[str]:
+    """Name the keys that are something else than the module can be."""
+    wrong = [name for name in OWN if getattr(config, name) != STYLE[name]]
+    wrong += ["num_query_groups"] if config.num_query_groups != config.num_attention_heads else []
+    wrong += ["backend"] if config.backend != "torch" else []
+    return wrong + (["pooling"] if config.pooling is not None else [])
 
 
 def _t5(layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from basestone.trainer.batch import cut
 from basestone.trainer.config import RunConfig
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import parse_layout
+from basestone.trainer.objective import LossOf, Pairs, Reports, named_sums
 
 pytestmark = pytest.mark.dist
 STEPS, TEMPERATURE = 5, 0.05
@@ -25,7 +26,7 @@ STEPS, TEMPERATURE = 5, 0.05
 def vectors(num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     first, second = (F.normalize(torch.randn(num_pairs, 16, generator=generator), dim=-1) for _ in range(2))
-    return first, F.normalize(first + 0.7 * second, dim=-1), (torch.arange(num_pairs) % 5 != 3).float()
+    return first, F.normalize(first + 3 * second, dim=-1), (torch.arange(num_pairs) % 5 != 3).float()
 
 
 def plain(num_pairs: int) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,8 +38,9 @@ def plain(num_pairs: int) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tens
     losses = F.cross_entropy(scores[there], torch.arange(num_pairs)[there], reduction="sum")
     losses.backward()
     assert first.grad is not None and second.grad is not None
-    right = (scores.argmax(-1) == torch.arange(num_pairs)).float() * real
-    return float(losses.detach()), first.grad, second.grad, right
+    order = scores.argsort(-1, descending=True)
+    ahead = (order == torch.arange(num_pairs)[:, None]).nonzero()[:, 1].float()
+    return float(losses.detach()), first.grad, second.grad, ahead
 
 
 def _contrast(num_pairs: int, chunk: int, dtype: torch.dtype) -> tuple[np.ndarray, ...]:
@@ -54,12 +56,13 @@ def _contrast(num_pairs: int, chunk: int, dtype: torch.dtype) -> tuple[np.ndarra
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_loss_and_gradients_equal_one_process_on_the_whole_batch(size, chunk):
-    loss, first, second, right = plain(24)
+    loss, first, second, ahead = plain(24)
     ranks = run_ranks(_contrast, size, 24, chunk, torch.float64)
-    losses, hits, firsts, seconds = (np.concatenate(parts) for parts in zip(*ranks, strict=True))
+    losses, places, firsts, seconds = (np.concatenate(parts) for parts in zip(*ranks, strict=True))
     real = vectors(24)[2].numpy()
     assert losses.sum() == pytest.approx(loss, rel=1e-12)
-    assert (losses[real == 0] == 0).all() and (hits * real == right.numpy()).all()
+    assert (losses[real == 0] == 0).all() and (places[real > 0] == ahead.numpy()[real > 0]).all()
+    assert len(set(places[real > 0])) > 2
     for got, expected in ((firsts, first.numpy()), (seconds, second.numpy())):
         assert np.abs(got - expected).max() < 1e-12 * np.abs(expected).max()
 
@@ -70,6 +73,32 @@ def test_in_fp32_ranks_and_chunks_change_rounding_alone(size):
     ranks = run_ranks(_contrast, size, 24, 5, torch.float32)
     for got, expected in zip((np.concatenate(parts) for parts in zip(*ranks, strict=True)), whole, strict=True):
         assert np.abs(got - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_a_text_that_is_as_near_as_the_partner_is_ahead_of_it():
+    same = F.normalize(torch.ones(4, 16), dim=-1)
+    found = contrast(same, same, torch.tensor([1.0, 1.0, 1.0, 0.0]), temperature=TEMPERATURE)
+    assert found.ahead[:3].tolist() == [2, 2, 2], "what does not count is not ahead"
+
+
+@pytest.mark.parametrize("size", [60, 6])
+def test_recall_is_among_the_ten_nearest_of_the_whole_set(size):
+    """By the places of all partners; micro-batches change nothing."""
+    first, second, real = vectors(60)
+    places = plain(60)[3][real > 0]
+    expected = [float((places < among).sum()) for among in (1, 10)]
+    assert 0 < expected[0] < expected[1] < len(places)
+    pairs, halves = Pairs(TEMPERATURE, None), zip(first.split(size), second.split(size), strict=True)
+    outputs = [{"contrastive": torch.cat(both)} for both in halves]
+    batches = [{"real": part[:, None]} for part in real.split(size)]
+
+    def run(loss: LossOf) -> Reports:
+        return [loss(*one)[1] for one in zip(outputs, batches, strict=True)]
+
+    pairs.prepare(batches, run)
+    sums = sum(report["sums"] for report in run(lambda *one: pairs.loss(*one, {"contrastive": 1.0})))
+    found = named_sums(sums, ["contrastive"], pairs.figures)["contrastive"]
+    assert [found["accuracy"], found["recall_at_10"]] == expected
 
 
 def test_a_rank_with_nothing_that_counts_adds_nothing():
@@ -118,7 +147,7 @@ def fields_of(step: int, *, partners: bool) -> dict[str, torch.Tensor]:
 
 
 def curve_of(run: RunConfig, partners: bool = True) -> list[tuple[float, ...]]:
-    """Give loss and gradient norm of some steps, then loss and right answers of a batch that is not trained on."""
+    """Give loss and gradient norm of some steps, then the sums of a batch that is not trained on."""
     engine = make_engine(run)
     runtime, curve = engine.runtime, []
     for step in (*range(STEPS), 1000):

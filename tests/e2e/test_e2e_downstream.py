@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from commands import command, environment
-from tiny_hub import COLOURS, labelled, questions, write_lines
+from tiny_hub import COLOURS, labelled, make_directory, make_tokenizer, questions, write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 ROOT = Path(__file__).parents[2]
@@ -66,6 +66,10 @@ def place(trained, tmp_path_factory) -> Path:
         for row in answers
     ]
     write_lines(folder / "colours.jsonl", rows)
+    pairs = [{"text": row["prompt"], "other": row["answer"]} for row in questions(16)]
+    write_lines(folder / "pairs.jsonl", pairs)
+    write_lines(folder / "sts.jsonl", ({**row, "score": score} for score, row in enumerate(pairs)))
+    make_directory(folder / "my-encoder", make_tokenizer(folder / "tokenizer.model"), pooling="mean")
     return folder
 
 

@@ -107,6 +107,9 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     last = evaluations(cut)[-1]
     assert {name.removesuffix("_accuracy") for name in last if name.endswith("_accuracy")} == ACCURACIES[kind]
     assert "bits_per_byte" not in last
+    if "contrastive" in ACCURACIES[kind]:
+        assert last["contrastive_accuracy"] <= last["contrastive_recall_at_10"] <= 1
+        assert f"contrastive recall at 10 {last['contrastive_recall_at_10']:.4f}" in done.stdout + done.stderr
 
     done = forked("evaluate", cut, "--json")
     assert done.returncode == 0, done.stderr
@@ -118,6 +121,12 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     assert done.returncode == 0, done.stderr
     opened = OPEN[kind](out)
     assert bool(torch.isfinite(opened).all())
+    if "contrastive" in ACCURACIES[kind]:
+        lines = [json.dumps({"text": f"list {number}", "other": f"a list of {number}"}) for number in range(12)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+        done = forked("similarity", out, tmp_path / "pairs.jsonl", "--json")
+        assert done.returncode == 0, done.stderr
+        assert 0 <= json.loads(done.stdout)["recall_at_1"] <= json.loads(done.stdout)["recall_at_10"] <= 1
     done = forked("import", out, tmp_path / "back")
     assert done.returncode == 0, done.stderr
     assert "equal transformers'" in done.stdout

@@ -80,6 +80,7 @@ def test_there_are_all_commands():
             "quickstart",
             "prepare",
             "finetune",
+            "similarity",
         ),
         *("tokenizer train", "tokenizer inspect", "tokenizer export"),
         *("data index", "data inspect", "data verify"),

@@ -17,10 +17,10 @@ from wandb_files import offline_runs
 
 from basestone.trainer.console import RunConsole
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.record import Recorder
+from basestone.trainer.record import Recorder, heldout_text
 from basestone.trainer.rundir import RunDirectory
 from basestone.trainer.sinks import weights_and_biases
-from basestone.trainer.sinks.sink import step_scalars
+from basestone.trainer.sinks.sink import evaluation_scalars, step_scalars
 from basestone.trainer.sinks.weights_and_biases import WandbSink
 
 
@@ -49,6 +49,15 @@ class Notes:
 
     def close(self) -> None:
         self._do("close")
+
+
+def test_figures_of_the_parts_of_a_loss_have_names():
+    figures = {"masked_loss": 1.0, "masked_accuracy": 0.5, "contrastive_recall_at_10": 0.75}
+    record = {"kind": "eval", "name": "topics", "loss": 1.0, "perplexity": 2.7, "tokens": 9, **figures}
+    assert {f"heldout/topics/{name}" for name in figures} <= evaluation_scalars(record).keys()
+    assert heldout_text(record) == (
+        "loss 1.0000, perplexity 2.70, masked loss 1.0000, masked accuracy 0.5000, contrastive recall at 10 0.7500"
+    )
 
 
 EVERYTHING = ["begin", "step", "step", "evaluation", "close"]

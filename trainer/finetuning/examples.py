@@ -100,11 +100,11 @@ def parse_sft(line: int, value: dict[str, Any]) -> Instruction | Conversation:
     if "messages" in value:
         return _conversation(line, value["messages"])
     if "prompt" in value or "answer" in value:
-        prompt, answer = _text(value, "prompt", SFT_FORMS), _text(value, "answer", SFT_FORMS)
+        prompt, answer = text_of(value, "prompt", SFT_FORMS), text_of(value, "answer", SFT_FORMS)
         if not answer.strip():
             raise LineError("has an empty answer")
         return Instruction(line, prompt, answer)
-    text = _text(value, "text", SFT_FORMS)
+    text = text_of(value, "text", SFT_FORMS)
     if not text.strip():
         raise LineError("has an empty text")
     return Instruction(line, "", text)
@@ -131,8 +131,8 @@ def _conversation(line: int, messages: Any) -> Conversation:
 
 def parse_labelled(line: int, value: dict[str, Any]) -> LabelledText:
     """Read one line for --task classify; a label is a text or a whole number. Raises LineError."""
-    text = _text(value, "text", CLASSIFY_FORM)
-    pair = _text(value, "text_pair", CLASSIFY_FORM) if "text_pair" in value else None
+    text = text_of(value, "text", CLASSIFY_FORM)
+    pair = text_of(value, "text_pair", CLASSIFY_FORM) if "text_pair" in value else None
     if not text.strip():
         raise LineError("has an empty text")
     if "label" not in value:
@@ -143,7 +143,8 @@ def parse_labelled(line: int, value: dict[str, Any]) -> LabelledText:
     return LabelledText(line, text, pair, str(label))
 
 
-def _text(value: dict[str, Any], key: str, form: str) -> str:
+def text_of(value: dict[str, Any], key: str, form: str) -> str:
+    """Give the text under a key; `form` is what a line may be, for the message. Raises LineError."""
     if key not in value:
         raise LineError(f'has no "{key}"; give {form}')
     if not isinstance(value[key], str):

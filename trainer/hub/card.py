@@ -12,6 +12,7 @@ from ...model.hf.adapter import Adapter
 from ..meters.energy import MEANING
 from ..meters.tariff import JOULES_PER_KWH
 from ..report.figures import plain_decimal
+from ..sinks.sink import OF_PARTS
 
 NUM_CURVE_ROWS = 20
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
@@ -150,7 +151,7 @@ def _heldout_table(heldout: dict[str, dict[str, float]]) -> str:
         "bits_per_byte": "bits per byte",
     }
     for name in dict.fromkeys(name for values in heldout.values() for name in values):
-        if name.endswith(("_loss", "_accuracy")):
+        if name.endswith(OF_PARTS):
             titles[name] = name.replace("_", " ")
     titles = {
         name: title for name, title in titles.items() if any(name in values for values in heldout.values())

@@ -18,13 +18,18 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object in UTF-8. Raises ConfigError where there is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is no JSON object, but {type(config).__name__}")
     return config
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON in UTF-8. Raises ConfigError where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def name_of(directory: Path) -> str:

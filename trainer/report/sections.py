@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..meters.tariff import JOULES_PER_KWH
+from ..sinks.sink import OF_PARTS
 from .advice import Advice
 from .charts import LONG_CURVE, Layer, Marker, Series, line_chart, stacked_chart, with_mean
 from .costs import wasted_text
@@ -79,16 +80,21 @@ def loss_section(records: RunRecords) -> str:
         later = {name: [point for point in curve if point[0] >= start] for name, curve in heldout.items()}
         settled = _loss_chart([point for point in train if point[0] >= start], later, markers)
         drawn.append(("Loss, without the first fifth", settled))
+    lasts = {name: records.evals[name][-1] for name in heldout}
+    of_parts = list(
+        dict.fromkeys(field for line in lasts.values() for field in line if field.endswith(OF_PARTS))
+    )
     rows = []
-    for name in heldout:
-        line = records.evals[name][-1]
+    for name, line in lasts.items():
         best = min(heldout[name], key=lambda point: point[1], default=None)
-        values = [shown(number(line, field), "{:.4f}") for field in ("loss", "perplexity", "bits_per_byte")]
+        fields = ("loss", "perplexity", "bits_per_byte", *of_parts)
+        values = [shown(number(line, field), "{:.4f}") for field in fields]
         steps_and_tokens = [shown(number(line, field), "{:,.0f}") for field in ("step", "tokens")]
         rows.append(
             [name, *values, *steps_and_tokens, f"{best[1]:.4f} at {best[0]:,.0f}" if best else shown(None)]
         )
-    titles = ["held-out set", "loss", "perplexity", "bits per byte", "at step", "tokens", "best loss"]
+    named = [field.replace("_", " ") for field in of_parts]
+    titles = ["held-out set", "loss", "perplexity", "bits per byte", *named, "at step", "tokens", "best loss"]
     note = "Dashed lines are events: point at one for its text. Faint ones are saves." if markers else ""
     return section("Loss", figures(*drawn) + table(titles, rows), note)
 

@@ -27,6 +27,7 @@ STEP_SCALARS = (
     "goodput",
 )
 EVAL_SCALARS = ("loss", "perplexity", "bits_per_byte")
+OF_PARTS = ("_loss", "_accuracy", "_recall_at_10")  # how a held-out figure of a part of the loss ends
 
 
 class Sink(Protocol):
@@ -57,7 +58,7 @@ def step_scalars(record: dict[str, Any]) -> dict[str, float]:
 
 def evaluation_scalars(record: dict[str, Any]) -> dict[str, float]:
     """Name the figures of a held-out set."""
-    of_parts = (name for name in record if name.endswith(("_loss", "_accuracy")))
+    of_parts = (name for name in record if name.endswith(OF_PARTS))
     wanted = (name for name in (*EVAL_SCALARS, *of_parts) if name in record)
     return {f"heldout/{record['name']}/{name}": record[name] for name in wanted}
 
