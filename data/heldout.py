@@ -116,7 +116,7 @@ def load_task_heldout(
             task.packing,
             _Once([document for document, _ in read.documents], opened),
             Cursor(),
-            1,
+            lambda _: 1,
             HELDOUT_SEED,
             sentences=SentenceCutter(opened),
             short_fraction=short_fraction,

@@ -14,7 +14,7 @@ One place of a row stays empty, so that the last piece begins before the row's l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -68,18 +68,19 @@ class PairPacker(WindowPacker):
         self,
         documents: Documents,
         cursor: Cursor,
-        window_chunks: int,
+        window_chunks: Callable[[int], int],
         key: int,
         *,
+        keeps_size: bool,
         sentences: SentenceCutter,
         short_fraction: float,
     ) -> None:
         """See WindowPacker; ``short_fraction`` of the pairs aim at a shorter length."""
-        super().__init__(documents, cursor, window_chunks, key)
+        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size)
         self._sentences, self._short_fraction = sentences, short_fraction
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
-        chunks = self._expect_window()
+        chunks = self._expect_window(size)
         rows = [
             (chunk, number, document)
             for chunk in chunks
@@ -143,21 +144,22 @@ class PassagePacker(WindowPacker):
         self,
         documents: Documents,
         cursor: Cursor,
-        window_chunks: int,
+        window_chunks: Callable[[int], int],
         key: int,
         *,
+        keeps_size: bool,
         sentences: SentenceCutter,
         together: int,
     ) -> None:
         """See WindowPacker."""
-        super().__init__(documents, cursor, window_chunks, key)
+        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size)
         self._sentences, self._together = sentences, together
         self.nothing = "no document has text" if together == 1 else "no document has two sentences"
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         together, room = self._together, (size - 1) // self._together
         sequences = []
-        for chunk in self._expect_window():
+        for chunk in self._expect_window(size):
             for text in self._source.read(chunk):
                 sentences = self._sentences.cut(self._source.tokenize(text))
                 if len(sentences) < together:
@@ -178,17 +180,24 @@ class GivenPacker(WindowPacker):
     nothing = "it holds no documents"
 
     def __init__(
-        self, documents: Documents, cursor: Cursor, window_chunks: int, key: int, *, sentences: SentenceCutter
+        self,
+        documents: Documents,
+        cursor: Cursor,
+        window_chunks: Callable[[int], int],
+        key: int,
+        *,
+        keeps_size: bool,
+        sentences: SentenceCutter,
     ) -> None:
         """See WindowPacker."""
-        super().__init__(documents, cursor, window_chunks, key)
+        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size)
         self._sentences = sentences
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         room = (size - 1) // 2
         return [
             [text[:room] for text in self._texts(document)]
-            for chunk in self._expect_window()
+            for chunk in self._expect_window(size)
             for document in self._source.read(chunk)
         ]
 
@@ -211,21 +220,23 @@ def window_packer(
     packing: str,
     documents: Documents,
     cursor: Cursor,
-    window_chunks: int,
+    window_chunks: Callable[[int], int],
     key: int,
     *,
+    keeps_size: bool = False,
     sentences: SentenceCutter,
     short_fraction: float,
 ) -> WindowPacker:
     """Return the packer that ``packing``, one of WINDOW_PACKINGS, names."""
     place = documents, cursor, window_chunks, key
     if packing == "best_fit":
-        return BestFitPacker(*place)
+        return BestFitPacker(*place, keeps_size=keeps_size)
     if packing == "pairs":
-        return PairPacker(*place, sentences=sentences, short_fraction=short_fraction)
+        return PairPacker(*place, keeps_size=keeps_size, sentences=sentences, short_fraction=short_fraction)
     if packing == "given":
-        return GivenPacker(*place, sentences=sentences)
-    return PassagePacker(*place, sentences=sentences, together=2 if packing == "neighbours" else 1)
+        return GivenPacker(*place, keeps_size=keeps_size, sentences=sentences)
+    together = 2 if packing == "neighbours" else 1
+    return PassagePacker(*place, keeps_size=keeps_size, sentences=sentences, together=together)
 
 
 def _same(one: Document, other: Document) -> bool:
