@@ -20,10 +20,11 @@ class StreamBatch:
     """Hold one reader's share of a global batch.
 
     ``tokens`` int32 [num_samples, sequence_length + 1], by the length of these samples; ``weights`` uint8 [num_samples,
-    sequence_length], 1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples, sequence_length], true where a
-    document begins (see packing.positions_of and packing.document_lengths); ``ids`` int64 [num_samples], the global
-    sample ids; ``sources`` int64 [num_samples], the number of the source of each; ``lengths`` int64 [num_samples],
-    how many of a row's tokens are there. Filler samples come last: id and source -1, weights and length 0.
+    sequence_length], 1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples,
+    sequence_length], true where a document begins (see packing.positions_of and packing.document_lengths); ``ids``
+    int64 [num_samples], the global sample ids; ``sources`` int64 [num_samples], the number of the source of each;
+    ``lengths`` int64 [num_samples], how many of a row's tokens are there. Filler samples come last:
+    id and source -1, weights and length 0.
     """
 
     tokens: np.ndarray

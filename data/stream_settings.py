@@ -75,8 +75,8 @@ class StreamSettings:
             until % self.lanes for until in changes
         ):
             raise DataConfigError(
-                f"lengths are {list(self.lengths)} before {self.sequence_length}; samples and tokens must grow from row "
-                f"to row, and the samples be multiples of the {self.lanes} lanes"
+                f"lengths are {list(self.lengths)} before {self.sequence_length}; samples and tokens must grow from "
+                f"row to row, and the samples be multiples of the {self.lanes} lanes"
             )
 
 

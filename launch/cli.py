@@ -130,7 +130,7 @@ def train(
         local.become_worker(arguments)
 
     from ..trainer.load import load_run
-    from ..trainer.places import locate, task_of, vocab_size
+    from ..trainer.places import locate, tasks_of, vocab_size
     from ..trainer.plan import describe
     from .gpus import check_gpus
 
@@ -138,7 +138,7 @@ def train(
     num_workers = config.run.processes or max(1, environ.num_gpus())
     places = locate(config.data, config.reading, environ.cache_dir(), _say)
     resolved = config.resolve(num_workers, vocab_size(places))
-    task_of(config, places.tokenizer)
+    tasks_of(config, places.tokenizer)
     lines = describe(resolved, directory)
     if dry_run:
         for label, text in lines:

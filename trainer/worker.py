@@ -194,13 +194,13 @@ def _open_run(
 ) -> tuple[ResolvedRun, DataPlaces]:
     """Read the run file and find what it names."""
     from .load import load_run
-    from .places import locate, task_of, vocab_size
+    from .places import locate, tasks_of, vocab_size
     from .runtime import cache_dir, world_size
 
     run = load_run(arguments.run, arguments.overrides)
     places = locate(run.data, run.reading, cache_dir(), log)
     resolved = run.resolve(world_size(), vocab_size(places))
-    task_of(run, places.tokenizer)
+    tasks_of(run, places.tokenizer)
     return resolved, places
 
 
