@@ -188,7 +188,8 @@ class RunConfig(Section):
         def fits(other: int) -> bool:
             return self.target_length(other) % tensor == 0
 
-        least, most = 2 * tensor, self.model.max_sequence_length + 1
+        longest = self.data.sequence_length
+        least, most = 2 * tensor, 1 + (self.model.max_sequence_length if length == longest else longest)
         below = next((other for other in range(length // tensor * tensor, least, -tensor) if fits(other)), None)
         above = next(
             (other for other in range(-(-length // tensor) * tensor, most, tensor) if fits(other)), None

@@ -51,6 +51,22 @@ def test_sequence_parallel_needs_targets_that_can_be_cut():
         ) == (length == 500)
 
 
+def test_a_row_of_the_ramp_is_named():
+    """Inputs of 44 tokens have 10 targets; the nearest length that may be cut into four is not over the run's own."""
+    rows = [{"sequence_length": 44, "until_step": 3}]
+    with pytest.raises(ConfigError) as caught:
+        resolved(4, **SEQUENCE, data__sequence_length=48, train__ramp=rows)
+    (problem,) = str(caught.value).splitlines()
+    assert problem == (
+        "parallel.sequence = true needs the 10 targets of train.ramp[0].sequence_length = 44 to be a multiple of "
+        "parallel.tensor = 4; set train.ramp[0].sequence_length = 32 or 48, or parallel.sequence = false"
+    )
+    with pytest.raises(
+        ConfigError, match=r"train\.ramp\[0\]\.sequence_length = 2: inputs of 2 tokens hold no text"
+    ):
+        resolved(data__sequence_length=48, train__ramp=[{"sequence_length": 2, "until_step": 3}])
+
+
 def test_lengths_on_both_sides_are_named():
     with pytest.raises(ConfigError, match=r"set data.sequence_length = (\d+) or (\d+), or parallel") as caught:
         resolved(4, **SEQUENCE, data__sequence_length=256)
