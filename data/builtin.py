@@ -75,11 +75,12 @@ def prepare_builtin(
 
     Raises DataConfigError for an unknown name, DataStorageError where the cache cannot be written.
     """
-    size = {"max_files": max_files, "vocab_size": vocab_size}
-    if name == BUILTIN_PAIRS:
-        return _pairs(prepare_builtin(BUILTIN_SYMBOLS, cache_dir, log, **size), cache_dir, max_files, log)
-    if name == BUILTIN_SYMBOLS:
-        return _with_symbols(prepare_builtin(BUILTIN_CORPUS, cache_dir, log, **size), cache_dir, log)
+    if name in (BUILTIN_PAIRS, BUILTIN_SYMBOLS):
+        base = BUILTIN_SYMBOLS if name == BUILTIN_PAIRS else BUILTIN_CORPUS
+        corpus = prepare_builtin(base, cache_dir, log, max_files=max_files, vocab_size=vocab_size)
+        if name == BUILTIN_PAIRS:
+            return _pairs(corpus, cache_dir, max_files, log)
+        return _with_symbols(corpus, cache_dir, log)
     if name != BUILTIN_CORPUS:
         there = ", ".join((BUILTIN_CORPUS, BUILTIN_PAIRS, BUILTIN_SYMBOLS))
         raise DataConfigError(f"no embedded corpus is called {name!r}; there are: {there}")

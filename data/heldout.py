@@ -60,7 +60,7 @@ def load_heldout(
             task.packing,
             _Once([document for document, _ in read.documents], opened),
             Cursor(),
-            1,
+            lambda _: 1,
             HELDOUT_SEED,
             sentences=SentenceCutter(opened),
             short_fraction=short_fraction,

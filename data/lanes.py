@@ -12,11 +12,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .errors import DataConfigError, DataError
+from .lengths import RowLengths
 from .mixing import Mix
 from .order import hash_integers, permute_all, permute_index
 from .packing import CURSOR_COLUMNS, Cursor, Packer, SplitPacker, window_chunks
@@ -145,8 +147,8 @@ class SampleGroup:
 
     ``ids`` int64 [num_samples]; ``sources`` int64 [num_samples]; ``cursors`` int64 [num_samples, 3]; ``lengths``
     int64 [num_samples], the tokens that are there; ``num_starts`` int64 [num_samples], how many documents begin in
-    each, and ``starts`` int64 [sum of these] where; ``tokens`` integers [num_samples, sequence_length + 1].
-    ``news`` is what reading them took, and which chunks were passed over.
+    each, and ``starts`` int64 [sum of these] where; ``tokens`` integers [num_samples, tokens of a row + 1], whose rows
+    are of one length. ``news`` is what reading them took, and which chunks were passed over.
     """
 
     ids: np.ndarray
@@ -192,7 +194,7 @@ class LaneGroup:
         own_lanes: Sequence[int],
         num_lanes: int,
         position: int,
-        sequence_length: int,
+        lengths: RowLengths,
         packing: str,
         seed: int,
         dtype: np.dtype,
@@ -209,7 +211,7 @@ class LaneGroup:
         self._packers: dict[tuple[int, int], Packer] = {}
         self._cycle = position // num_lanes
         self._next = 0
-        self._sequence_length = sequence_length
+        self._lengths = lengths
         self._dtype = dtype
         self._short_fraction = short_fraction
         for lane in self._own_lanes:  # over a network the first chunks come together, not one after another
@@ -217,10 +219,14 @@ class LaneGroup:
             sources[source].expect(lane + self._cursor(source, lane).chunk * num_lanes)
 
     def read(self, count: int) -> SampleGroup:
-        """Return the next ``count`` samples of these lanes."""
+        """Return the next ``count`` samples of these lanes, or what is left of them before rows get longer."""
+        first = self._cycle * self._num_lanes
+        if (change := self._lengths.next_change(first)) is not None:
+            rounds = change // self._num_lanes - self._cycle
+            count = min(count, rounds * len(self._own_lanes) - self._next)
         ids, sources, lengths, num_starts = (np.empty(count, np.int64) for _ in range(4))
         cursors = np.empty((count, CURSOR_COLUMNS), np.int64)
-        tokens = np.empty((count, self._sequence_length + 1), self._dtype)
+        tokens = np.empty((count, self._lengths.at(first) + 1), self._dtype)
         starts: list[int] = []
         for row in range(count):
             lane = self._own_lanes[self._next]
@@ -251,14 +257,14 @@ class LaneGroup:
     def _make_packer(self, documents: LaneDocuments, source: Source, lane: int, cursor: Cursor) -> Packer:
         if self._packing == "split":
             return SplitPacker(documents, cursor)
-        window = window_chunks(source.tokens_per_chunk, self._sequence_length)
         key = hash_integers(self._seed, lane, SEQUENCE_ORDER)
         return window_packer(
             self._packing,
             documents,
             cursor,
-            window,
+            partial(window_chunks, source.tokens_per_chunk),
             key,
+            keeps_size=bool(self._lengths.phases),
             sentences=source.sentences,
             short_fraction=self._short_fraction,
         )

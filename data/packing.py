@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,8 @@ class Cursor:
     """Hold the place of a lane in a source: chunks finished, and the place within the present ones.
 
     Where documents are laid end to end that is the part (see parts.py) in the chunk's order, and the token within
-    it; in other packings the sequence of the window, and 0.
+    it; in other packings the sequence of the window, and 0, or, where rows may get longer, the tokens that the window's
+    sequences are made for.
     """
 
     chunk: int = 0
@@ -125,14 +126,24 @@ class WindowPacker(ABC):
 
     nothing = "no document of two tokens or more could be read"  # what a whole pass in vain means
 
-    def __init__(self, documents: Documents, cursor: Cursor, window_chunks: int, key: int) -> None:
-        """Start at a cursor, whose chunk is the first of a window of ``window_chunks`` chunks.
+    def __init__(
+        self,
+        documents: Documents,
+        cursor: Cursor,
+        window_chunks: Callable[[int], int],
+        key: int,
+        *,
+        keeps_size: bool = False,
+    ) -> None:
+        """Start at a cursor, whose chunk is the first of a window.
 
-        ``key`` decides the order of a window's sequences, and what is drawn in making them.
+        ``window_chunks`` gives the chunks of a window by the sequence length; ``key`` decides the order of a window's
+        sequences, and what is drawn in making them. With ``keeps_size`` rows may get longer: a window that was begun
+        with shorter ones is handed out as it is, so that nothing of it is lost or comes twice.
         """
         self._source = documents
         self.cursor = cursor
-        self._window_chunks, self._key = window_chunks, key
+        self._window_chunks, self._key, self._keeps_size = window_chunks, key, keeps_size
         self._open_window: int | None = None
         self._sequences: list[list[np.ndarray]] = []
 
@@ -140,17 +151,19 @@ class WindowPacker(ABC):
         """See Packer; a sequence is written piece by piece, and each piece begins where ``starts`` says."""
         cursor, first_chunk = self.cursor, self.cursor.chunk
         while True:
+            size = cursor.token or len(row)
+            num_chunks = self._window_chunks(size - 1)
             if self._open_window != cursor.chunk:
-                _check_progress(cursor.chunk - first_chunk - self._window_chunks, self._source, self.nothing)
-                sequences = self.pack_window(len(row))
+                _check_progress(cursor.chunk - first_chunk - num_chunks, self._source, self.nothing)
+                sequences = self.pack_window(size)
                 order = permute_all(len(sequences), hash_integers(self._key, cursor.chunk))
                 self._sequences = [sequences[number] for number in order]
                 self._open_window = cursor.chunk
             if cursor.part < len(self._sequences):
                 break
-            cursor.chunk, cursor.part = cursor.chunk + self._window_chunks, 0
+            cursor.chunk, cursor.part, cursor.token = cursor.chunk + num_chunks, 0, 0
         pieces = self._sequences[cursor.part]
-        cursor.part += 1
+        cursor.part, cursor.token = cursor.part + 1, size if self._keeps_size else 0
         filled, starts = 0, []
         for piece in pieces:
             starts.append(filled)
@@ -162,9 +175,9 @@ class WindowPacker(ABC):
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         """Return the sequences of the window that begins at the cursor, each in pieces of ``size`` tokens together."""
 
-    def _expect_window(self) -> range:
-        """Begin to read the window's chunks, and return their numbers."""
-        chunks = range(self.cursor.chunk, self.cursor.chunk + self._window_chunks)
+    def _expect_window(self, size: int) -> range:
+        """Begin to read the chunks of a window of sequences of ``size`` tokens, and return their numbers."""
+        chunks = range(self.cursor.chunk, self.cursor.chunk + self._window_chunks(size - 1))
         for chunk in chunks:
             self._source.expect(chunk)
         return chunks
@@ -180,7 +193,7 @@ class BestFitPacker(WindowPacker):
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         pieces = [
             tokens[start : start + size]
-            for chunk in self._expect_window()
+            for chunk in self._expect_window(size)
             for tokens in map(self._source.tokenize, self._source.read(chunk))
             for start in range(0, len(tokens), size)
         ]

@@ -14,7 +14,7 @@ One place of a row stays empty, so that the last piece begins before the row's l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -63,10 +63,17 @@ class SentencePacker(WindowPacker):
     """A window packer that cuts documents into sentences."""
 
     def __init__(
-        self, documents: Documents, cursor: Cursor, window_chunks: int, key: int, *, sentences: SentenceCutter
+        self,
+        documents: Documents,
+        cursor: Cursor,
+        window_chunks: Callable[[int], int],
+        key: int,
+        *,
+        keeps_size: bool,
+        sentences: SentenceCutter,
     ) -> None:
         """See WindowPacker."""
-        super().__init__(documents, cursor, window_chunks, key)
+        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size)
         self._sentences = sentences
 
 
@@ -79,18 +86,19 @@ class PairPacker(SentencePacker):
         self,
         documents: Documents,
         cursor: Cursor,
-        window_chunks: int,
+        window_chunks: Callable[[int], int],
         key: int,
         *,
+        keeps_size: bool,
         sentences: SentenceCutter,
         short_fraction: float,
     ) -> None:
         """See WindowPacker; ``short_fraction`` of the pairs aim at a shorter length."""
-        super().__init__(documents, cursor, window_chunks, key, sentences=sentences)
+        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size, sentences=sentences)
         self._short_fraction = short_fraction
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
-        chunks = self._expect_window()
+        chunks = self._expect_window(size)
         rows = [
             (chunk, number, document)
             for chunk in chunks
@@ -152,7 +160,7 @@ class PassagePacker(SentencePacker):
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
         together, room = self.together, (size - 1) // self.together
         sequences = []
-        for chunk in self._expect_window():
+        for chunk in self._expect_window(size):
             for text in self._source.read(chunk):
                 sentences = self._sentences.cut(self._source.tokenize(text))
                 if len(sentences) < together:
@@ -187,7 +195,7 @@ class GivenPacker(SentencePacker):
         room = (size - 1) // 2
         return [
             [text[:room] for text in self._texts(document)]
-            for chunk in self._expect_window()
+            for chunk in self._expect_window(size)
             for document in self._source.read(chunk)
         ]
 
@@ -213,19 +221,20 @@ def window_packer(
     packing: str,
     documents: Documents,
     cursor: Cursor,
-    window_chunks: int,
+    window_chunks: Callable[[int], int],
     key: int,
     *,
+    keeps_size: bool = False,
     sentences: SentenceCutter,
     short_fraction: float,
 ) -> WindowPacker:
     """Return the packer that ``packing``, one of WINDOW_PACKINGS, names."""
     place = documents, cursor, window_chunks, key
     if packing == "best_fit":
-        return BestFitPacker(*place)
+        return BestFitPacker(*place, keeps_size=keeps_size)
     if packing == "pairs":
-        return PairPacker(*place, sentences=sentences, short_fraction=short_fraction)
-    return SENTENCE_PACKERS[packing](*place, sentences=sentences)
+        return PairPacker(*place, keeps_size=keeps_size, sentences=sentences, short_fraction=short_fraction)
+    return SENTENCE_PACKERS[packing](*place, keeps_size=keeps_size, sentences=sentences)
 
 
 def _same(one: Document, other: Document) -> bool:

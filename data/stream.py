@@ -19,10 +19,11 @@ from .worker import LaneTask, LocalReader, WorkerReader
 class StreamBatch:
     """Hold one reader's share of a global batch.
 
-    ``tokens`` int32 [num_samples, sequence_length + 1]; ``weights`` uint8 [num_samples, sequence_length],
-    1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples, sequence_length], true where a
-    document begins; ``ids`` int64 [num_samples], the global sample ids; ``sources`` int64 [num_samples], the number of
-    the source of each; ``lengths`` int64 [num_samples], how many of a row's tokens are there. Filler samples come last:
+    ``tokens`` int32 [num_samples, sequence_length + 1], by the length of these samples; ``weights`` uint8 [num_samples,
+    sequence_length], 1 where the prediction of ``tokens[:, 1:]`` counts; ``starts`` bool [num_samples,
+    sequence_length], true where a document begins; ``ids`` int64 [num_samples], the global sample ids; ``sources``
+    int64 [num_samples], the number of the source of each; ``lengths`` int64 [num_samples], how many of a row's tokens
+    are there. Filler samples come last:
     id and source -1, weights and length 0.
     """
 
@@ -115,13 +116,17 @@ class TokenStream:
     def next_batch(self, global_batch: int | None = None) -> StreamBatch:
         """Return this reader's share of the next global batch, sorted by global sample id, then filler.
 
-        ``global_batch``, a multiple of the lanes, takes the place of the stream's own for this once.
+        ``global_batch``, a multiple of the lanes, takes the place of the stream's own for this once. A batch ends where
+        rows get longer, or before.
 
         Raises DataError where a chunk is damaged or a worker died; the stream cannot be used afterwards.
         """
         global_batch = self._global_batch if global_batch is None else global_batch
         lanes = self._settings.lanes
         num_samples = samples_per_reader(global_batch, self._num_readers, lanes)
+        change = self._settings.row_lengths.next_change(self.position)
+        assert change is None or self.position + global_batch <= change, "rows of two lengths make no batch"
+        length = self._settings.row_lengths.at(self.position)
         try:
             groups = [reader.read(count * (global_batch // lanes)) for reader, count in self._readers]
         except BaseException:
@@ -129,10 +134,10 @@ class TokenStream:
             raise
         if not groups:
             self._position.sample += global_batch
-            return self._fill(None, num_samples)
+            return self._fill(None, num_samples, length)
         group = SampleGroup.join(groups)
         assert self.position <= group.ids.min() and group.ids.max() < self.position + global_batch
-        batch = self._fill(group, num_samples)
+        batch = self._fill(group, num_samples, length)
         self._position.advance(group, global_batch)
         self._count(group)
         return batch
@@ -162,9 +167,8 @@ class TokenStream:
             reader.close()
         self._readers = []
 
-    def _fill(self, group: SampleGroup | None, num_samples: int) -> StreamBatch:
+    def _fill(self, group: SampleGroup | None, num_samples: int, length: int) -> StreamBatch:
         """Lay samples out in the order of their ids, with filler after them."""
-        length = self._settings.sequence_length
         tokens = np.full((num_samples, length + 1), self._pad, np.int32)
         weights = np.zeros((num_samples, length), np.uint8)
         starts = np.zeros((num_samples, length + 1), np.bool_)

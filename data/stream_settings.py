@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .config import ReadingConfig
 from .errors import DataConfigError, DataError
 from .lanes import PACKINGS, Source, data_fingerprint
+from .lengths import RowLengths
 from .mixing import Mix, MixPhase, SourceSettings, comparable_sizes, mix_weights
 from .quarantine import Quarantine
 from .reading.reader import RangeReader
@@ -25,7 +27,8 @@ class StreamSettings:
     ``lanes`` divides every global batch. ``phases`` are rows ``(first sample that they no longer rule, weights by
     source name)`` of the mix before the sources' own weights begin. ``mask_document_start`` gives weight 0 to
     predicting a document's first token; ``packing`` is one of lanes.PACKINGS, and ``short_fraction`` is that of its
-    sentence pairs (tasks/sentences.py).
+    sentence pairs (tasks/sentences.py). ``lengths`` are rows ``(first sample that they no longer rule, tokens)`` of
+    shorter sequences before those of ``sequence_length`` begin; they grow, and change between two rounds of the lanes.
     """
 
     sources: tuple[SourceSettings, ...]
@@ -39,6 +42,7 @@ class StreamSettings:
     phases: tuple[tuple[int, dict[str, float]], ...] = ()
     reading: dict[str, Any] = field(default_factory=dict)
     short_fraction: float = 0.1
+    lengths: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of_json(values: dict[str, Any]) -> StreamSettings:
@@ -47,7 +51,13 @@ class StreamSettings:
             SourceSettings(**{**source, "places": tuple(source["places"])}) for source in values["sources"]
         )
         phases = tuple((int(until), weights) for until, weights in values["phases"])
-        return StreamSettings(**{**values, "sources": sources, "phases": phases})
+        lengths = tuple((int(until), int(tokens)) for until, tokens in values["lengths"])
+        return StreamSettings(**{**values, "sources": sources, "phases": phases, "lengths": lengths})
+
+    @property
+    def row_lengths(self) -> RowLengths:
+        """Return how long the rows of every sample are."""
+        return RowLengths(self.lengths, self.sequence_length)
 
     def check(self) -> None:
         """Raise DataConfigError for what cannot be meant."""
@@ -59,6 +69,19 @@ class StreamSettings:
             raise DataConfigError(
                 f"sequence length is {self.sequence_length} and lanes {self.lanes}; at least 1 is needed of each"
             )
+        changes = [0, *(until for until, _ in self.lengths)]
+        tokens = [*(tokens for _, tokens in self.lengths), self.sequence_length]
+        if not (_grow(changes) and _grow(tokens) and tokens[0] > 0) or any(
+            until % self.lanes for until in changes
+        ):
+            raise DataConfigError(
+                f"lengths are {list(self.lengths)} before {self.sequence_length}; samples and tokens must grow from "
+                f"row to row, and the samples be multiples of the {self.lanes} lanes"
+            )
+
+
+def _grow(numbers: Sequence[int]) -> bool:
+    return all(one < other for one, other in pairwise(numbers))
 
 
 class OpenedSources:

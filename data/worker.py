@@ -100,7 +100,7 @@ class LocalReader:
             own_lanes=task.own_lanes,
             num_lanes=settings.lanes,
             position=task.position,
-            sequence_length=settings.sequence_length,
+            lengths=settings.row_lengths,
             packing=settings.packing,
             seed=settings.seed,
             dtype=token_dtype(opened.tokenizer.vocab_size),
@@ -108,7 +108,7 @@ class LocalReader:
         )
 
     def read(self, count: int) -> SampleGroup:
-        """Return the next ``count`` samples."""
+        """Return the next ``count`` samples, or what is left of them before rows get longer."""
         group = self._group.read(count)
         return replace(group, news=(*self._quarantine.take_news(), self._counters.take()))
 
@@ -146,14 +146,14 @@ class WorkerReader:
         return self._process.pid
 
     def read(self, count: int) -> SampleGroup:
-        """Return the next ``count`` samples, waiting for them.
+        """Return the next ``count`` samples, which are of one length, waiting for them.
 
         Raises what the worker raised, and DataError where it has died.
         """
         while sum(len(group.ids) for group in self._pending) < count:
             self._pending.append(self._receive())
         taken, rest = SampleGroup.join(self._pending).take(count)
-        self._pending = [rest]
+        self._pending = [rest] if len(rest.ids) else []  # what follows may have longer rows
         return taken
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class WorkerReader:
         if kind == ERROR_FRAME:
             failure = json.loads(content)
             raise getattr(errors, failure["class"])(failure["message"])
-        return _unpack_group(content, self._task.settings.sequence_length, self._dtype)
+        return _unpack_group(content, self._dtype)
 
     def _death(self) -> DataError:
         status = self._process.wait()
@@ -232,7 +232,7 @@ def _pack_group(group: SampleGroup) -> bytes:
     )
 
 
-def _unpack_group(content: bytes, sequence_length: int, dtype: np.dtype) -> SampleGroup:
+def _unpack_group(content: bytes, dtype: np.dtype) -> SampleGroup:
     count, num_starts, num_news = GROUP_COUNTS.unpack_from(content)
     place = GROUP_COUNTS.size + num_news
     news = tuple(json.loads(content[GROUP_COUNTS.size : place]))
@@ -242,7 +242,7 @@ def _unpack_group(content: bytes, sequence_length: int, dtype: np.dtype) -> Samp
         arrays[name] = np.frombuffer(content, np.int64, size, place)
         place += arrays[name].nbytes
     arrays["cursors"] = arrays["cursors"].reshape(count, CURSOR_COLUMNS)
-    tokens = np.frombuffer(content, dtype, offset=place).reshape(count, sequence_length + 1)
+    tokens = np.frombuffer(content, dtype, offset=place).reshape(count, -1)
     return SampleGroup(**arrays, tokens=tokens, news=news)
 
 

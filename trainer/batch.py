@@ -80,6 +80,11 @@ def num_tokens_of(fields: Mapping[str, Tensor]) -> float:
     return float(sum(int(length.sum()) for length in lengths))
 
 
+def passed_length(batch: MicroBatch) -> int:
+    """Count the places of what one pipeline stage sends to the next for a sequence: its inputs and its targets."""
+    return sum(batch[name].shape[1] for name in ("tokens", "decoder_tokens") if name in batch)
+
+
 def cut(fields: Mapping[str, Tensor], micro_batch: int, multiple: int = 1) -> list[MicroBatch]:
     """Cut a rank's samples into micro-batches, a multiple of `multiple`; samples that do not count fill them up."""
     columns = {}

@@ -74,7 +74,7 @@ class RunConfig(Section):
             parallel.pipeline_layers,
             key="model.num_layers" + (" + model.num_decoder_layers" if model.num_decoder_layers else ""),
         )
-        problems += self._problems() + self._target_problems() + self._offload_problems()
+        problems += self._problems() + self._length_problems() + self._offload_problems()
         task = self.filled_task
         problems += _task_problems(model, task)
         ranks = parallel.tensor * parallel.pipeline
@@ -88,7 +88,7 @@ class RunConfig(Section):
                 f"profile.ranks names rank {last}; the {world_size} processes are ranks 0 to {world_size - 1}"
             )
         dp = max(1, world_size // ranks)
-        batches = BatchSchedule(((Phase(0, train.global_batch)),), self.data.sequence_length)
+        batches = BatchSchedule((Phase(0, train.global_batch, self.data.sequence_length),))
         try:
             batches = BatchSchedule.of(train.ramp, train.global_batch, self.data.sequence_length)
         except ValueError as error:
@@ -126,7 +126,15 @@ class RunConfig(Section):
         return task
 
     @property
-    def target_length(self) -> int:
+    def lengths(self) -> dict[str, int]:
+        """Give the sequence lengths that the run has, the last and longest first, each by the key it stands under."""
+        lengths = {"data.sequence_length": self.data.sequence_length}
+        for number, row in enumerate(self.train.ramp):
+            if row.sequence_length is not None:
+                lengths[f"train.ramp[{number}].sequence_length"] = row.sequence_length
+        return lengths
+
+    def target_length(self, sequence_length: int) -> int:
         """Targets of a sequence, where a decoder has them beside the inputs of an encoder; else 0.
 
         Raises:
@@ -134,32 +142,63 @@ class RunConfig(Section):
         """
         if (task := self.filled_task).name != "spans":
             return 0
-        return raw_length(self.data.sequence_length, SpanRates(task.noise, task.mean_span))[1]
+        return raw_length(sequence_length, SpanRates(task.noise, task.mean_span))[1]
 
-    def _target_problems(self) -> list[str]:
+    def _length_problems(self) -> list[str]:
+        """Check every length that the run has."""
+        longest, most = self.data.sequence_length, self.model.max_sequence_length
+        problems, before = [], 0
+        if longest > most:
+            problems.append(
+                f"data.sequence_length = {longest} exceeds model.max_sequence_length = {most}; lower the first or "
+                "raise the second"
+            )
+        for number, row in enumerate(self.train.ramp):
+            length, given = row.sequence_length or longest, f"train.ramp[{number}].sequence_length"
+            if length > longest:
+                problems.append(
+                    f"{given} = {length} exceeds data.sequence_length = {longest}, the run's longest; lower the first "
+                    "or raise the second"
+                )
+            elif length < before:
+                problems.append(
+                    f"{given} = {length} is less than the {before} before it; lengths may only grow"
+                )
+            before = min(length, longest)
+        parallel = self.parallel
+        for key, length in self.lengths.items():
+            if parallel.sequence and length % parallel.tensor:
+                problems.append(
+                    f"parallel.sequence = true needs {key} = {length} to be a multiple of parallel.tensor = "
+                    f"{parallel.tensor}"
+                )
+            problems += self._target_problems(key, length)
+        return problems
+
+    def _target_problems(self, key: str, length: int) -> list[str]:
         """Check the targets of a sequence; what sequence parallel needs names the nearest legal lengths."""
-        length, tensor = self.data.sequence_length, self.parallel.tensor
+        tensor = self.parallel.tensor
         try:
-            targets = self.target_length
+            targets = self.target_length(length)
         except DataConfigError as error:
-            return [f"data.sequence_length = {length}: {error}"]
+            return [f"{key} = {length}: {error}"]
         if not self.parallel.sequence or targets % tensor == 0:
             return []
 
         def fits(other: int) -> bool:
-            data = self.data.model_copy(update={"sequence_length": other})
-            return self.model_copy(update={"data": data}).target_length % tensor == 0
+            return self.target_length(other) % tensor == 0
 
-        least, most = 2 * tensor, self.model.max_sequence_length + 1
+        longest = self.data.sequence_length
+        least, most = 2 * tensor, 1 + (self.model.max_sequence_length if length == longest else longest)
         below = next((other for other in range(length // tensor * tensor, least, -tensor) if fits(other)), None)
         above = next(
             (other for other in range(-(-length // tensor) * tensor, most, tensor) if fits(other)), None
         )
         near = " or ".join(str(other) for other in (below, above) if other is not None)
         return [
-            f"parallel.sequence = true needs the {targets} targets of data.sequence_length = {length} to be a multiple "
+            f"parallel.sequence = true needs the {targets} targets of {key} = {length} to be a multiple "
             f"of parallel.tensor = {tensor}; set "
-            + (f"data.sequence_length = {near}, or " if near else "")
+            + (f"{key} = {near}, or " if near else "")
             + "parallel.sequence = false"
         ]
 
@@ -211,18 +250,8 @@ class RunConfig(Section):
     def _problems(self) -> list[str]:
         """Check the rules that join two sections and need no world size."""
         parallel, problems = self.parallel, []
-        if self.data.sequence_length > self.model.max_sequence_length:
-            problems.append(
-                f"data.sequence_length = {self.data.sequence_length} exceeds model.max_sequence_length = "
-                f"{self.model.max_sequence_length}; lower the first or raise the second"
-            )
         if parallel.sequence and parallel.tensor == 1:
             problems.append("parallel.sequence = true needs parallel.tensor > 1; set it to false")
-        if parallel.sequence and self.data.sequence_length % parallel.tensor:
-            problems.append(
-                f"parallel.sequence = true needs data.sequence_length = {self.data.sequence_length} to be a "
-                f"multiple of parallel.tensor = {parallel.tensor}"
-            )
         saves, evaluations = self.checkpoint, self.evaluate.every_steps
         if saves.keep_best and not (
             self.data.heldout and evaluations and saves.every_steps and saves.every_steps % evaluations == 0
@@ -324,21 +353,15 @@ class ResolvedRun:
 
     @property
     def target_length(self) -> int:
-        """Targets of a sequence, where a decoder has them beside the inputs of an encoder; else 0."""
-        return self.run.target_length
+        """Targets of the longest sequence, where a decoder has them beside the inputs of an encoder; else 0."""
+        return self.run.target_length(self.run.data.sequence_length)
 
-    @property
-    def passed_length(self) -> int:
-        """Places of what one pipeline stage sends to the next for a sequence: its inputs and its targets."""
-        return self.run.data.sequence_length + self.target_length
-
-    @property
-    def num_predicted(self) -> float:
+    def num_predicted(self, sequence_length: int) -> float:
         """Give the predictions of a sequence where not every token is one, as FLOPs count them."""
         task = self.run.task
         if task.name != "masked":
-            return self.target_length
-        predicted = task.predicted * self.run.data.sequence_length
+            return self.run.target_length(sequence_length)
+        predicted = task.predicted * sequence_length
         return min(predicted, task.max_predictions or predicted)
 
     @property

@@ -42,7 +42,7 @@ from ..model.layers import megatron_config
 from ..model.layout import has_weight_decay
 from ..model.pipeline import chunks_of_ranks
 from ..model.stage import Stage, prepare_parameters
-from .batch import MicroBatch
+from .batch import MicroBatch, passed_length
 from .config import ResolvedRun
 from .ds_config import deepspeed_config, nvme_sections
 from .engine_chunk import EngineChunk
@@ -75,7 +75,6 @@ class Engine:
         run = resolved.run
         self.runtime, self.model = runtime, run.model
         self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
-        self._sequence_length = resolved.passed_length
         # Pairs pass through the model side by side.
         self._rows = run.train.micro_batch * (1 if run.model.pooling is None else 2)
         self.parts = resolved.parts
@@ -260,7 +259,7 @@ class Engine:
             self._forward_step(loss),
             self._chunks,
             micro_batches,
-            sequence_length=self._sequence_length,
+            sequence_length=passed_length(micro_batches[0]),
             micro_batch=self._rows,
             forward_only=forward_only,
         )

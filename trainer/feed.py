@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..data.stream_settings import OpenedSources, StreamSettings
 from ..data.tasks.task import Task
 from .batch import model_fields, share
 from .config import ResolvedRun
-from .places import DataPlaces, task_of
+from .places import DataPlaces, tasks_of
 from .runtime import Runtime
 
 
@@ -25,8 +25,8 @@ class Feed:
     def __init__(self, resolved: ResolvedRun, places: DataPlaces, runtime: Runtime) -> None:
         """Open the sources on the rank that reads for its replica; `start` comes before the first `read`."""
         self._resolved, self._runtime = resolved, runtime
-        self._task = task_of(resolved.run, places.tokenizer)
-        self._settings = stream_settings(resolved, places, self._task)
+        self._tasks = tasks_of(resolved.run, places.tokenizer)
+        self._settings = stream_settings(resolved, places, self._tasks)
         self._names = [source.name for source in self._settings.sources]
         self._opened = OpenedSources(self._settings) if runtime.reads_data else None
         self._stream: TokenStream | None = None
@@ -63,11 +63,12 @@ class Feed:
 
     def read(self, step: int) -> dict[str, Tensor]:
         """Give the fields of a step's samples on this rank; see batch.py."""
-        global_batch = self._resolved.batches.global_batch(step)
+        batches = self._resolved.batches
+        global_batch, task = batches.global_batch(step), self._tasks[batches.sequence_length(step)]
         batch = self._stream.next_batch(global_batch) if self._stream is not None else None
         fields = share(
-            self._task.arrays(batch) if batch else None,
-            self._task.widths,
+            task.arrays(batch) if batch else None,
+            task.widths,
             self._resolved.samples_per_rank(global_batch),
             self._runtime,
         )
@@ -132,9 +133,10 @@ class Feed:
             self._stream.close()
 
 
-def stream_settings(resolved: ResolvedRun, places: DataPlaces, task: Task) -> StreamSettings:
-    """Say what a run streams."""
+def stream_settings(resolved: ResolvedRun, places: DataPlaces, tasks: Mapping[int, Task]) -> StreamSettings:
+    """Say what a run streams for its tasks, which are by sequence length."""
     run, data = resolved.run, resolved.run.data
+    task = tasks[data.sequence_length]
     sources = tuple(
         SourceSettings(name, found, source.weight if source else None, source.epochs if source else None)
         for name, found in places.train.items()
@@ -152,4 +154,5 @@ def stream_settings(resolved: ResolvedRun, places: DataPlaces, task: Task) -> St
         phases=tuple((end, dict(row.weights)) for end, row in zip(resolved.mix_ends, data.mix, strict=True)),
         reading=run.reading.model_dump(),
         short_fraction=run.task.short_fraction,
+        lengths=tuple((end, tasks[length].row_tokens) for end, length in resolved.batches.length_ends),
     )

@@ -205,7 +205,7 @@ def _fields_at(root: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
 def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Compare two dumped run configs; list each field marked fixed on resume whose value differs.
 
-    A field that the old one has not heard of has its default there.
+    A field that the old one has not heard of has its default there, and in a row of a list None.
     """
     differences = []
     for section_name, section in RunConfig.model_fields.items():
@@ -222,7 +222,10 @@ def fixed_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    def given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if value is not None}
+
+    return json.loads(json.dumps(value, default=str), object_pairs_hook=given)
 
 
 def run_to_toml(values: dict[str, Any], comments: Sequence[str] = ()) -> str:

@@ -217,6 +217,7 @@ class Trainer:
         evaluated = -1
         with self._signals():
             while self.step < last:
+                self._tell_length()
                 figures = self._train_step()
                 self.step += 1
                 asked, used_up, book, working, minutes_over = figures.flags
@@ -244,6 +245,14 @@ class Trainer:
                 self._evaluate()
         self._finish()
 
+    def _tell_length(self) -> None:
+        """Say that the next step is the first of another length."""
+        batches = self._resolved.batches
+        length = batches.sequence_length(self.step)
+        if self._directory is not None and self.step and length != batches.sequence_length(self.step - 1):
+            self._directory.event(self.step, "length", f"sequences of {length} tokens from here on")
+            self._console.say(f"sequences of {length} tokens after step {self.step}")
+
     def _train_step(self) -> StepFigures:
         self._heldout_losses = {}
         try:
@@ -263,7 +272,8 @@ class Trainer:
                 "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step; "
                 "--resume goes on from an older checkpoint"
             ) from error
-        self._accounts.meters.step(figures.num_tokens, figures.phase_s)
+        length = self._resolved.batches.sequence_length(self.step)
+        self._accounts.meters.step(figures.num_tokens, length, figures.phase_s)
         self._tokens += figures.num_tokens
         try:
             news = self._feed.add_counts(figures.data_counts)
@@ -284,6 +294,7 @@ class Trainer:
     # ---- between steps --------------------------------------------------------------------------------------
 
     def _log(self, figures: StepFigures) -> None:
+        batches, step = self._resolved.batches, self.step - 1
         record = {
             "kind": "step",
             "step": self.step,
@@ -293,7 +304,8 @@ class Trainer:
             ),
             "grad_norm": figures.grad_norm,
             "lr": figures.lr,
-            "global_batch": self._resolved.batches.global_batch(self.step - 1),
+            "global_batch": batches.global_batch(step),
+            **({"sequence_length": batches.sequence_length(step)} if batches.length_ends else {}),
             "tokens": self._tokens,
             **self._accounts.line(self.step),
             **self._feed.record(),

@@ -129,20 +129,39 @@ def open_run(
     """
     places = locate(run.data, run.reading, cache_dir, log)
     resolved = run.resolve(world_size, vocab_size(places))
-    task_of(run, places.tokenizer)
+    tasks_of(run, places.tokenizer)
     return resolved, places
 
 
 def task_of(run: RunConfig, tokenizer: Path) -> Task:
-    """Give what makes training arrays of the data of a run.
+    """Give what makes arrays of the data of a run at its longest length: what it is measured on.
 
     Raises:
         DataConfigError: the tokenizer lacks what the task needs, or settings do not go together.
     """
+    return _task(run, Tokenizer(tokenizer), run.data.sequence_length)
+
+
+def tasks_of(run: RunConfig, tokenizer: Path) -> dict[int, Task]:
+    """Give what makes training arrays of the data of a run, by sequence length.
+
+    Raises:
+        DataConfigError: as task_of, or a length of the ramp is too short for the task.
+    """
+    opened, tasks = Tokenizer(tokenizer), {}
+    for key, length in run.lengths.items():
+        try:
+            tasks[length] = _task(run, opened, length)
+        except DataConfigError as error:
+            raise DataConfigError(f"{key}: {error}" if tasks else str(error)) from error
+    return tasks
+
+
+def _task(run: RunConfig, tokenizer: Tokenizer, sequence_length: int) -> Task:
     return make_task(
         run.filled_task,
-        Tokenizer(tokenizer),
-        sequence_length=run.data.sequence_length,
+        tokenizer,
+        sequence_length=sequence_length,
         packing=run.data.packing,
         mask_document_start=run.data.mask_document_start,
         seed=run.run.seed,

@@ -144,11 +144,17 @@ def _every(steps: int) -> str:
 
 def total_flops(resolved: ResolvedRun) -> float:
     """Count the FLOPs of the whole run."""
+    return sum(
+        token_flops(resolved, phase.sequence_length) * steps * phase.tokens
+        for phase, steps in resolved.batches.steps_by_phase(resolved.steps)
+    )
+
+
+def token_flops(resolved: ResolvedRun, sequence_length: int) -> float:
+    """Count the FLOPs of a token, forward and backward, in sequences of a length of the run."""
+    predicted = resolved.num_predicted(sequence_length)
     run = resolved.run
-    convention = run.meter.attention_flops
-    targets = resolved.num_predicted
-    a_token = flops_per_token(run.model, run.data.sequence_length, convention, target_length=targets)
-    return a_token * resolved.tokens
+    return flops_per_token(run.model, sequence_length, run.meter.attention_flops, target_length=predicted)
 
 
 def _piece(row: Parameter, tp: int) -> int:
@@ -156,12 +162,12 @@ def _piece(row: Parameter, tp: int) -> int:
 
 
 def _batch(resolved: ResolvedRun, phase: Phase) -> str:
-    tokens = phase.global_batch * resolved.run.data.sequence_length
+    targets = resolved.run.target_length(phase.sequence_length)
     since = f"from step {phase.first_step} " if phase.first_step else ""
     count, size = resolved.num_micro_batches(phase.global_batch), resolved.run.train.micro_batch
     return (
-        f"{since}{phase.global_batch} sequences of {resolved.run.data.sequence_length} = {tokens:,} tokens a step, "
-        + (f"each with {resolved.target_length} targets, " if resolved.target_length else "")
+        f"{since}{phase.global_batch} sequences of {phase.sequence_length} = {phase.tokens:,} tokens a step, "
+        + (f"each with {targets} targets, " if targets else "")
         + f"{count} micro-batch(es) of {size} on a rank"
     )
 

@@ -88,9 +88,10 @@ class ParallelSection(Section):
 
 
 class RampPhase(Section):
-    """A row of `train.ramp`: a global batch, and the step or the number of tokens at which it ends."""
+    """A row of `train.ramp`: a batch, a length or both, and the step or the number of tokens at which it ends."""
 
-    global_batch: int = Field(gt=0)
+    global_batch: int | None = Field(None, gt=0)
+    sequence_length: int | None = Field(None, ge=2)
     until_step: int | None = Field(None, gt=0)
     until_tokens: int | None = Field(None, gt=0)
 
@@ -98,6 +99,8 @@ class RampPhase(Section):
     def _one_end(self) -> RampPhase:
         if (self.until_step is None) == (self.until_tokens is None):
             raise ValueError("give either until_step or until_tokens")
+        if self.global_batch is self.sequence_length is None:
+            raise ValueError("give global_batch, sequence_length or both; what is left out is the run's own")
         return self
 
 
@@ -112,7 +115,8 @@ class TrainSection(Section):
     ramp: tuple[RampPhase, ...] = Field(
         (),
         strict=False,  # TOML has lists
-        description="smaller batches to begin with: a list of {global_batch, until_step or until_tokens}",
+        description="smaller batches or shorter sequences to begin with: a list of {global_batch, sequence_length or "
+        "both, until_step or until_tokens}; lengths grow up to `data.sequence_length`",
         json_schema_extra=FIXED,
     )
     micro_batch: int = Field(1, gt=0, description="sequences in one forward of a rank", json_schema_extra=FREE)

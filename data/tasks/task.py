@@ -124,4 +124,4 @@ def _spans_task(task: TaskConfig, tokenizer: Tokenizer, sequence_length: int, se
 
 def _check_length(sequence_length: int, least: int, what: str) -> None:
     if sequence_length < least:
-        raise DataConfigError(f"data.sequence_length is {sequence_length}; {what} need at least {least} tokens")
+        raise DataConfigError(f"sequence_length is {sequence_length}; {what} need at least {least} tokens")

@@ -1,6 +1,7 @@
 """Packing: every token once, documents whole where they fit, and places that name documents."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_best_fit_keeps_documents_whole_and_goes_on_anywhere(
     chunks: list[list[int]], size: int, window: int, stop: int
 ) -> None:
     source = Chunks(chunks)
-    packer = BestFitPacker(source, Cursor(), window, key=3)
+    packer = BestFitPacker(source, Cursor(), lambda _: window, key=3)
     rows = []
     seen: Counter[int] = Counter()
     while packer.cursor.chunk < 3 * window and len(rows) < 200:
@@ -98,11 +99,42 @@ def test_best_fit_keeps_documents_whole_and_goes_on_anywhere(
     assert all(count == 1 for count in seen.values())
     if stop < len(rows):
         chunk, document = rows[stop][2]
-        again = BestFitPacker(source, Cursor(chunk, document), window, key=3)
+        again = BestFitPacker(source, Cursor(chunk, document), lambda _: window, key=3)
         for want, starts, _ in rows[stop + 1 : stop + 5]:
             row = np.full(size, -1, np.int64)
             length, begins = again.fill(row)
             assert row[:length].tolist() == want and begins == starts
+
+
+@settings(deadline=None)
+@given(
+    chunks=chunks_of_lengths,
+    sizes=st.lists(st.tuples(st.integers(2, 40), st.integers(1, 25)), min_size=2, max_size=4).map(sorted),
+)
+def test_rows_that_get_longer_take_every_token_once_and_a_resume_finds_the_window(
+    chunks: list[list[int]], sizes: list[tuple[int, int]]
+) -> None:
+    def packer_at(cursor: Cursor) -> BestFitPacker:
+        return BestFitPacker(source, cursor, lambda length: 1 + length // 16, key=3, keeps_size=True)
+
+    source, seen = Chunks(chunks), Counter[int]()
+    packer, first = packer_at(Cursor()), 0
+    for size in (size for size, count in sizes for _ in range(count)):
+        again = packer_at(replace(packer.cursor))
+        row, other = np.full((2, size), -1, np.int64)
+        length, starts = packer.fill(row)
+        assert again.fill(other) == (length, starts) and other.tolist() == row.tolist()
+        assert again.cursor == packer.cursor and length <= packer.cursor.token <= size
+        seen.update(row[:length].tolist())
+        if packer.cursor.part == 1:  # a window begins with rows of its time, and all before it is used up
+            assert packer.cursor.token == size
+            first = packer.cursor.chunk
+    assert all(times == 1 for times in seen.values())
+    longer = {
+        int(token) for chunk in range(first) for text in source.read(chunk) if len(text) > 1 for token in text
+    }
+    # what is cut off a document may be one token, which predicts nothing
+    assert all(token - 1 in seen and token + 1 not in longer for token in longer - set(seen))
 
 
 @given(lengths=st.lists(st.integers(1, 30), max_size=40))
@@ -125,7 +157,7 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_documents_that_give_nothing_are_an_error_not_an_endless_search(window: int) -> None:
-    packer = BestFitPacker(Chunks([[1, 1], [], [1]]), Cursor(), window, key=3)
+    packer = BestFitPacker(Chunks([[1, 1], [], [1]]), Cursor(), lambda _: window, key=3)
     with pytest.raises(DataError, match=r"a whole pass over the data gave nothing to train on"):
         packer.fill(np.empty(8, np.int64))
     with pytest.raises(DataError, match=r"a whole pass over the data gave nothing to train on"):

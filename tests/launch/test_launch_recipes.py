@@ -21,6 +21,7 @@ BUILT_IN_VOCABULARY = 4096
 # GPUs, and what a rank's estimate must stay under: a tenth of the device is left for what is not counted.
 DEVICES = {
     "gpt2-124m-1gpu": (1, 21),
+    "bert-base-8gpu": (8, 72),
     "llama3-1b-8gpu": (8, 72),
     "llama2-7b-64gpu": (64, 72),
     "llama3-70b-512gpu": (512, 72),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pydoc_data.topics import topics
+
 import pytest
 from run_files import run_of
 
 from basestone.data.errors import DataConfigError
-from basestone.trainer.places import locate, locate_heldout
+from basestone.data.tokenizer import train_tokenizer
+from basestone.trainer.places import locate, locate_heldout, tasks_of
 
 NOTHING = (
     "holds no manifest.json and no .tar files; make shards with `basestone prepare`, or give .tar or "
@@ -35,3 +38,24 @@ def test_held_out_sets_are_found_without_the_rest(tmp_path):
     (tmp_path / "b" / "manifest.json").touch()
     assert locate_heldout(run.data, run.reading, tmp_path / "cache", model) == {"h": str(tmp_path / "b")}
     assert locate_heldout(run_of().data, run.reading, tmp_path / "cache", model) == {}
+
+
+def test_a_task_for_every_length_and_a_row_that_is_too_short_is_named(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    specials = ("[CLS]", "[SEP]", "[MASK]")
+    train_tokenizer(iter(list(topics.values())[:10]), path, vocab_size=400, specials=specials)
+    bert = {"model__family": "bert", "model__num_query_groups": None, "model__next_sentence": True}
+
+    def rows(*lengths: int) -> list[dict[str, int]]:
+        return [{"sequence_length": length, "until_step": step} for step, length in enumerate(lengths, start=1)]
+
+    tasks = tasks_of(run_of(**bert, train__ramp=rows(8, 16)), path)
+    assert {length: task.widths["tokens"] for length, task in tasks.items()} == {8: 8, 16: 16, 32: 32}
+    assert {task.packing for task in tasks.values()} == {"pairs"}
+    with pytest.raises(DataConfigError) as caught:
+        tasks_of(run_of(**bert, train__ramp=rows(4, 16)), path)
+    assert str(caught.value) == (
+        "train.ramp[0].sequence_length: sequence_length is 4; sentence pairs need at least 5 tokens"
+    )
+    with pytest.raises(DataConfigError, match=r"^sequence_length is 4; sentence pairs need at least 5 tokens"):
+        tasks_of(run_of(**bert, data__sequence_length=4), path)

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import run_of, run_values
 
+from basestone.data.lengths import RowLengths
 from basestone.trainer.config import RunConfig
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.load import fixed_differences, load_run, run_to_toml, validate_run
+from basestone.trainer.plan import describe, memory_bytes, token_flops, total_flops
 from basestone.trainer.ramp import BatchSchedule, Phase
 from basestone.trainer.sections import RampPhase
 
@@ -27,7 +29,7 @@ def rows_of(*rows: tuple[int, int | None, int | None]) -> list[RampPhase]:
 
 def test_no_ramp_is_one_phase():
     schedule = BatchSchedule.of((), 8, 32)
-    assert schedule.phases == (Phase(0, 8),)
+    assert schedule.phases == (Phase(0, 8, 32),)
     assert [schedule.global_batch(step) for step in (0, 1, 10**9)] == [8, 8, 8]
     assert [schedule.tokens_before(step) for step in (0, 1, 3)] == [0, 256, 768]
     assert [schedule.steps_for(tokens) for tokens in (0, 1, 256, 257, 512)] == [0, 1, 1, 2, 2]
@@ -35,7 +37,7 @@ def test_no_ramp_is_one_phase():
 
 def test_phases_end_at_steps():
     schedule = BatchSchedule.of(rows_of((2, 3, None), (4, 5, None)), 8, 10)
-    assert schedule.phases == (Phase(0, 2), Phase(3, 4), Phase(5, 8))
+    assert schedule.phases == (Phase(0, 2, 10), Phase(3, 4, 10), Phase(5, 8, 10))
     assert [schedule.global_batch(step) for step in range(8)] == [2, 2, 2, 4, 4, 8, 8, 8]
     assert [schedule.tokens_before(step) for step in range(8)] == [0, 20, 40, 60, 100, 140, 220, 300]
     assert [schedule.steps_for(tokens) for tokens in (20, 21, 60, 61, 100, 140, 141, 300)] == [
@@ -48,15 +50,20 @@ def test_phases_end_at_steps():
 )
 def test_a_phase_that_ends_at_tokens_has_whole_steps(until_tokens, first_step):
     assert BatchSchedule.of(rows_of((2, None, until_tokens)), 8, 32).phases == (
-        Phase(0, 2),
-        Phase(first_step, 8),
+        Phase(0, 2, 32),
+        Phase(first_step, 8, 32),
     )
 
 
 def test_tokens_count_from_the_beginning_of_the_run():
     rows = rows_of((2, 3, None), (4, None, 150), (8, 9, None))
     # 60 tokens after three steps; 90 more are three steps of 40: six steps, 180 tokens.
-    assert BatchSchedule.of(rows, 16, 10).phases == (Phase(0, 2), Phase(3, 4), Phase(6, 8), Phase(9, 16))
+    assert BatchSchedule.of(rows, 16, 10).phases == (
+        Phase(0, 2, 10),
+        Phase(3, 4, 10),
+        Phase(6, 8, 10),
+        Phase(9, 16, 10),
+    )
 
 
 def test_batches_may_also_fall():
@@ -86,24 +93,37 @@ def test_a_phase_that_ends_before_it_begins(rows, message):
 
 @st.composite
 def schedules(draw: st.DrawFn) -> BatchSchedule:
-    """Any order of batches and of the two kinds of ends."""
-    sequence_length = draw(st.integers(1, 50))
+    """Any order of batches, lengths and the two kinds of ends; what a row leaves out is the run's."""
+    own = Phase(0, draw(st.integers(1, 20)), draw(st.integers(2, 50)))
     rows, step, tokens = [], 0, 0
     for _ in range(draw(st.integers(0, 4))):
-        batch, steps = draw(st.integers(1, 20)), draw(st.integers(1, 7))
-        step += steps
-        tokens += steps * batch * sequence_length
-        missing = draw(st.integers(0, batch * sequence_length - 1))  # as much is rounded up
-        rows.append((batch, step, None) if draw(st.booleans()) else (batch, None, tokens - missing))
-    schedule = BatchSchedule.of(rows_of(*rows), draw(st.integers(1, 20)), sequence_length)
-    assert [phase.first_step for phase in schedule.phases][-1] == step
+        batch, length = draw(st.none() | st.integers(1, 20)), draw(st.none() | st.integers(2, 50))
+        phase = Phase(step, batch or own.global_batch, length or own.sequence_length)
+        steps = draw(st.integers(1, 7))
+        step, tokens = step + steps, tokens + steps * phase.tokens
+        missing = draw(st.integers(0, phase.tokens - 1))  # as much is rounded up
+        end = {"until_step": step} if draw(st.booleans()) else {"until_tokens": tokens - missing}
+        given = {} if batch or length else {"global_batch": own.global_batch}
+        rows.append(RampPhase(**{"global_batch": batch, "sequence_length": length, **given, **end}))
+    schedule = BatchSchedule.of(rows, own.global_batch, own.sequence_length)
+    assert schedule.phases[-1] == own._replace(first_step=step)
     return schedule
 
 
 @given(schedules(), st.integers(0, 60))
 def test_tokens_are_those_of_all_steps_before(schedule, step):
-    batches = [schedule.global_batch(number) for number in range(step)]
-    assert schedule.tokens_before(step) == sum(batches) * schedule.sequence_length
+    sizes = [(schedule.global_batch(number), schedule.sequence_length(number)) for number in range(step)]
+    assert schedule.tokens_before(step) == sum(batch * length for batch, length in sizes)
+    assert schedule.samples_before(step) == sum(batch for batch, _ in sizes)
+
+
+@given(schedules())
+def test_lengths_change_at_the_first_sample_of_a_step(schedule):
+    last = schedule.phases[-1].first_step + 1
+    lengths = RowLengths(schedule.length_ends, schedule.phases[-1].sequence_length)
+    for step in range(last):
+        first, after = schedule.samples_before(step), schedule.samples_before(step + 1)
+        assert lengths.at(first) == lengths.at(after - 1) == schedule.sequence_length(step)
 
 
 @given(schedules(), st.integers(0, 30_000))
@@ -131,7 +151,14 @@ def test_a_row_has_one_end(row):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"until_step": 3}, "train.ramp.1.global_batch: is missing"),
+        (
+            {"until_step": 3},
+            "train.ramp.1: give global_batch, sequence_length or both; what is left out is the run's own",
+        ),
+        (
+            {"sequence_length": 1, "until_step": 3},
+            "train.ramp.1.sequence_length: Input should be greater than or equal to 2 (got 1)",
+        ),
         (
             {"global_batch": 0, "until_step": 3},
             "train.ramp.1.global_batch: Input should be greater than 0 (got 0)",
@@ -289,3 +316,108 @@ def test_rows_of_the_mix_end_at_samples_of_the_ramp():
     assert resolved.mix_ends == (6 + 2 * 8, 6 + 4 * 8)
     with pytest.raises(ConfigError, match=r"data.mix\[1\] ends at step 5, before it begins; order the rows"):
         run_of(**changes, data__mix=[rows[0], rows[0]]).resolve(1, 200)
+
+
+# ---- lengths ------------------------------------------------------------------------------------------------------
+
+
+def lengths_run(*rows: tuple[int | None, int | None, int], **changes: object) -> RunConfig:
+    """A run of batches of 8 sequences of 32, with rows (global_batch, sequence_length, until_step)."""
+    names = ("global_batch", "sequence_length", "until_step")
+    return run_of(train__ramp=[dict(zip(names, row, strict=True)) for row in rows], **changes)
+
+
+def test_a_row_takes_what_it_leaves_out_from_the_run():
+    resolved = lengths_run((16, 8, 3), (None, 16, 5), (4, None, 6)).resolve(1, VOCAB)
+    assert resolved.batches.phases == (Phase(0, 16, 8), Phase(3, 8, 16), Phase(5, 4, 32), Phase(6, 8, 32))
+    assert resolved.tokens == 3 * 128 + 2 * 128 + 128 + 14 * 256
+    assert resolved.batches.length_ends == ((48, 8), (64, 16)), (
+        "in samples, and not where the batch alone changes"
+    )
+
+
+def test_tokens_end_a_phase_by_its_own_length():
+    rows = [{"sequence_length": 8, "until_tokens": 129}, {"sequence_length": 16, "until_tokens": 500}]
+    resolved = run_of(train__ramp=rows, train__steps=None, train__tokens=1000).resolve(1, VOCAB)
+    # three steps of 64 tokens; 308 more are three of 128, which makes 576; two of 256 reach 1,000
+    assert resolved.batches.phases == (Phase(0, 8, 8), Phase(3, 8, 16), Phase(6, 8, 32))
+    assert (resolved.steps, resolved.tokens) == (8, 576 + 512)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [(None, 64, 3)],
+            "train.ramp[0].sequence_length = 64 exceeds data.sequence_length = 32, the run's longest; lower the first "
+            "or raise the second",
+        ),
+        (
+            [(4, 16, 3), (8, 8, 5)],
+            "train.ramp[1].sequence_length = 8 is less than the 16 before it; lengths may only grow",
+        ),
+        (
+            [(4, None, 3), (8, 16, 5)],
+            "train.ramp[1].sequence_length = 16 is less than the 32 before it; lengths may only grow",
+        ),
+    ],
+)
+def test_lengths_grow_up_to_the_runs(rows, message):
+    assert refusal(lengths_run(*rows)) == [message]
+
+
+def test_every_length_must_suit_sequence_parallel():
+    layout = {"parallel__sequence": True, "parallel__tensor": 4}
+    lengths_run((None, 8, 3), (None, 12, 5), **layout).resolve(4, VOCAB)
+    (line,) = refusal(lengths_run((None, 8, 3), (None, 10, 5), **layout), 4)
+    assert line == (
+        "parallel.sequence = true needs train.ramp[1].sequence_length = 10 to be a multiple of parallel.tensor = 4"
+    )
+
+
+def test_lengths_may_not_change_at_a_resume():
+    old = lengths_run((4, 16, 3)).model_dump(mode="json")
+    assert fixed_differences(old, lengths_run((4, 16, 3)).model_dump(mode="json")) == []
+    for other in (lengths_run((4, 8, 3)), lengths_run((4, None, 3)), lengths_run((None, 16, 3))):
+        (line,) = fixed_differences(old, other.model_dump(mode="json"))
+        assert line.startswith("train.ramp: ")
+
+
+def test_a_ramp_of_batches_written_before_there_were_lengths_is_the_same():
+    old = ramp_run((2, 5, None)).model_dump(mode="json")
+    for row in old["train"]["ramp"]:
+        del row["sequence_length"]
+    assert fixed_differences(old, ramp_run((2, 5, None)).model_dump(mode="json")) == []
+
+
+def test_lengths_survive_the_way_to_a_file_and_back(tmp_path: Path):
+    run = lengths_run((4, 16, 3), (None, 24, 5)).resolve(1, VOCAB).run
+    path = tmp_path / "run.toml"
+    path.write_text(run_to_toml(run.model_dump(mode="json")))
+    assert load_run(path) == run
+
+
+def test_rows_of_the_mix_end_at_samples_where_lengths_grow():
+    """3 steps of 16 sequences of 8, then 8 of 32: 1,000 tokens are through with step 6, sample 48 + 3 x 8."""
+    changes = {
+        "data__train": None,
+        "data__sources": {"web": {"path": "/a"}, "code": {"path": "/b"}},
+        "data__mix": [
+            {"weights": {"web": 1.0}, "until_step": 2},
+            {"weights": {"code": 1.0}, "until_tokens": 1000},
+        ],
+    }
+    assert lengths_run((16, 8, 3), **changes).resolve(1, VOCAB).mix_ends == (32, 72)
+
+
+def test_a_plan_counts_every_phase_by_its_length():
+    resolved = lengths_run((16, 8, 5)).resolve(1, VOCAB)
+    flops = [token_flops(resolved, length) for length in (8, 32)]
+    assert flops[0] < flops[1], "attention looks less far back"
+    assert total_flops(resolved) == flops[0] * 5 * 128 + flops[1] * 15 * 256
+    found = dict(describe(resolved, Path("run")))
+    assert found["batch"].startswith("16 sequences of 8 = 128 tokens a step, ")
+    assert "; from step 5 8 sequences of 32 = 256 tokens a step, " in found["batch"]
+    assert found["length"].startswith("20 steps, 4,480 tokens ")
+    alone = lengths_run().resolve(1, VOCAB)
+    assert memory_bytes(resolved, 0) == memory_bytes(alone, 0), "that of the longest"

@@ -144,6 +144,20 @@ def test_charts_are_there_and_well_formed(run_dir):
             assert 0 <= float(circle.get("cx")) <= 720 and 0 <= float(circle.get("cy")) <= 270
 
 
+def test_batch_and_length_are_drawn_where_they_change(tmp_path):
+    def labels_of(name: str, shapes: list[tuple[int, int]]) -> set[str]:
+        lines = [
+            step_line(step, global_batch=batch, sequence_length=length)
+            for step, (batch, length) in enumerate(shapes, start=1)
+        ]
+        text = write_report([write_run(tmp_path / name, lines)]).read_text()
+        return set(re.findall(r'aria-label="(sequences over step|tokens over step)"', text))
+
+    assert labels_of("same", [(8, 32)] * 4) == set()
+    assert labels_of("batch", [(4, 32), (8, 32)]) == {"sequences over step"}
+    assert labels_of("both", [(16, 8), (8, 32)]) == {"sequences over step", "tokens over step"}
+
+
 def test_nothing_is_loaded_and_nothing_runs(run_dir):
     page = Page(write_report([run_dir]).read_text())
     assert not {"script", "link", "iframe", "img", "object"} & {tag for tag, _ in page.tags}

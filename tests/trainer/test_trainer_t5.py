@@ -22,7 +22,7 @@ def resolved(world_size: int = 1, **changes: Any) -> ResolvedRun:
 def test_targets_follow_from_the_inputs_and_the_rates():
     """Raffel et al. 2020: 512 inputs have 114 targets at 15 % in spans of 3."""
     found = resolved(data__sequence_length=512, model__max_sequence_length=512)
-    assert (found.target_length, found.passed_length) == (114, 626)
+    assert found.target_length == 114
     assert found.parts == {"spans": "weights"}
     fewer = t5(data__sequence_length=512, model__max_sequence_length=512)
     fewer = fewer.model_copy(update={"task": fewer.task.model_copy(update={"noise": 0.5})})
@@ -49,6 +49,22 @@ def test_sequence_parallel_needs_targets_that_can_be_cut():
         assert (
             resolved(4, model__max_sequence_length=512, data__sequence_length=length).target_length % 4 == 0
         ) == (length == 500)
+
+
+def test_a_row_of_the_ramp_is_named():
+    """Inputs of 44 tokens have 10 targets; the nearest length that may be cut into four is not over the run's own."""
+    rows = [{"sequence_length": 44, "until_step": 3}]
+    with pytest.raises(ConfigError) as caught:
+        resolved(4, **SEQUENCE, data__sequence_length=48, train__ramp=rows)
+    (problem,) = str(caught.value).splitlines()
+    assert problem == (
+        "parallel.sequence = true needs the 10 targets of train.ramp[0].sequence_length = 44 to be a multiple of "
+        "parallel.tensor = 4; set train.ramp[0].sequence_length = 32 or 48, or parallel.sequence = false"
+    )
+    with pytest.raises(
+        ConfigError, match=r"train\.ramp\[0\]\.sequence_length = 2: inputs of 2 tokens hold no text"
+    ):
+        resolved(data__sequence_length=48, train__ramp=[{"sequence_length": 2, "until_step": 3}])
 
 
 def test_lengths_on_both_sides_are_named():

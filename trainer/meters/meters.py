@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from ...model.flops import flops_per_token, recomputed_flops_per_token
+from ...model.flops import recomputed_flops_per_token
 from ..config import ResolvedRun
+from ..plan import token_flops
 from ..runtime import Runtime, visible_gpus
 from .energy import MEANING, EnergyMeter, Source
 from .ledger import Ledger
@@ -48,11 +49,15 @@ class Meters:
         self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts, age_s=age_s)
         self.tariff = Tariff(section)
         self._convention = section.attention_flops
-        shape = (run.model, run.data.sequence_length, section.attention_flops)
-        targets = resolved.num_predicted
-        self.flops_per_token = flops_per_token(*shape, target_length=targets)
-        again = recomputed_flops_per_token(*shape, target_length=targets)
-        self._recomputed_flops = again if run.train.recompute else 0.0
+        self.flops_per_token = {length: token_flops(resolved, length) for length in run.lengths.values()}
+        self._recomputed_flops = {
+            length: recomputed_flops_per_token(
+                run.model, length, section.attention_flops, target_length=resolved.num_predicted(length)
+            )
+            if run.train.recompute
+            else 0.0
+            for length in self.flops_per_token
+        }
         self._peak, self.peak_note = self._find_peak(resolved)
         self._joules: dict[str, float] = {}
         self._begin(time.perf_counter())
@@ -84,7 +89,9 @@ class Meters:
     def flops_note(self) -> str:
         """Say how FLOPs are counted, and what MFU is a share of."""
         peak = self.peak_note if self._peak is None else f"peak {self._peak:g} TFLOP/s ({self.peak_note})"
-        return f"{self.flops_per_token:.4g} a token, attention {self._convention}; {peak}"
+        (_, longest), *others = self.flops_per_token.items()
+        shorter = "".join(f" ({flops:.4g} in sequences of {length})" for length, flops in others)
+        return f"{longest:.4g} a token{shorter}, attention {self._convention}; {peak}"
 
     def measure_idle(self, seconds: float) -> float | None:
         """Wait so long, and give the watts that all devices drew; None where nothing can be read."""
@@ -98,13 +105,17 @@ class Meters:
         self._start_s = start_s
         self._phases_s: dict[str, float] = {}
         self._steps, self._tokens = 0, 0
+        self._flops, self._hardware_flops = 0.0, 0.0
         self._drawn: float | None = None  # joules of it that were booked, as the next two
         self._booked_tokens, self._booked_s = 0, 0.0
 
-    def step(self, tokens: int, phases_s: dict[str, float]) -> None:
-        """Count a finished step, and seconds by phase since the one before."""
+    def step(self, tokens: int, sequence_length: int, phases_s: dict[str, float]) -> None:
+        """Count a finished step, its tokens in sequences of a length, and seconds by phase since the one before."""
         self._steps += 1
         self._tokens += tokens
+        flops = tokens * self.flops_per_token[sequence_length]
+        self._flops += flops
+        self._hardware_flops += flops + tokens * self._recomputed_flops[sequence_length]
         for name, seconds in phases_s.items():
             self._phases_s[name] = self._phases_s.get(name, 0.0) + seconds
 
@@ -126,8 +137,10 @@ class Meters:
         self._book(ledger, readings, training=True)
         elapsed_s, in_steps_s, phases_s = _mean_seconds(readings)
         rate = self._tokens / in_steps_s
-        tflops = rate * self.flops_per_token / self._runtime.world_size / 1e12
-        hardware = rate * (self.flops_per_token + self._recomputed_flops) / self._runtime.world_size / 1e12
+        tflops, hardware = (
+            flops / in_steps_s / self._runtime.world_size / 1e12
+            for flops in (self._flops, self._hardware_flops)
+        )
         joules = self._drawn
         figures = {
             "tokens_per_s": rate,

@@ -109,17 +109,20 @@ def _loss_chart(train: Curve, heldout: dict[str, Curve], markers: Sequence[Marke
 
 
 def optimisation_section(records: RunRecords) -> str:
-    """Draw learning rate, gradient norm and batch."""
+    """Draw learning rate, gradient norm, and batch and sequence length where they change."""
     gradient = records.curve("grad_norm")
     positive = [y for _, y in gradient if y > 0]
     wide = bool(positive) and max(positive) > 50 * min(positive)
     norm = line_chart(with_mean("gradient norm", gradient), x_label="step", y_label="gradient norm", log=wide)
     rate = line_chart([Series("learning rate", records.curve("lr"))], x_label="step", y_label="learning rate")
     drawn = [("Learning rate", rate), ("Gradient norm, before clipping", norm)]
-    batch = records.curve("global_batch")
-    if len({size for _, size in batch}) > 1:
-        chart = line_chart([Series("global batch", batch)], x_label="step", y_label="sequences")
-        drawn.append(("Global batch", chart))
+    for field, name, unit in (
+        ("global_batch", "Global batch", "sequences"),
+        ("sequence_length", "Sequence length", "tokens"),
+    ):
+        curve = records.curve(field)
+        if len({size for _, size in curve}) > 1:
+            drawn.append((name, line_chart([Series(name.lower(), curve)], x_label="step", y_label=unit)))
     return section("Optimisation", figures(*drawn))
 
 
