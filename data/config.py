@@ -105,7 +105,7 @@ class DataConfig(Section):
     train: Places | None = Field(
         default=None,
         description="Shards to train on: directories (each with a manifest.json), .tar files, Megatron .bin files, "
-        "at a path or URL, or builtin:python",
+        "at a path or URL, or builtin:python or builtin:python-pairs",
         json_schema_extra=FREE,  # known by their content: see the state of the stream
     )
     sources: dict[str, SourceConfig] = Field(

@@ -18,6 +18,8 @@ from basestone.trainer.plan import GIB, memory_bytes
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 BUILT_IN_VOCABULARY = 4096
+WITH_SYMBOLS = BUILT_IN_VOCABULARY + 103
+ON_A_LAPTOP = ("bert-cpu", "code-search-cpu")
 # GPUs, and what a rank's estimate must stay under: a tenth of the device is left for what is not counted.
 DEVICES = {
     "gpt2-124m-1gpu": (1, 21),
@@ -29,7 +31,16 @@ DEVICES = {
 
 
 def test_there_is_a_recipe_for_each_size():
-    assert {path.stem for path in RECIPES} == {"quickstart", *DEVICES}
+    assert {path.stem for path in RECIPES} == {"quickstart", *ON_A_LAPTOP, *DEVICES}
+
+
+@pytest.mark.parametrize("name", ON_A_LAPTOP)
+def test_the_command_in_a_laptops_recipe_is_that_of_the_file(name):
+    path = ROOT / "recipes" / f"{name}.toml"
+    (line,) = re.findall(r"^#\s+basestone (.*)$", path.read_text(), re.MULTILINE)
+    assert line == f"train recipes/{name}.toml"
+    run = load_run(path)
+    assert run.run.processes and run.resolve(run.run.processes, WITH_SYMBOLS).steps
 
 
 @pytest.mark.parametrize("name", DEVICES)

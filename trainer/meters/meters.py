@@ -48,7 +48,8 @@ class Meters:
         age_s = time.time() - self._counted_s
         self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts, age_s=age_s)
         self.tariff = Tariff(section)
-        self._convention = section.attention_flops
+        has_causal_layers = run.model.causal or run.model.num_decoder_layers > 0
+        self._convention = section.attention_flops if has_causal_layers else "full"
         self.flops_per_token = {length: token_flops(resolved, length) for length in run.lengths.values()}
         self._recomputed_flops = {
             length: recomputed_flops_per_token(
