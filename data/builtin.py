@@ -191,14 +191,20 @@ def _docstrings_and_code(max_files: int | None) -> Iterator[RawDocument]:
     for origin, content in _library(max_files):
         source = content.decode("utf-8", "replace")
         lines = source.split("\n")  # as the parser counts them: a form feed ends none
-        for node in ast.walk(ast.parse(source)):
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # templates, and code of another Python
+            continue
+        for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
                 continue
             docstring = ast.get_docstring(node) or ""
             if len(docstring) < MIN_DOCSTRING_CHARS or docstring in said:
                 continue
             said.add(docstring)
-            code = textwrap.dedent("\n".join(lines[node.body[1].lineno - 1 : node.end_lineno]))
+            first = node.body[1]
+            begin = min(part.lineno for part in (first, *getattr(first, "decorator_list", ())))
+            code = textwrap.dedent("\n".join(lines[begin - 1 : node.end_lineno]))
             yield RawDocument(f"{origin}:{node.lineno}", docstring + TEXT_SEPARATOR + code, source="library")
 
 

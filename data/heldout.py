@@ -54,6 +54,8 @@ def load_heldout(
     causal = isinstance(task, CausalTask)
     if causal or task.packing == "split":  # bits per byte are those of all text, whatever the run packs
         documents = [tokens for _, tokens in read.documents]
+        if sum(map(len, documents)) <= causal:
+            raise DataConfigError(f"{directory}: nothing to measure on, for it has one token; give other text")
         batch = _cut_rows(documents, task.row_tokens, opened.pad, overlap=int(causal))
     else:
         packer = window_packer(
@@ -108,7 +110,8 @@ def _cut_rows(documents: Sequence[np.ndarray], row_tokens: int, pad: int, overla
     filled[: len(flat)] = flat
     firsts = np.arange(num_rows) * row_tokens
     starts = np.zeros(num_rows * row_tokens, bool)
-    starts[np.cumsum([0, *map(len, documents[:-1])])] = True
+    begins = np.cumsum([0, *map(len, documents[:-1])])
+    starts[begins[begins < len(starts)]] = True  # a document of one token may begin where the last row ends
     return _batch(
         filled[firsts[:, None] + np.arange(row_tokens + 1)],
         starts.reshape(num_rows, row_tokens),

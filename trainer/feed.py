@@ -42,7 +42,9 @@ class Feed:
         if self._opened is not None:
             self._stream = TokenStream(
                 self._settings,
-                global_batch=self._resolved.run.train.global_batch,
+                global_batch=max(
+                    phase.global_batch for phase in self._resolved.batches.phases
+                ),  # to read ahead for
                 reader=runtime.dp_rank,
                 num_readers=runtime.dp_size,
                 workers=workers,

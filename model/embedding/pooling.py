@@ -92,7 +92,7 @@ def contrast(
     for start in range(0, len(keys), chunk):
         scores = others(start)
         rest = torch.logaddexp(rest, scores.logsumexp(-1))
-        ahead += (scores >= target[:, None]).sum(-1)
+        ahead += (~(scores < target[:, None])).sum(-1)  # what is no number is ahead, not behind
     # From the difference alone: a small loss would be lost between two large numbers.
     losses = F.softplus(rest - target)
     away = torch.expm1(-losses) * real  # the partner's share of the softmax, less 1

@@ -7,7 +7,7 @@ import pytest
 
 from basestone.data.errors import DataConfigError
 from basestone.data.heldout import HeldOutSet, load_heldout
-from basestone.data.shards import open_shard_set
+from basestone.data.shards import ShardWriter, open_shard_set
 from basestone.data.tasks.causal import CausalTask
 from basestone.data.tokenizer import Tokenizer
 
@@ -61,6 +61,31 @@ def test_documents_that_can_never_fit_are_passed_over(text_shards: Path, model: 
     assert found.num_documents == 1 and int(weights_of(found).sum()) == smallest - 1
     with pytest.raises(DataConfigError, match=f"no document fits into {smallest - 1} tokens; allow more"):
         load(text_shards, model, length=16, max_tokens=smallest - 1)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 1), (4, 1), (1, 1), (1,)])
+def test_documents_of_one_token(sizes: tuple[int, ...], tmp_path: Path, model: Path) -> None:
+    """Files of other programs have such: an empty text with its end."""
+    tokenizer = Tokenizer(model)
+    writer = ShardWriter(
+        tmp_path / "heldout",
+        shard_bytes=1 << 20,
+        chunk_bytes=1 << 12,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    for size in sizes:
+        writer.write_tokens(np.full(size, tokenizer.eos), 0)
+    writer.finish()
+    if sum(sizes) == 1:
+        with pytest.raises(
+            DataConfigError, match="nothing to measure on, for it has one token; give other text"
+        ):
+            load(tmp_path, model, length=4)
+        return
+    found = load(tmp_path, model, length=4)
+    assert weights_of(found).sum() == sum(sizes) - 1
+    assert len(found.arrays["tokens"]) == -(-(sum(sizes) - 1) // 4)
 
 
 def test_blocks_give_the_same_set(

@@ -81,6 +81,12 @@ def test_a_text_that_is_as_near_as_the_partner_is_ahead_of_it():
     assert found.ahead[:3].tolist() == [2, 2, 2], "what does not count is not ahead"
 
 
+def test_nothing_is_found_by_vectors_that_are_no_numbers():
+    first, second, real = (part.float() for part in vectors(12))
+    found = contrast(first * torch.nan, second, real, temperature=TEMPERATURE)
+    assert (found.ahead >= 10).all()
+
+
 @pytest.mark.parametrize("size", [60, 6])
 def test_recall_is_among_the_ten_nearest_of_the_whole_set(size):
     """By the places of all partners; micro-batches change nothing."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import losses_of
+from step_files import reseal
 from whole_run import train
 
 from basestone.model.families import layout_of
@@ -82,6 +84,22 @@ def test_sentence_embeddings_begin_with_the_trunk_of_a_language_model(tmp_path, 
         if event["event"] == "init"
     )
     assert message.endswith("step_00000008, without head.weight")
+
+
+def test_another_models_section_that_does_not_hold_names_the_key(tmp_path, corpus, first):
+    """Only `[model]` of the other run is looked at."""
+    copy = tmp_path / "first"
+    shutil.copytree(first, copy)
+    for path in copy.glob("checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        state["run"]["model"]["hidden_size"] = -1
+        state["run"]["data"] = {"renamed": 1}
+        path.write_text(json.dumps(state))
+        reseal(path.parent)
+    with pytest.raises(ConfigError, match=r"^train\.init_from: .*hidden_size"):
+        train(
+            corpus, tmp_path / "run", "model.pooling=mean", "task.pairs=neighbours", f"train.init_from={copy}"
+        )
 
 
 def test_a_resume_does_not_begin_again(tmp_path, corpus, first):

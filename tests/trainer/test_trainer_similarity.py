@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_hub import COLOURS, FRUITS, make_directory, make_tokenizer, write_lines
 
 from basestone.model.embedding.pooling import pooled
@@ -164,6 +165,8 @@ def message(source: Path, data: Path, kind: type[Exception] = ConfigError) -> st
         ([{"text": "a", "other": "b", "score": True}], "line 1 has the score true; give a number"),
         ([{"text": "a", "other": "b", "score": None}], "line 1 has the score null; give a number"),
         ([{"text": "a", "other": "b", "score": float("nan")}], "line 1 has the score NaN; give a number"),
+        ([{"text": "a", "other": "b", "score": 10**400}], "line 1 has the score 1000"),
+        ([{"text": "a", "other": "b", "score": [1]}], "line 1 has the score [1]; give a number"),
         (
             [{"text": "a", "other": "b", "score": 2}, {"text": "c", "other": "d", "score": 2.0}],
             "every score is 2; a correlation needs two or more different ones",
@@ -195,6 +198,11 @@ def test_what_is_no_encoder_of_texts(copy, tmp_path):
             '[{"type": "sentence_transformers.models.CLIPModel", "path": ""}]',
             "names the module sentence_transformers",
         ),
+        ("[]", "begins with nothing; it must with Transformer, Pooling"),
+        (
+            '[{"type": "sentence_transformers.models.Transformer", "path": ""}]',
+            "begins with Transformer; it must with Transformer, Pooling",
+        ),
         (
             '[{"type": "sentence_transformers.models.Pooling", "path": "../x"}]',
             "x, which is outside the directory",
@@ -223,6 +231,18 @@ def test_texts_that_are_all_the_same_to_the_model(model, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", rows)
     said = message(model, data, NumericsError)
     assert "gives all 3 pairs of" in said and "the same cosine, or none that is finite" in said
+
+
+def test_vectors_that_tell_no_texts_apart_find_no_partner(copy, tmp_path):
+    """Every rank would be found by the order of the file."""
+    data = write_lines(tmp_path / "pairs.jsonl", pairs(scored=False))
+    weights = load_file(copy / "model.safetensors")
+    for value in (torch.nan, 0.0):
+        save_file(
+            {name: torch.full_like(tensor, value) for name, tensor in weights.items()},
+            copy / "model.safetensors",
+        )
+        assert "the same cosine, or none that is finite" in message(copy, data, NumericsError)
 
 
 def test_without_the_library_it_says_what_to_install(model, tmp_path, monkeypatch):

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ...data.reading.transport import join, shown
+from ...model.config import ModelConfig
 from ...model.families import layout_of
 from ...model.layout import Parameter, is_head
 from ..engine_state import MASTER, STATE_KEYS, EngineState, Fragment
 from ..errors import BasestoneError, CheckpointError, ConfigError
-from ..load import validate_run
+from ..load import validated
 from ..runtime import Runtime
 from .format import MANIFEST, steps_in
 from .opening import CHECKPOINTS, newest_good, steps_at
@@ -201,13 +202,19 @@ class Restorer:
                 heads = [name for name in heads if not name.startswith("head.")]
             if other := model_problem(reader, self._table, heads):
                 raise ConfigError(f"train.init_from: {other}")
-            table = layout_of(validate_run(reader.state()["run"], place).model) if heads else self._table
+            table = self._table_there(reader) if heads else self._table
             if problem := self._load(reader, table, MASTER):
                 problems.append(problem)
                 continue
             self._engine_state.refresh()
             return reader.at() + (f", without {', '.join(heads)}" if heads else "")
         raise ConfigError(f"train.init_from = {shown(place)}: " + "\n  ".join(problems))
+
+    @staticmethod
+    def _table_there(reader: Reader) -> dict[str, Parameter]:
+        """Give the parameters of a checkpoint with other heads."""
+        model = reader.state().get("run", {}).get("model", {})
+        return layout_of(validated(ModelConfig, model, f"train.init_from: {reader.at()}"))
 
     def _begun_from(self, place: str) -> list[str] | str:
         try:

@@ -37,11 +37,17 @@ def _parse(line: int, value: dict[str, Any]) -> TextPair:
     for key, text in texts.items():
         if not text.strip():
             raise LineError(f'has an empty "{key}"')
-    score = value.get("score")
-    number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-    if "score" in value and not number:
+    return TextPair(line, **texts, score=_number(value["score"]) if "score" in value else None)
+
+
+def _number(score: Any) -> float:
+    try:
+        number = math.nan if isinstance(score, bool | str | None) else float(score)
+    except (OverflowError, TypeError):
+        number = math.nan
+    if not math.isfinite(number):
         raise LineError(f"has the score {json.dumps(score)[:40]}; give a number")
-    return TextPair(line, **texts, score=None if score is None else float(score))
+    return number
 
 
 def _problems(path: Path, pairs: list[TextPair]) -> list[str]:

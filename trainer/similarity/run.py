@@ -16,6 +16,7 @@ from .pairs import TextPair, read_pairs
 MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
 LIBRARY = "sentence_transformers"
 AMONG = (1, 10)
+NUM_TRIED = 8  # texts that are encoded before all are
 CORPUS_CHUNK = 1024  # partners whose scores are there at a time
 
 
@@ -35,7 +36,7 @@ def similarity(source: Path, data: Path, *, batch: int, as_json: bool) -> None:
 
     processes.leave_launcher()
     figures = _measure(source, pairs, batch)
-    if not all(math.isfinite(figure) for figure in figures.values()):
+    if figures is None or not all(math.isfinite(figure) for figure in figures.values()):
         raise NumericsError(
             f"similarity: {source} gives all {len(pairs)} pairs of {data} the same cosine, or none that is finite"
         )
@@ -69,11 +70,15 @@ def _module_problems(source: Path) -> list[str]:
             found.append(f"{path} names {folder}, which is outside the directory")
         elif folder != source and (pickled := [file for name in PICKLED for file in folder.glob(name)]):
             found.append(f"{pickled[0]} is a pickle, which would run code; convert it to safetensors")
+    names = [kind.rpartition(".")[2] for kind, _ in modules[:2]]
+    if not found and names != ["Transformer", "Pooling"]:
+        found.append(f"{path} begins with {', '.join(names) or 'nothing'}; it must with Transformer, Pooling")
     return found
 
 
-def _measure(source: Path, pairs: list[TextPair], batch: int) -> dict[str, float]:
-    """Load the model as any client would, and give the figures by name."""
+def _measure(source: Path, pairs: list[TextPair], batch: int) -> dict[str, float] | None:
+    """Load the model as any client would, and give the figures by name; None where texts have no vectors to tell."""
+    import numpy as np
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
@@ -85,8 +90,12 @@ def _measure(source: Path, pairs: list[TextPair], batch: int) -> dict[str, float
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
+        vectors = model.encode(list(dict.fromkeys(pair.other for pair in pairs))[:NUM_TRIED])
     except Exception as error:  # of a dozen classes, by module
         raise ConfigError(f"similarity: sentence-transformers cannot load {source}: {error}") from error
+    # Ranks would be found for these, too: by the order of the file.
+    if not np.isfinite(vectors).all() or (len(vectors) > 1 and (vectors == vectors[0]).all()):
+        return None
     scores = [pair.score for pair in pairs if pair.score is not None]
     return _correlations(model, pairs, scores, batch) if scores else _retrieval(model, pairs, batch)
 
