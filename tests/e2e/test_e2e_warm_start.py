@@ -96,7 +96,7 @@ def test_another_models_section_that_does_not_hold_names_the_key(tmp_path, corpu
         state["run"]["data"] = {"renamed": 1}
         path.write_text(json.dumps(state))
         reseal(path.parent)
-    with pytest.raises(ConfigError, match=r"^train\.init_from: .*hidden_size"):
+    with pytest.raises(ConfigError, match=r"(?s)^train\.init_from: .*hidden_size: Input should be greater"):
         train(
             corpus, tmp_path / "run", "model.pooling=mean", "task.pairs=neighbours", f"train.init_from={copy}"
         )
