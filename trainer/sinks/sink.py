@@ -12,6 +12,7 @@ STEP_SCALARS = (
     "loss",
     "grad_norm",
     "lr",
+    "sequence_length",
     "tokens_per_s",
     "tflops_per_device",
     "mfu",
