@@ -93,7 +93,7 @@ def rank_figures(rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
                 continue
             dist.barrier()  # what follows is the meters' own, and no waiting for the other rank
             before_s = time.perf_counter()
-            meters.step(MICRO_BATCH * SEQUENCE * size, engine.phases.take())
+            meters.step(number, MICRO_BATCH * SEQUENCE * size, engine.phases.take())
             if variant == "a line a step" or number == steps - 1:
                 meters.line(ledger)
             own_s += time.perf_counter() - before_s

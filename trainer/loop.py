@@ -272,8 +272,7 @@ class Trainer:
                 "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of this step; "
                 "--resume goes on from an older checkpoint"
             ) from error
-        length = self._resolved.batches.sequence_length(self.step)
-        self._accounts.meters.step(figures.num_tokens, length, figures.phase_s)
+        self._accounts.meters.step(self.step, figures.num_tokens, figures.phase_s)
         self._tokens += figures.num_tokens
         try:
             news = self._feed.add_counts(figures.data_counts)

@@ -173,6 +173,15 @@ def test_what_is_not_known_is_null(tmp_path, unmetered):
     assert line["mfu"] < line["hfu"] < 4 / 3 * line["mfu"]
 
 
+def test_the_first_pass_over_pairs_is_work_of_the_hardware(tmp_path, unmetered):
+    """A forward more where a rank has several micro-batches: a third of forward and backward."""
+    words = ["train.steps=2", "meter.peak_tflops=0.5", "model.pooling=mean", "task.pairs=neighbours"]
+    for name, micro_batch, more in (("whole", 8, 0), ("parts", 4, 1 / 3)):
+        train(unmetered, tmp_path / name, *words, f"train.micro_batch={micro_batch}", "parallel.tensor=2")
+        line = lines_of(tmp_path / name)[-1]
+        assert line["hfu"] == pytest.approx((1 + more) * line["mfu"], rel=1e-9)
+
+
 def test_a_budget_ends_a_run_and_a_larger_one_goes_on(tmp_path, corpus, reference):
     run_dir, few = tmp_path / "run", 1e-6  # kWh: 3.6 J, which no step can do without
     with pytest.raises(

@@ -43,12 +43,13 @@ class Meters:
 
     def __init__(self, resolved: ResolvedRun, runtime: Runtime) -> None:
         run, section = resolved.run, resolved.run.meter
-        self._runtime, self.gpus = runtime, tuple(visible_gpus())
+        self._resolved, self._runtime, self.gpus = resolved, runtime, tuple(visible_gpus())
         self._counted_s = psutil.Process().create_time()  # the start of the process costs, too
         age_s = time.time() - self._counted_s
         self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts, age_s=age_s)
         self.tariff = Tariff(section)
         has_causal_layers = run.model.causal or run.model.num_decoder_layers > 0
+        self._looks_first = run.model.pooling is not None  # for the vectors of all micro-batches
         self._convention = section.attention_flops if has_causal_layers else "full"
         self.flops_per_token = {length: token_flops(resolved, length) for length in run.lengths.values()}
         self._recomputed_flops = {
@@ -110,13 +111,18 @@ class Meters:
         self._drawn: float | None = None  # joules of it that were booked, as the next two
         self._booked_tokens, self._booked_s = 0, 0.0
 
-    def step(self, tokens: int, sequence_length: int, phases_s: dict[str, float]) -> None:
-        """Count a finished step, its tokens in sequences of a length, and seconds by phase since the one before."""
+    def step(self, step: int, tokens: int, phases_s: dict[str, float]) -> None:
+        """Count a finished step, its tokens, and seconds by phase since the one before."""
+        batches = self._resolved.batches
+        sequence_length = batches.sequence_length(step)
+        num_micro_batches = self._resolved.num_micro_batches(batches.global_batch(step))
         self._steps += 1
         self._tokens += tokens
         flops = tokens * self.flops_per_token[sequence_length]
         self._flops += flops
         self._hardware_flops += flops + tokens * self._recomputed_flops[sequence_length]
+        if self._looks_first and num_micro_batches > 1:
+            self._hardware_flops += flops / 3  # a forward more; the backward takes two thirds
         for name, seconds in phases_s.items():
             self._phases_s[name] = self._phases_s.get(name, 0.0) + seconds
 
