@@ -16,6 +16,7 @@ from made_runs import made_run, step_line, write_run
 from read_pages import tiles
 from rich.console import Console
 
+from basestone.trainer.report.figures import duration
 from basestone.trainer.report.live import LiveView, seconds_per_step, sparkline, total_steps, watch
 from basestone.trainer.report.page import write_report
 from basestone.trainer.report.records import read_records
@@ -55,6 +56,22 @@ def test_a_frame_of_a_run_that_goes_on(going):
     assert "memory    host 3.5 GiB" in text
     assert text.count(" save") == 5 and "00:00:08 step 8 save" in text
     assert "- MFU is not known" in text and "Not all files" in text and "ledger.json: is not there." in text
+
+
+def test_longer_sequences_take_longer(going):
+    """60 of 100 steps of 128 tokens, one a second, and then 100 of 512."""
+    config = (
+        (going / "run.toml")
+        .read_text()
+        .replace(
+            "steps = 200\n",
+            "steps = 200\nglobal_batch = 8\nramp = [{ sequence_length = 128, until_step = 100 }]\n",
+        )
+    )
+    model = "[model]\nnum_layers = 1\nhidden_size = 8\nnum_attention_heads = 1\nmax_sequence_length = 512\n"
+    data = '[data]\ntrain = "a"\ntokenizer = "b"\nsequence_length = 512\n[optimizer]\nlr = 1e-3\n'
+    (going / "run.toml").write_text(config + model + data)
+    assert f"60/200 steps, 30.0%, {duration(40 + 4 * 100)} left" in shown(LiveView(going))
 
 
 def test_the_next_frame_has_what_was_added(going):

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -115,12 +116,27 @@ def total_steps(records: RunRecords) -> int | None:
     settings = records.settings()
     if steps := number(settings.get("train"), "steps"):
         return max(1, int(steps))
+    found = _schedule(settings)
+    return None if found is None else found[0].steps_for(found[1])
+
+
+def _schedule(settings: dict[str, Any]) -> tuple[BatchSchedule, int] | None:
+    """Give the batches of a run, and the tokens that it asks for; None where the run file does not hold."""
     try:
         run = validate_run(settings, "run.toml")
     except (ConfigError, TypeError):
         return None
     batches = BatchSchedule.of(run.train.ramp, run.train.global_batch, run.data.sequence_length)
-    return batches.steps_for(run.train.tokens or 0)
+    return batches, run.train.tokens or 0
+
+
+def _steps_left(records: RunRecords, step: int, total: int) -> float:
+    """Count what is left in steps of the size of the last one: a ramp makes later ones larger."""
+    found = _schedule(records.settings())
+    if found is None or not 0 < step < total:
+        return max(0, total - step)
+    tokens_before = found[0].tokens_before
+    return (tokens_before(total) - tokens_before(step)) / (tokens_before(step) - tokens_before(step - 1))
 
 
 def seconds_per_step(steps: Sequence[Record]) -> float | None:
@@ -158,7 +174,7 @@ def _progress(records: RunRecords) -> RenderableType:
     if total is None:
         return Text(f"step {step:,} of {NO_VALUE}")
     per_step = seconds_per_step(records.steps)
-    left = duration(per_step * max(0, total - step)) if per_step is not None else NO_VALUE
+    left = duration(per_step * _steps_left(records, step, total)) if per_step is not None else NO_VALUE
     words = f"{step:,}/{total:,} steps, {step / total:.1%}" + (f", {left} left" if step < total else "")
     row = Table.grid(padding=(0, 2))
     row.add_row(ProgressBar(total=total, completed=min(step, total), width=32), Text(words))
