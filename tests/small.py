@@ -138,8 +138,7 @@ def curve_of(run: RunConfig, steps: int) -> list[tuple[float, float]]:
     return train(make_engine(run), run, range(steps))
 
 
-def relative_difference(curve: list[tuple[float, float]], reference: list[tuple[float, float]]) -> float:
-    """Give the largest relative difference of losses and norms."""
-    assert len(curve) == len(reference)
-    pairs = zip(np.array(curve).ravel(), np.array(reference).ravel(), strict=True)
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+def relative_difference(curve: list[tuple[float, ...]], reference: list[tuple[float, ...]]) -> float:
+    """Give the largest relative difference of losses, norms and held-out sums, of which some may be 0."""
+    pairs = [pair for rows in zip(curve, reference, strict=True) for pair in zip(*rows, strict=True)]
+    return max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)

@@ -73,10 +73,3 @@ def curve_of(run: RunConfig, steps: int) -> Curve:
     dist.all_reduce(sums)
     loss, right = sums[0].tolist()
     return [*curve, (loss, right)]
-
-
-def worst(curve: Curve, reference: Curve) -> float:
-    """Give the largest relative difference."""
-    assert len(curve) == len(reference)
-    pairs = [pair for rows in zip(curve, reference, strict=True) for pair in zip(*rows, strict=True)]
-    return max(abs(one - other) / max(abs(other), 1e-9) for one, other in pairs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small import GLOBAL_BATCH, LR, SEQUENCE, VOCAB, make_engine, run_config
+from small import GLOBAL_BATCH, LR, SEQUENCE, VOCAB, make_engine, relative_difference, run_config
 
 from basestone.model.embedding.pooling import contrast, pooled
 from basestone.trainer import runtime as processes
@@ -173,11 +173,6 @@ def curve_of(run: RunConfig, partners: bool = True) -> list[tuple[float, ...]]:
     return curve
 
 
-def worst(curve: list[tuple[float, ...]], reference: list[tuple[float, ...]]) -> float:
-    pairs = [pair for rows in zip(curve, reference, strict=True) for pair in zip(*rows, strict=True)]
-    return max(abs(one - other) / max(abs(other), 1e-9) for one, other in pairs)
-
-
 def serial(family: str, pooling: str) -> list[tuple[float, ...]]:
     """One process, the whole batch in one micro-batch."""
     return run_ranks(curve_of, 1, embedder(family, pooling, parallel__zero=0, train__micro_batch=GLOBAL_BATCH))[
@@ -197,14 +192,14 @@ def whole() -> list[tuple[float, ...]]:
 def test_a_layout_equals_one_process(whole, name):
     """Micro-batches of two: the vectors of all are found before any is taken back."""
     layout = parse_layout(name)
-    assert worst(run_ranks(curve_of, layout.processes, layout.of(embedder()))[0], whole) < 1e-5
+    assert relative_difference(run_ranks(curve_of, layout.processes, layout.of(embedder()))[0], whole) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "pooling"), [("llama", "last"), ("gpt2", "mean"), ("bert", "cls")])
 def test_other_trunks_and_poolings(family, pooling):
     layout = parse_layout("tp2-sp-pp2-z1")
     many = run_ranks(curve_of, layout.processes, layout.of(embedder(family, pooling)))[0]
-    assert worst(many, serial(family, pooling)) < 1e-5
+    assert relative_difference(many, serial(family, pooling)) < 1e-5
 
 
 def _learn(run: RunConfig) -> list[float]:
@@ -230,7 +225,7 @@ def test_two_passes_draw_the_same_dropout():
         )[0]
         for size, again in ((2, False), (2, True))
     ]
-    assert worst(*curves) < 1e-5
+    assert relative_difference(*curves) < 1e-5
     assert curves[0][0][0] > 1e-3, "the two views would be the same"
 
 
