@@ -89,7 +89,13 @@ def test_in_host_memory_with_tensor_parallel_equals_serial():
 
 
 def test_in_host_memory_bf16_equals_no_offload():
-    assert close(run_ranks(_curve, 2, offloaded(3, "bf16"))[0], "bf16")
+    """Bit for bit; the norm is summed in another order, and where it clips, its last bit rounds weights another way."""
+    found, plainly = (
+        run_ranks(_curve, 2, run)[0]
+        for run in (offloaded(3, "bf16", train__clip=0), plain("bf16", 3, train__clip=0))
+    )
+    assert [loss for loss, _ in found[0]] == [loss for loss, _ in plainly[0]] and found[1] == plainly[1]
+    assert relative_difference(found[0], plainly[0]) < 1e-6
     assert run_ranks(_curve, 2, offloaded(2, "bf16"))[0] == run_ranks(_curve, 2, plain("bf16", 2))[0]
 
 
