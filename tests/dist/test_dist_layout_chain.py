@@ -97,7 +97,7 @@ def chain(folder: Path, family: str, changes: int, seed: int, forget: dict[int, 
     return worst
 
 
-@pytest.mark.parametrize(("family", "seed"), [("llama", 1), ("gpt2", 2)])
+@pytest.mark.parametrize(("family", "seed"), [("llama", 1), pytest.param("gpt2", 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_through_five_random_layouts(tmp_path, family, seed):
     assert chain(tmp_path, family, 5, seed) < TOLERANCE
 

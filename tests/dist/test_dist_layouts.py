@@ -23,7 +23,7 @@ from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import all_layouts, parse_layout
 
 pytestmark = pytest.mark.dist
-STEPS = 20
+STEPS = 10
 
 
 @functools.cache
