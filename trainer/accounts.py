@@ -55,6 +55,8 @@ class Accounts:
         """Say what is metered and how, and measure the idle devices where that is asked for; every rank calls this."""
         self._console.say(f"energy: {self.meters.energy_note}")
         self._console.say(f"FLOPs: {self.meters.flops_note}")
+        if note := self.meters.dtype_note:
+            self._console.say(f"warning: {note}")
         if (idle_s := self._run.meter.idle_s) > 0:
             self._console.say(f"measuring the idle devices for {idle_s:g} s")
             watts = self.meters.measure_idle(idle_s)

@@ -60,6 +60,7 @@ class Meters:
             else 0.0
             for length in self.flops_per_token
         }
+        self._dtype = run.train.dtype
         self._peak, self.peak_note = self._find_peak(resolved)
         self._joules: dict[str, float] = {}
         self._begin(time.perf_counter())
@@ -94,6 +95,13 @@ class Meters:
         (_, longest), *others = self.flops_per_token.items()
         shorter = "".join(f" ({flops:.4g} in sequences of {length})" for length, flops in others)
         return f"{longest:.4g} a token{shorter}, attention {self._convention}; {peak}"
+
+    @property
+    def dtype_note(self) -> str | None:
+        """Say that the run's dtype is slow on this CPU, where it is."""
+        if not self._runtime.on_cpu or self._dtype != "bf16" or _multiplies_bf16():
+            return None
+        return "this CPU multiplies bf16 many times slower than fp32; set train.dtype = 'fp32'"
 
     def measure_idle(self, seconds: float) -> float | None:
         """Wait so long, and give the watts that all devices drew; None where nothing can be read."""
@@ -275,3 +283,8 @@ def _memory(readings: Sequence[_Reading]) -> dict[str, float | None]:
         "reserved_gib": reserved,
         "host_gib": host,
     }
+
+
+def _multiplies_bf16() -> bool:
+    """Tell whether oneDNN has kernels for bf16 on this CPU (on x86 from AVX-512 on)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
