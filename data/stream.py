@@ -119,13 +119,18 @@ class TokenStream:
         ``global_batch``, a multiple of the lanes, takes the place of the stream's own for this once. A batch ends where
         rows get longer, or before.
 
-        Raises DataError where a chunk is damaged or a worker died; the stream cannot be used afterwards.
+        Raises DataConfigError for a batch over that border, and
+        DataError where a chunk is damaged or a worker died; the stream cannot be used afterwards.
         """
         global_batch = self._global_batch if global_batch is None else global_batch
         lanes = self._settings.lanes
         num_samples = samples_per_reader(global_batch, self._num_readers, lanes)
         change = self._settings.row_lengths.next_change(self.position)
-        assert change is None or self.position + global_batch <= change, "rows of two lengths make no batch"
+        if change is not None and self.position + global_batch > change:
+            raise DataConfigError(
+                f"a batch of {global_batch} from sample {self.position:,} on holds rows of two lengths; "
+                f"end it at sample {change:,}"
+            )
         length = self._settings.row_lengths.at(self.position)
         try:
             groups = [reader.read(count * (global_batch // lanes)) for reader, count in self._readers]

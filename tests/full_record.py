@@ -13,6 +13,7 @@ STEP: dict[str, Any] = {
     "grad_norm": 0.75,
     "lr": 3e-4,
     "global_batch": 8,
+    "sequence_length": 128,
     "tokens": 4500,
     "tokens_per_s": 1000.5,
     "tokens_per_s_per_device": 500.25,

@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 from existing_tokenizers import train_ranks, write_hf_directory, write_ranks
+from task_streams import CASES
 
 from basestone.data.prepare import prepare
 from basestone.data.tiktoken_ranks import PRESETS
@@ -117,3 +118,15 @@ def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pairs))
     prepare([str(folder)], folder / "shards", heldout_fraction=0.15, chunk_bytes=4096)
     return folder / "shards"
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> str:
+    """Each task by its name in task_streams."""
+    return request.param
+
+
+@pytest.fixture
+def shards(case: str, text_shards: Path, pair_shards: Path) -> Path:
+    """What the case trains on."""
+    return (pair_shards if case == "given" else text_shards) / "train"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from streams import open_stream, stream_settings
-from task_streams import CASES, case_task, checked_arrays, close, task_streams
+from task_streams import case_task, checked_arrays, close, task_streams
 
 from basestone.data.errors import DataConfigError
 from basestone.data.lengths import RowLengths
@@ -31,16 +31,6 @@ def lengths_of(steps: Sequence[tuple[int, int]], row_tokens: dict[int, int]) -> 
     ends = accumulate(batch for batch, _ in steps)
     pairs = zip(ends, steps, steps[1:], strict=False)
     return tuple((end, row_tokens[one[1]]) for end, one, other in pairs if one[1] != other[1])
-
-
-@pytest.fixture(params=sorted(CASES))
-def case(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def shards(case: str, text_shards: Path, pair_shards: Path) -> Path:
-    return (pair_shards if case == "given" else text_shards) / "train"
 
 
 @pytest.fixture
@@ -174,6 +164,18 @@ def test_lengths_that_cannot_be_meant(lengths: tuple[tuple[int, int], ...]) -> N
         DataConfigError, match=r"lengths are .* before 48; samples and tokens must grow .* 4 lanes"
     ):
         settings.check()
+
+
+def test_a_batch_over_a_border_is_refused(text_shards: Path, model: Path) -> None:
+    stream = open_stream(
+        [text_shards / "train"], model, sequence_length=48, seed=7, global_batch=4, lengths=((8, 16),)
+    )
+    stream.next_batch()
+    with pytest.raises(
+        DataConfigError, match=r"batch of 8 from sample 4 on .* two lengths; end it at sample 8"
+    ):
+        stream.next_batch(8)
+    assert stream.next_batch(4).tokens.shape == (4, 17) and stream.next_batch(8).tokens.shape == (8, 49)
 
 
 def test_the_length_of_every_sample() -> None:

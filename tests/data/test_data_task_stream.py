@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_streams import CASES, LENGTH, case_task, checked_arrays, close, take_samples, task_streams
+from task_streams import LENGTH, case_task, checked_arrays, close, take_samples, task_streams
 
 from basestone.data.position import merge_states
 from basestone.data.shards import open_shard_set
@@ -14,16 +14,6 @@ from basestone.data.tasks.task import Task
 from basestone.data.tokenizer import Tokenizer
 
 BATCHES = 8
-
-
-@pytest.fixture(params=sorted(CASES))
-def case(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def shards(case: str, text_shards: Path, pair_shards: Path) -> Path:
-    return (pair_shards if case == "given" else text_shards) / "train"
 
 
 @pytest.fixture

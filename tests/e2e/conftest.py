@@ -38,6 +38,17 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def symbols(tmp_path_factory, forked, corpus) -> Path:
+    """A tokenizer of the corpus with masks and sentinels."""
+    tokenizer = tmp_path_factory.mktemp("symbols") / "tokenizer.model"
+    specials = [part for name in ("[CLS]", "[SEP]", "[MASK]") for part in ("--special", name)]
+    sizes = ("--vocab-size", 600, "--sentinels", 20)
+    done = forked("tokenizer", "train", corpus / "shards/train", "--out", tokenizer, *specials, *sizes)
+    assert done.returncode == 0, done.stderr
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, basestone, corpus) -> Path:
     """The run directory of an uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"

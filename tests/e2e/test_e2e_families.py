@@ -9,52 +9,10 @@ from typing import Any
 import pytest
 import torch
 from commands import losses_of
+from small_families import write_run
 
 pytestmark = pytest.mark.dist
 
-RUN = """
-[run]
-processes = 2
-[model]
-{model}
-num_layers = 2
-hidden_size = 64
-num_attention_heads = 4
-max_sequence_length = 64
-{task}
-[data]
-train = "{shards}/train"
-tokenizer = "{tokenizer}"
-sequence_length = 48
-[data.heldout]
-topics = "{shards}/heldout"
-[train]
-steps = 6
-global_batch = 8
-micro_batch = 2
-dtype = "fp32"
-[optimizer]
-lr = 1e-3
-[schedule]
-kind = "constant"
-[evaluate]
-every_steps = 3
-max_tokens = 2000
-[checkpoint]
-every_steps = 3
-"""
-KINDS = {
-    "bert": ('family = "bert"\ndropout = 0.0', ""),
-    "t5": ('family = "t5"\nnum_decoder_layers = 2', ""),
-    "bert-sentences": (
-        'family = "bert"\ndropout = 0.0\nnext_sentence = false\npooling = "mean"\ntemperature = 1.0',
-        '[task]\npairs = "neighbours"',
-    ),
-    "llama-sentences": (
-        'family = "llama"\npooling = "last"\ntemperature = 1.0',
-        '[task]\npairs = "neighbours"',
-    ),
-}
 ACCURACIES = {
     "bert": {"masked", "next_sentence"},
     "t5": {"spans"},
@@ -63,37 +21,14 @@ ACCURACIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def symbols(tmp_path_factory, basestone, corpus) -> Path:
-    """A tokenizer of the corpus with masks and sentinels."""
-    out = tmp_path_factory.mktemp("symbols") / "tokenizer.model"
-    specials = [part for name in ("[CLS]", "[SEP]", "[MASK]") for part in ("--special", name)]
-    done = basestone(
-        "tokenizer",
-        "train",
-        corpus / "shards/train",
-        "--out",
-        out,
-        "--vocab-size",
-        "600",
-        *specials,
-        "--sentinels",
-        20,
-    )
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == "eval"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACCURACIES)
 def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, symbols, tmp_path):
-    model, task = KINDS[kind]
-    run = tmp_path / "run.toml"
-    run.write_text(RUN.format(model=model, task=task, shards=corpus / "shards", tokenizer=symbols))
+    run = write_run(tmp_path, kind, corpus, symbols)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run_dir, more in (
         (whole, ("parallel.tensor=2",)),

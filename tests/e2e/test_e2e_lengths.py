@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from commands import losses_of, steps_of
+from small_families import write_run
 from whole_run import train
 
 from basestone.trainer.load import load_run
@@ -18,48 +19,23 @@ from basestone.trainer.plan import token_flops
 pytestmark = pytest.mark.dist
 STEPS, BORDER, SHORT, LONG = 8, 4, 24, 48
 RAMP = f"[{{sequence_length = {SHORT}, global_batch = 16, until_step = {BORDER}}}]"
-RUN = """
-[model]
-{model}
-num_layers = 2
-hidden_size = 64
-num_attention_heads = 4
-max_sequence_length = 64
-{task}
-[data]
-train = "{shards}/train"
-tokenizer = "{tokenizer}"
-sequence_length = 48
-[data.heldout]
-topics = "{shards}/heldout"
-[train]
-steps = 8
-global_batch = 8
-micro_batch = 2
-dtype = "fp32"
-[optimizer]
-lr = 1e-3
-eps = 1e-5 # at 1e-8 gradients that are rounding noise make whole steps: decision 0004
-[meter]
-peak_tflops = 1.0
-"""
-KINDS = {
-    "llama": ('family = "llama"', ""),
-    "bert": ('family = "bert"\ndropout = 0.0', ""),
-    "t5": ('family = "t5"\nnum_decoder_layers = 2', ""),
-    "sentences": (
-        'family = "bert"\ndropout = 0.0\nnext_sentence = false\npooling = "mean"\ntemperature = 1.0',
-        '[task]\npairs = "neighbours"',
-    ),
-}
+CHANGES = (
+    f"train.ramp={RAMP}",
+    f"train.steps={STEPS}",
+    "evaluate.every_steps=2",
+    "optimizer.eps=1e-5",  # at 1e-8 gradients that are rounding noise make whole steps: decision 0004
+    "meter.peak_tflops=1.0",
+)
+KINDS = ("llama", "bert", "t5", "bert-sentences")
 LAYOUTS = {
     "serial": (1, ("parallel.zero=0",)),
     "tensor": (2, ("parallel.tensor=2", "parallel.sequence=true")),
     "pipeline": (2, ("parallel.pipeline=2", "parallel.zero=2")),
     "data": (2, ("parallel.zero=2", "train.micro_batch=4")),
+    "shards": (2, ("parallel.zero=3",)),
 }
 # a layout, the steps that are saved in it, and the one that goes on
-WAYS = [("data", 5, "pipeline"), ("tensor", 3, "pipeline"), ("tensor", 5, "data"), ("pipeline", 4, "tensor")]
+WAYS = [("shards", 5, "pipeline"), ("tensor", 3, "pipeline"), ("tensor", 5, "data"), ("pipeline", 4, "tensor")]
 USUAL = {("bert", *way) for way in WAYS} | {("t5", *WAYS[1])}
 CASES = [
     pytest.param(kind, *way, marks=[] if (kind, *way) in USUAL else pytest.mark.slow)
@@ -69,36 +45,24 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def symbols(tmp_path_factory, forked, corpus) -> Path:
-    """A tokenizer of the corpus with masks and sentinels."""
-    tokenizer = tmp_path_factory.mktemp("lengths") / "tokenizer.model"
-    specials = [part for name in ("[CLS]", "[SEP]", "[MASK]") for part in ("--special", name)]
-    sizes = ("--vocab-size", 600, "--sentinels", 20)
-    done = forked("tokenizer", "train", corpus / "shards/train", "--out", tokenizer, *specials, *sizes)
-    assert done.returncode == 0, done.stderr
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def folder_of(tmp_path_factory, corpus, symbols) -> Callable[[str], Path]:
     """Folders by kind, each with a run file and the run directory `serial` of one process."""
 
     @functools.cache
     def make(kind: str) -> Path:
-        folder, (model, task) = tmp_path_factory.mktemp(kind), KINDS[kind]
-        text = RUN.format(model=model, task=task, shards=corpus / "shards", tokenizer=symbols)
-        (folder / "run.toml").write_text(text)
+        folder = tmp_path_factory.mktemp(kind)
+        write_run(folder, kind, corpus, symbols)
         go(folder, "serial", "serial")
         return folder
 
     return make
 
 
-def go(folder: Path, name: str, layout: str, *changes: str) -> Path:
+def go(folder: Path, name: str, layout: str, *changes: str, resume: Path | None = None) -> Path:
     size, settings = LAYOUTS[layout]
     run_dir = folder / name
-    changes = (f"train.ramp={RAMP}", "evaluate.every_steps=2", *settings, *changes)
-    train(folder, run_dir, *changes, size=size)
+    changes = (*CHANGES, *settings, *changes)
+    train(folder, run_dir, *changes, size=size, resume=resume)
     return run_dir
 
 
@@ -134,3 +98,14 @@ def test_any_layout_goes_on_before_at_and_after_the_border(kind, first, stop, th
     assert [(line["step"], line["message"]) for line in told if line["event"] == "length"] == [
         (BORDER, f"sequences of {LONG} tokens from here on")
     ]
+
+
+def test_going_back_over_the_border(folder_of):
+    folder = folder_of("bert")
+    run_dir = go(folder, "back", "data", "train.steps=6")
+    go(folder, "back", "tensor", resume=run_dir / "checkpoints" / "step_00000002")
+    assert losses_of(run_dir) == pytest.approx(losses_of(folder / "serial"), rel=1e-5)
+    steps = [line["step"] for line in lines_of(run_dir, "step")]
+    assert steps == [*range(1, 7), *range(3, STEPS + 1)]
+    told = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told if line["event"] == "length"] == [BORDER, BORDER]

@@ -75,9 +75,13 @@ def test_phases_add_up_to_the_steps(tmp_path, corpus, changes, phases):
 @pytest.mark.parametrize(
     ("dtype", "multiplies", "told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
 )
-def test_a_cpu_without_instructions_for_bf16_is_told_of(tmp_path, corpus, capfd, monkeypatch, dtype, multiplies, told):
+def test_a_cpu_without_instructions_for_bf16_is_told_of(
+    tmp_path, corpus, capfd, monkeypatch, dtype, multiplies, told
+):
     monkeypatch.setattr(meters, "_multiplies_bf16", lambda: multiplies)
-    train(corpus, tmp_path / "run", f"train.dtype={dtype}", "train.steps=1", "parallel.zero=1", "data.heldout={}")
+    train(
+        corpus, tmp_path / "run", f"train.dtype={dtype}", "train.steps=1", "parallel.zero=1", "data.heldout={}"
+    )
     said = capfd.readouterr().err
     assert "FLOPs: " in said
     assert ("this CPU multiplies bf16 many times slower than fp32; set train.dtype = 'fp32'" in said) == told

@@ -67,6 +67,7 @@ def test_figures_are_in_base_units(sink):
         ("basestone_gradient_norm",): 0.75,
         ("basestone_learning_rate",): 3e-4,
         ("basestone_global_batch_sequences",): 8,
+        ("basestone_sequence_length_tokens",): 128,
         ("basestone_tokens_per_second",): 1000.5,
         ("basestone_step_duration_seconds",): 0.5,
         ("basestone_device_flops_per_second",): 250e12,

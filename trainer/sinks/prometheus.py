@@ -33,6 +33,7 @@ GAUGES = {
     "grad_norm": _Gauge("basestone_gradient_norm", "Global gradient norm before clipping"),
     "lr": _Gauge("basestone_learning_rate", "Learning rate of the last step"),
     "global_batch": _Gauge("basestone_global_batch_sequences", "Sequences in a step, over all ranks"),
+    "sequence_length": _Gauge("basestone_sequence_length_tokens", "Tokens of a sequence, where lengths grow"),
     "tokens_per_s": _Gauge("basestone_tokens_per_second", "Tokens trained on a second, over all ranks"),
     "step_s": _Gauge("basestone_step_duration_seconds", "Mean time of a step"),
     "tflops_per_device": _Gauge("basestone_device_flops_per_second", "Model FLOP/s of a device", TERA),
