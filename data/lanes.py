@@ -21,7 +21,7 @@ from .errors import DataConfigError, DataError
 from .lengths import RowLengths
 from .mixing import Mix
 from .order import hash_integers, permute_all, permute_index
-from .packing import CURSOR_COLUMNS, Cursor, Packer, SplitPacker, window_chunks
+from .packing import CURSOR_COLUMNS, Cursor, Packer, SplitPacker, Windows, window_chunks
 from .parts import PartCutter
 from .passages import WINDOW_PACKINGS, SentenceCutter, window_packer
 from .quarantine import Quarantine
@@ -257,16 +257,15 @@ class LaneGroup:
     def _make_packer(self, documents: LaneDocuments, source: Source, lane: int, cursor: Cursor) -> Packer:
         if self._packing == "split":
             return SplitPacker(documents, cursor)
-        key = hash_integers(self._seed, lane, SEQUENCE_ORDER)
-        return window_packer(
-            self._packing,
+        windows = Windows(
             documents,
             cursor,
-            partial(window_chunks, source.tokens_per_chunk),
-            key,
-            keeps_size=bool(self._lengths.phases),
-            sentences=source.sentences,
-            short_fraction=self._short_fraction,
+            chunks_for=partial(window_chunks, source.tokens_per_chunk),
+            key=hash_integers(self._seed, lane, SEQUENCE_ORDER),
+            keep_size=bool(self._lengths.phases),
+        )
+        return window_packer(
+            self._packing, windows, sentences=source.sentences, short_fraction=self._short_fraction
         )
 
 

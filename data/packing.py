@@ -121,29 +121,30 @@ class SplitPacker:
             cursor.part, cursor.token = cursor.part + 1, 0
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What a packer of windows makes sequences of, from a cursor on, whose chunk is the first of a window.
+
+    ``chunks_for`` gives how many chunks a window has by the sequence length; ``key`` decides the order of a window's
+    sequences, and what is drawn in making them. With ``keep_size`` rows may get longer: a window that was begun with
+    shorter ones is handed out as it is, so that nothing of it is lost or comes twice.
+    """
+
+    documents: Documents
+    cursor: Cursor
+    chunks_for: Callable[[int], int]
+    key: int
+    keep_size: bool = False
+
+
 class WindowPacker(ABC):
     """Make the sequences of a window of chunks at once, and hand them out in a shuffled order."""
 
     nothing = "no document of two tokens or more could be read"  # what a whole pass in vain means
 
-    def __init__(
-        self,
-        documents: Documents,
-        cursor: Cursor,
-        window_chunks: Callable[[int], int],
-        key: int,
-        *,
-        keeps_size: bool = False,
-    ) -> None:
-        """Start at a cursor, whose chunk is the first of a window.
-
-        ``window_chunks`` gives the chunks of a window by the sequence length; ``key`` decides the order of a window's
-        sequences, and what is drawn in making them. With ``keeps_size`` rows may get longer: a window that was begun
-        with shorter ones is handed out as it is, so that nothing of it is lost or comes twice.
-        """
-        self._source = documents
-        self.cursor = cursor
-        self._window_chunks, self._key, self._keeps_size = window_chunks, key, keeps_size
+    def __init__(self, windows: Windows) -> None:
+        """Start at the cursor."""
+        self._windows, self._source, self.cursor = windows, windows.documents, windows.cursor
         self._open_window: int | None = None
         self._sequences: list[list[np.ndarray]] = []
 
@@ -152,18 +153,18 @@ class WindowPacker(ABC):
         cursor, first_chunk = self.cursor, self.cursor.chunk
         while True:
             size = cursor.token or len(row)
-            num_chunks = self._window_chunks(size - 1)
+            num_chunks = self._windows.chunks_for(size - 1)
             if self._open_window != cursor.chunk:
                 _check_progress(cursor.chunk - first_chunk - num_chunks, self._source, self.nothing)
                 sequences = self.pack_window(size)
-                order = permute_all(len(sequences), hash_integers(self._key, cursor.chunk))
+                order = permute_all(len(sequences), hash_integers(self._windows.key, cursor.chunk))
                 self._sequences = [sequences[number] for number in order]
                 self._open_window = cursor.chunk
             if cursor.part < len(self._sequences):
                 break
             cursor.chunk, cursor.part, cursor.token = cursor.chunk + num_chunks, 0, 0
         pieces = self._sequences[cursor.part]
-        cursor.part, cursor.token = cursor.part + 1, size if self._keeps_size else 0
+        cursor.part, cursor.token = cursor.part + 1, size if self._windows.keep_size else 0
         filled, starts = 0, []
         for piece in pieces:
             starts.append(filled)
@@ -177,7 +178,7 @@ class WindowPacker(ABC):
 
     def _expect_window(self, size: int) -> range:
         """Begin to read the chunks of a window of sequences of ``size`` tokens, and return their numbers."""
-        chunks = range(self.cursor.chunk, self.cursor.chunk + self._window_chunks(size - 1))
+        chunks = range(self.cursor.chunk, self.cursor.chunk + self._windows.chunks_for(size - 1))
         for chunk in chunks:
             self._source.expect(chunk)
         return chunks

@@ -14,14 +14,14 @@ One place of a row stays empty, so that the last piece begins before the row's l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from .errors import DataConfigError
 from .order import hash_integers
-from .packing import BestFitPacker, Cursor, Documents, WindowPacker
+from .packing import BestFitPacker, WindowPacker, Windows
 from .tasks.sample_random import SampleRandom
 from .tasks.sentences import Document, sentence_pairs
 from .tasks.vocabulary import sentence_ends, split_sentences, word_starts
@@ -62,18 +62,9 @@ class SentenceCutter:
 class SentencePacker(WindowPacker):
     """A window packer that cuts documents into sentences."""
 
-    def __init__(
-        self,
-        documents: Documents,
-        cursor: Cursor,
-        window_chunks: Callable[[int], int],
-        key: int,
-        *,
-        keeps_size: bool,
-        sentences: SentenceCutter,
-    ) -> None:
+    def __init__(self, windows: Windows, sentences: SentenceCutter) -> None:
         """See WindowPacker."""
-        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size)
+        super().__init__(windows)
         self._sentences = sentences
 
 
@@ -82,19 +73,9 @@ class PairPacker(SentencePacker):
 
     nothing = "no document has a sentence"
 
-    def __init__(
-        self,
-        documents: Documents,
-        cursor: Cursor,
-        window_chunks: Callable[[int], int],
-        key: int,
-        *,
-        keeps_size: bool,
-        sentences: SentenceCutter,
-        short_fraction: float,
-    ) -> None:
+    def __init__(self, windows: Windows, sentences: SentenceCutter, short_fraction: float) -> None:
         """See WindowPacker; ``short_fraction`` of the pairs aim at a shorter length."""
-        super().__init__(documents, cursor, window_chunks, key, keeps_size=keeps_size, sentences=sentences)
+        super().__init__(windows, sentences)
         self._short_fraction = short_fraction
 
     def pack_window(self, size: int) -> list[list[np.ndarray]]:
@@ -113,7 +94,7 @@ class PairPacker(SentencePacker):
         sequences = []
         for place, (chunk, number, document) in enumerate(rows):
             others = _others(documents, contents, place)
-            random = SampleRandom(hash_integers(self._key, chunk), number)
+            random = SampleRandom(hash_integers(self._windows.key, chunk), number)
             pairs = sentence_pairs(
                 document, others, random, max_tokens=room, short_fraction=self._short_fraction
             )
@@ -218,23 +199,14 @@ SENTENCE_PACKERS = {"passages": PassagePacker, "neighbours": NeighbourPacker, "g
 
 
 def window_packer(
-    packing: str,
-    documents: Documents,
-    cursor: Cursor,
-    window_chunks: Callable[[int], int],
-    key: int,
-    *,
-    keeps_size: bool = False,
-    sentences: SentenceCutter,
-    short_fraction: float,
+    packing: str, windows: Windows, *, sentences: SentenceCutter, short_fraction: float
 ) -> WindowPacker:
     """Return the packer that ``packing``, one of WINDOW_PACKINGS, names."""
-    place = documents, cursor, window_chunks, key
     if packing == "best_fit":
-        return BestFitPacker(*place, keeps_size=keeps_size)
+        return BestFitPacker(windows)
     if packing == "pairs":
-        return PairPacker(*place, keeps_size=keeps_size, sentences=sentences, short_fraction=short_fraction)
-    return SENTENCE_PACKERS[packing](*place, keeps_size=keeps_size, sentences=sentences)
+        return PairPacker(windows, sentences, short_fraction)
+    return SENTENCE_PACKERS[packing](windows, sentences)
 
 
 def _same(one: Document, other: Document) -> bool:

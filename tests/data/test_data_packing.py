@@ -16,6 +16,7 @@ from basestone.data.packing import (
     BestFitPacker,
     Cursor,
     SplitPacker,
+    Windows,
     best_fit,
     window_chunks,
 )
@@ -81,7 +82,7 @@ def test_best_fit_keeps_documents_whole_and_goes_on_anywhere(
     chunks: list[list[int]], size: int, window: int, stop: int
 ) -> None:
     source = Chunks(chunks)
-    packer = BestFitPacker(source, Cursor(), lambda _: window, key=3)
+    packer = BestFitPacker(Windows(source, Cursor(), lambda _: window, key=3))
     rows = []
     seen: Counter[int] = Counter()
     while packer.cursor.chunk < 3 * window and len(rows) < 200:
@@ -99,7 +100,7 @@ def test_best_fit_keeps_documents_whole_and_goes_on_anywhere(
     assert all(count == 1 for count in seen.values())
     if stop < len(rows):
         chunk, document = rows[stop][2]
-        again = BestFitPacker(source, Cursor(chunk, document), lambda _: window, key=3)
+        again = BestFitPacker(Windows(source, Cursor(chunk, document), lambda _: window, key=3))
         for want, starts, _ in rows[stop + 1 : stop + 5]:
             row = np.full(size, -1, np.int64)
             length, begins = again.fill(row)
@@ -115,7 +116,7 @@ def test_rows_that_get_longer_take_every_token_once_and_a_resume_finds_the_windo
     chunks: list[list[int]], sizes: list[tuple[int, int]]
 ) -> None:
     def packer_at(cursor: Cursor) -> BestFitPacker:
-        return BestFitPacker(source, cursor, lambda length: 1 + length // 16, key=3, keeps_size=True)
+        return BestFitPacker(Windows(source, cursor, lambda length: 1 + length // 16, key=3, keep_size=True))
 
     source, seen = Chunks(chunks), Counter[int]()
     packer, first = packer_at(Cursor()), 0
@@ -157,7 +158,7 @@ def test_best_fit_is_best_fit_decreasing(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_documents_that_give_nothing_are_an_error_not_an_endless_search(window: int) -> None:
-    packer = BestFitPacker(Chunks([[1, 1], [], [1]]), Cursor(), lambda _: window, key=3)
+    packer = BestFitPacker(Windows(Chunks([[1, 1], [], [1]]), Cursor(), lambda _: window, key=3))
     with pytest.raises(DataError, match=r"a whole pass over the data gave nothing to train on"):
         packer.fill(np.empty(8, np.int64))
     with pytest.raises(DataError, match=r"a whole pass over the data gave nothing to train on"):
