@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import DataConfigError
 from .lanes import check_tokenizer
-from .packing import Cursor
+from .packing import Cursor, Windows
 from .parts import PartCutter
 from .passages import SentenceCutter, window_packer
 from .reading.reader import RangeReader
@@ -58,12 +58,10 @@ def load_heldout(
             raise DataConfigError(f"{directory}: nothing to measure on, for it has one token; give other text")
         batch = _cut_rows(documents, task.row_tokens, opened.pad, overlap=int(causal))
     else:
+        source = _Once([document for document, _ in read.documents], opened)
         packer = window_packer(
             task.packing,
-            _Once([document for document, _ in read.documents], opened),
-            Cursor(),
-            lambda _: 1,
-            HELDOUT_SEED,
+            Windows(source, Cursor(), chunks_for=lambda _: 1, key=HELDOUT_SEED),
             sentences=SentenceCutter(opened),
             short_fraction=short_fraction,
         )

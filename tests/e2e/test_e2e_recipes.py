@@ -70,6 +70,18 @@ def test_bert_finds_hidden_tokens_and_tells_pairs(place):
 
 
 @pytest.mark.slow
+def test_t5_finds_more_than_frequencies_and_sentinels_give(place):
+    trained = last_evaluation(place / "runs/t5-cpu")
+    untrained = last_evaluation(place / "runs/untrained-t5")
+    said = run([sys.executable, "chance.py", "recipes/t5-cpu.toml"], place)
+    found = re.search(r"token is ([\d.]+) of .* the end ([\d.]+); .* alone is ([\d.]+)$", said)
+    assert found
+    commonest, marks, loss = map(float, found.groups())
+    assert trained["spans_accuracy"] > commonest + marks + 0.03 and untrained["spans_accuracy"] < 0.01
+    assert trained["loss"] < loss - 0.8 < untrained["loss"] - 3
+
+
+@pytest.mark.slow
 def test_a_pre_trained_classifier_is_better_than_one_from_scratch(place):
     tuned, scratch = (
         json.loads((place / name / "metrics.json").read_text())["heldout"]

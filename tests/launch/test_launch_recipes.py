@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 BUILT_IN_VOCABULARY = 4096
 WITH_SYMBOLS = BUILT_IN_VOCABULARY + 103
-ON_A_LAPTOP = ("bert-cpu", "code-search-cpu")
+ON_A_LAPTOP = ("bert-cpu", "code-search-cpu", "t5-cpu")
 # GPUs, and what a rank's estimate must stay under: a tenth of the device is left for what is not counted.
 DEVICES = {
     "gpt2-124m-1gpu": (1, 21),
