@@ -19,8 +19,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/basestone quickstart
 
+# Files go to two processes, each in the usual order: some tests have to come before others.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
