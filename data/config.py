@@ -314,7 +314,7 @@ class TaskConfig(Section):
             raise ValueError(
                 "short_fraction is that of sentence pairs; set next_sentence = true, or leave it out"
             )
-        if self.name is not None and (problem := self.misplaced(self.name)):
+        if self.name is not None and (problem := self.problem(self.name)):
             raise ValueError(problem)
         return self
 
@@ -326,15 +326,18 @@ class TaskConfig(Section):
         parts: dict[str, str] = {first: "real" if self.name == "contrastive" else "weights"}
         return parts | {"next_sentence": "real"} if self.next_sentence else parts
 
-    def misplaced(self, task: str) -> str | None:
-        """Say which settings are not the defaults and are none of a task's, None where all fit."""
+    def problem(self, task: str) -> str | None:
+        """Say which settings are changed and are not a task's, None where all fit."""
+        if not (found := self.misplaced(task)):
+            return None
+        return f"{', '.join(found[0])} belongs to the task {found[1]}, and this is {task}; leave it out"
+
+    def misplaced(self, task: str) -> tuple[list[str], str] | None:
+        """Give those settings, and whose they are."""
         for name, settings in TASK_SETTINGS.items():
             given = [key for key in settings if self._changed(key)]
             if given and task != name:
-                return (
-                    f"the task is {task}, and {', '.join(given)} belongs to {name}; leave it out, or set "
-                    f'name = "{name}"'
-                )
+                return given, name
         return None
 
     def _changed(self, key: str) -> bool:

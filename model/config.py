@@ -202,7 +202,7 @@ class ModelConfig(BertKeys, EmbeddingKeys, T5Keys):
                 if getattr(self, name) == value
             ]
         wrong = SHAPES[self.family].departures(self)
-        return [f"{', '.join(wrong)}: family {self.family!r} has its own; take it out"] if wrong else []
+        return [f"{', '.join(wrong)} cannot be set so in family {self.family!r}; take it out"] if wrong else []
 
     @property
     def predicts_tokens(self) -> bool:

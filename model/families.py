@@ -44,6 +44,14 @@ def task_name(config: ModelConfig) -> str:
     return "contrastive" if config.pooling is not None else family_of(config).task
 
 
+def trained_on(task: str) -> str:
+    """Say which models are trained on a task, for messages."""
+    if task == "contrastive":
+        return "a model with model.pooling"
+    families = [f'family = "{name}"' for name, family in WITH_FOLDER.items() if family.task == task]
+    return " or ".join(families) or "a decoder"
+
+
 def layout_of(config: ModelConfig) -> dict[str, Parameter]:
     """Make the table of a model's parameters: global name -> Parameter, in the order of the forward pass."""
     return family_of(config).layout(config)

@@ -10,10 +10,10 @@ from ..data.division import num_lanes, samples_per_reader
 from ..data.errors import DataConfigError
 from ..data.tasks.spans import SpanRates, raw_length
 from ..model.config import ModelConfig
-from ..model.families import task_name
+from ..model.families import task_name, trained_on
 from ..model.pipeline import pipeline_problems
 from .errors import ConfigError
-from .ramp import BatchSchedule, Phase
+from .ramp import BatchSchedule
 from .sections import (
     OFFLOAD_STAGES,
     BudgetSection,
@@ -24,6 +24,7 @@ from .sections import (
     OptimizerSection,
     ParallelSection,
     ProfileSection,
+    RampPhase,
     RunSection,
     ScheduleSection,
     Section,
@@ -88,9 +89,9 @@ class RunConfig(Section):
                 f"profile.ranks names rank {last}; the {world_size} processes are ranks 0 to {world_size - 1}"
             )
         dp = max(1, world_size // ranks)
-        batches = BatchSchedule((Phase(0, train.global_batch, self.data.sequence_length),))
+        batches = self.schedule_batches(())
         try:
-            batches = BatchSchedule.of(train.ramp, train.global_batch, self.data.sequence_length)
+            batches = self.schedule_batches(train.ramp)
         except ValueError as error:
             problems.append(str(error))
         sizes = sorted({phase.global_batch for phase in batches.phases})
@@ -115,6 +116,11 @@ class RunConfig(Section):
             mix_ends=mix_ends,
             steps=train.steps or batches.steps_for(train.tokens or 0),
         )
+
+    def schedule_batches(self, ramp: tuple[RampPhase, ...]) -> BatchSchedule:
+        """Say what each step takes, pairs of texts being two sequences; raises as `BatchSchedule.of`."""
+        texts = 1 if self.model.pooling is None else 2
+        return BatchSchedule.of(ramp, self.train.global_batch, self.data.sequence_length, texts)
 
     @property
     def filled_task(self) -> TaskConfig:
@@ -318,14 +324,16 @@ class RunConfig(Section):
 
 def _task_problems(model: ModelConfig, task: TaskConfig) -> list[str]:
     """Check that the model has what its task trains."""
-    usual = task_name(model)
-    if task.name != usual:
-        return [
-            f"task.name = '{task.name}': a model of family '{model.family}'"
-            f"{'' if model.pooling is None else ' with model.pooling'} is trained on '{usual}'; leave it out"
-        ]
-    problems = [f"task: {problem}"] if (problem := task.misplaced(usual)) else []
-    if bool(task.next_sentence) != model.next_sentence:
+    usual, name = task_name(model), task.name or ""
+    keys, theirs = (["name"], name) if name != usual else task.misplaced(usual) or ([], usual)
+    problems = []
+    if keys:
+        which = f"family '{model.family}'{'' if model.pooling is None else ' with model.pooling'}"
+        problems.append(
+            f"task.{', task.'.join(keys)}: of task '{theirs}', and {which} is trained on '{usual}'; leave it out, or "
+            f"train {trained_on(theirs)}"
+        )
+    if name == usual and bool(task.next_sentence) != model.next_sentence:
         given = str(task.next_sentence).lower()
         problems.append(
             f"task.next_sentence = {given} and model.next_sentence = {str(model.next_sentence).lower()}: the model has "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ..data.config import TaskConfig
 from ..data.heldout import load_heldout
 from ..data.reading.reader import RangeReader
 from .batch import cut, model_fields, share
@@ -55,7 +56,7 @@ class HeldOut:
     ) -> None:
         """Read the set on every reader and share it with the ranks of its replica."""
         run = resolved.run
-        self.name, self._parts = name, resolved.parts
+        self.name, self._parts, self._task = name, resolved.parts, run.task
         task = task_of(run, places.tokenizer)
         fields, size = None, (0, 0)
         if runtime.reads_data:
@@ -89,10 +90,14 @@ class HeldOut:
         """Run the model over the set; the same result on every rank."""
         sums = engine.evaluate(cut(self._fields, micro_batch, engine.micro_batch_multiple)).double()
         dist.all_reduce(sums)
-        return held_out_loss(named_sums(sums, self._parts, engine.figures), self._counts, self._num_bytes)
+        return held_out_loss(
+            named_sums(sums, self._parts, engine.figures), self._counts, self._num_bytes, self._task
+        )
 
 
-def held_out_loss(sums: dict[str, dict[str, float]], counts: dict[str, float], num_bytes: int) -> HeldOutLoss:
+def held_out_loss(
+    sums: dict[str, dict[str, float]], counts: dict[str, float], num_bytes: int, task: TaskConfig
+) -> HeldOutLoss:
     """Make the figures of a set from each part's sums, the loss among them, and how many predictions counted."""
     first = next(iter(sums))
     means = {
@@ -101,11 +106,13 @@ def held_out_loss(sums: dict[str, dict[str, float]], counts: dict[str, float], n
     }
     losses = {part: of_part.pop("loss") for part, of_part in means.items()}
     causal = first == "next_token"
+    # Without dropout, as here, a text that is its own partner is always found.
+    finds_itself = task.name == "contrastive" and task.pairs == "dropout"
     return HeldOutLoss(
         loss=sum(losses.values()),
         losses=losses,
         shares={}
-        if causal
+        if causal or finds_itself
         else {f"{part}_{name}": share for part, of_part in means.items() for name, share in of_part.items()},
         perplexity=math.exp(min(losses[first], 700.0)),
         bits_per_byte=sums[first]["loss"] / math.log(2) / max(1, num_bytes) if causal else None,

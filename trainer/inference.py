@@ -110,7 +110,7 @@ class OpenCheckpoint:
             fields = {key: torch.from_numpy(values) for key, values in data.arrays.items()}
             batches = cut(model_fields(fields, documents_apart=self.run.data.attention == "document"), 1)
             found = sums_of(model, batches, self.run.filled_task.parts, runtime)
-            results[name] = held_out_loss(*found, data.num_bytes).record()
+            results[name] = held_out_loss(*found, data.num_bytes, self.run.filled_task).record()
         return results
 
     def _own_heldout(self) -> dict[str, str]:
@@ -129,9 +129,12 @@ class OpenCheckpoint:
     def generate(self, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> str:
         """Continue a prompt, as the beginning of a document."""
         if not (self.model.causal and self.model.predicts_tokens):
-            raise ConfigError(
-                f"generate: {self.model.family} predicts no next token; `basestone export` it, and use it from there"
-            )
+            what = f"{self.model.family} predicts no next token"
+            if self.model.num_decoder_layers:
+                what = f"{self.model.family} continues no prompt, for it reads a text first"
+            elif not self.model.predicts_tokens:
+                what = f"{self.model.family} with model.pooling makes vectors, and no tokens"
+            raise ConfigError(f"generate: {what}; `basestone export` it, and use it from there")
         tokenizer = Tokenizer(self.tokenizer)
         ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt).tolist()]])
         out = generate(

@@ -15,6 +15,7 @@ from ..data.reading.reader import RangeReader
 from ..data.tasks.task import Task, make_task
 from ..data.tokenizer import Tokenizer
 from .config import ResolvedRun, RunConfig
+from .errors import ConfigError
 
 ONLY_SOURCE = "train"  # the name of the source where data.train names the shards
 Log = Callable[[str], None]
@@ -129,6 +130,15 @@ def open_run(
     """
     places = locate(run.data, run.reading, cache_dir, log)
     resolved = run.resolve(world_size, vocab_size(places))
+    if (
+        resolved.run.task.name == "contrastive"
+        and resolved.run.task.pairs == "dropout"
+        and not run.model.dropout
+    ):
+        raise ConfigError(
+            "task.pairs = 'dropout' (the default) with model.dropout = 0: the two vectors of a text are the same; set "
+            "model.dropout = 0.1, or task.pairs = 'given' or 'neighbours'"
+        )
     tasks_of(run, places.tokenizer)
     return resolved, places
 

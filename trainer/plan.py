@@ -54,7 +54,12 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
         ),
         (
             "batch",
-            "; ".join(_batch(resolved, phase) for phase in resolved.batches.phases)
+            "; ".join(
+                _batch(resolved, phase)
+                for phase in resolved.batches.phases
+                if phase.first_step < resolved.steps
+            )
+            + _never_reached(resolved)
             + f"; {resolved.lanes} data lanes",
         ),
         (
@@ -166,10 +171,16 @@ def _batch(resolved: ResolvedRun, phase: Phase) -> str:
     since = f"from step {phase.first_step} " if phase.first_step else ""
     count, size = resolved.num_micro_batches(phase.global_batch), resolved.run.train.micro_batch
     return (
-        f"{since}{phase.global_batch} sequences of {phase.sequence_length} = {phase.tokens:,} tokens a step, "
+        f"{since}{phase.global_batch} {'sequences of' if phase.texts == 1 else f'pairs of {phase.texts} x'} "
+        f"{phase.sequence_length} = {phase.tokens:,} tokens a step, "
         + (f"each with {targets} targets, " if targets else "")
         + f"{count} micro-batch(es) of {size} on a rank"
     )
+
+
+def _never_reached(resolved: ResolvedRun) -> str:
+    last = resolved.batches.phases[-1].first_step
+    return f"; the run ends before train.ramp does, at step {last:,}" if 0 < last >= resolved.steps else ""
 
 
 def _stages(resolved: ResolvedRun) -> str:

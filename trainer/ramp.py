@@ -15,16 +15,17 @@ ENDLESS = 1 << 62  # steps
 
 
 class Phase(NamedTuple):
-    """Steps from `first_step` on take `global_batch` sequences of `sequence_length` tokens each."""
+    """Steps from `first_step` on take `global_batch` samples of `texts` sequences of `sequence_length` tokens each."""
 
     first_step: int
     global_batch: int
     sequence_length: int
+    texts: int = 1
 
     @property
     def tokens(self) -> int:
         """Count the tokens of a step."""
-        return self.global_batch * self.sequence_length
+        return self.global_batch * self.texts * self.sequence_length
 
 
 class End(Protocol):
@@ -62,7 +63,9 @@ class BatchSchedule:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def of(cls, ramp: Sequence[RampRow], global_batch: int, sequence_length: int) -> BatchSchedule:
+    def of(
+        cls, ramp: Sequence[RampRow], global_batch: int, sequence_length: int, texts: int = 1
+    ) -> BatchSchedule:
         """Make it from a run's ramp, its own batch and its own length.
 
         Raises:
@@ -71,7 +74,8 @@ class BatchSchedule:
         phases: list[Phase] = []
         step = tokens = 0
         for number, row in enumerate(ramp):
-            phase = Phase(step, row.global_batch or global_batch, row.sequence_length or sequence_length)
+            batch, length = row.global_batch or global_batch, row.sequence_length or sequence_length
+            phase = Phase(step, batch, length, texts)
             end = (
                 row.until_step
                 if row.until_step is not None
@@ -85,7 +89,7 @@ class BatchSchedule:
             phases.append(phase)
             tokens += (end - step) * phase.tokens
             step = end
-        return cls((*phases, Phase(step, global_batch, sequence_length)))
+        return cls((*phases, Phase(step, global_batch, sequence_length, texts)))
 
     @property
     def length_ends(self) -> tuple[tuple[int, int], ...]:

@@ -68,7 +68,7 @@ def make_task(
     the tokenizer lacks, and for settings that do not go together.
     """
     assert task.name is not None
-    if problem := task.misplaced(task.name):  # the name may have been filled in since the settings were checked
+    if problem := task.problem(task.name):  # the name may have been filled in since the settings were checked
         raise DataConfigError(f"task: {problem}")
     if task.name == "causal":
         return CausalTask(sequence_length, packing)

@@ -40,10 +40,10 @@ from basestone.data.tokenizer import Tokenizer, train_tokenizer
         ({"word": True}, "Extra inputs are not permitted"),
         (
             {"name": "spans", "predicted": 0.3, "whole_words": True},
-            r'the task is spans, and predicted, whole_words belongs to masked; leave it out, or set name = "masked"',
+            "predicted, whole_words belongs to the task masked, and this is spans; leave it out",
         ),
-        ({"name": "causal", "noise": 0.3}, "the task is causal, and noise belongs to spans"),
-        ({"name": "masked", "pairs": "given"}, "the task is masked, and pairs belongs to contrastive"),
+        ({"name": "causal", "noise": 0.3}, "noise belongs to the task spans, and this is causal"),
+        ({"name": "masked", "pairs": "given"}, "pairs belongs to the task contrastive, and this is masked"),
     ],
 )
 def test_mistakes_in_the_section_are_named(section: dict[str, Any], message: str) -> None:
@@ -98,7 +98,7 @@ def make(model: Path, *, length: int = 48, packing: str = "split", **settings: A
         ),
         (
             {"whole_words": True, "filled_in": "spans"},
-            "task: the task is spans, and whole_words belongs to masked",
+            "task: whole_words belongs to the task masked, and this is spans",
         ),
         (
             {"name": "spans", "length": 1024},

@@ -11,10 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from small import GLOBAL_BATCH, LR, SEQUENCE, VOCAB, make_engine, relative_difference, run_config
 
+from basestone.data.config import TaskConfig
 from basestone.model.embedding.pooling import contrast, pooled
 from basestone.trainer import runtime as processes
 from basestone.trainer.batch import cut
 from basestone.trainer.config import RunConfig
+from basestone.trainer.evaluate import held_out_loss
 from basestone.trainer.forks import run_ranks
 from basestone.trainer.layouts import parse_layout
 from basestone.trainer.objective import LossOf, Pairs, Reports, named_sums
@@ -227,6 +229,13 @@ def test_two_passes_draw_the_same_dropout():
     ]
     assert relative_difference(*curves) < 1e-5
     assert curves[0][0][0] > 1e-3, "the two views would be the same"
+
+
+def test_held_out_texts_that_are_their_own_partners_have_a_loss_alone():
+    sums = {"contrastive": {"loss": 2.0, "accuracy": 3.0}}
+    for pairs, shares in (("dropout", {}), ("given", {"contrastive_accuracy": 0.75})):
+        found = held_out_loss(sums, {"contrastive": 4.0}, 10, TaskConfig(name="contrastive", pairs=pairs))
+        assert (found.loss, found.shares) == (0.5, shares)
 
 
 def test_pooling_by_its_definition():

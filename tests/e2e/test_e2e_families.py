@@ -21,6 +21,14 @@ ACCURACIES = {
 }
 
 
+CONTINUES_NOTHING = {
+    "bert": "bert predicts no next token",
+    "t5": "t5 continues no prompt, for it reads a text first",
+    "bert-sentences": "bert with model.pooling makes vectors, and no tokens",
+    "llama-sentences": "llama with model.pooling makes vectors, and no tokens",
+}
+
+
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == "eval"]
@@ -50,6 +58,11 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout).values()
     assert found == pytest.approx({name: last[name] for name in found}, rel=1e-4)
+
+    done = forked("generate", cut, "--prompt", "a list")
+    assert (
+        done.returncode == 64 and f"generate: {CONTINUES_NOTHING[kind]}; `basestone export` it" in done.stderr
+    )
 
     out = tmp_path / "out"
     done = forked("export", cut, out, "--dtype", "fp32")

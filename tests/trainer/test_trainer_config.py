@@ -12,6 +12,7 @@ from run_files import run_of, run_values
 from basestone.trainer.config import RunConfig
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.load import resolve_paths, validate_run
+from basestone.trainer.plan import total_flops
 
 VOCAB = 200
 
@@ -297,3 +298,48 @@ def test_an_integer_is_a_number_and_a_list_is_what_toml_has():
     assert validate_run(run.model_dump(mode="json"), "state.json") == run, (
         "what a checkpoint keeps is read back"
     )
+
+
+BERT = {"model__family": "bert", "model__num_query_groups": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {**BERT, "task__pairs": "given"},
+            "task.pairs: of task 'contrastive', and family 'bert' is trained on 'masked'; leave it out, or train a "
+            "model with model.pooling",
+        ),
+        (
+            {**BERT, "task__name": "spans"},
+            "task.name: of task 'spans', and family 'bert' is trained on 'masked'; leave it out, or train "
+            'family = "t5"',
+        ),
+        (
+            {**BERT, "model__pooling": "mean", "model__next_sentence": False, "task__name": "masked"},
+            "task.name: of task 'masked', and family 'bert' with model.pooling is trained on 'contrastive'; leave it "
+            'out, or train family = "bert"',
+        ),
+        (
+            {"task__noise": 0.3, "task__mean_span": 5},
+            "task.noise, task.mean_span: of task 'spans', and family 'llama' is trained on 'causal'; leave it out, or "
+            'train family = "t5"',
+        ),
+    ],
+)
+def test_a_task_of_other_models_is_refused_with_what_it_trains(changes, text):
+    with pytest.raises(ConfigError) as caught:
+        run_of(**changes).resolve(1, 600)
+    assert str(caught.value) == text
+
+
+def test_pairs_of_texts_are_two_sequences_in_tokens_steps_and_ramps():
+    pairs = {"model__pooling": "mean", "task__pairs": "neighbours"}
+    one, two = (run_of(**more).resolve(1, 600) for more in ({}, pairs))
+    assert two.tokens == 2 * one.tokens == 2 * 20 * 8 * 32
+    assert total_flops(two) > 1.5 * total_flops(one)
+    budget = run_of(**pairs, train__steps=None, train__tokens=2 * 8 * 32 * 5).resolve(1, 600)
+    assert budget.steps == 5
+    ramp = [{"global_batch": 4, "until_tokens": 2 * 4 * 32 * 3}]
+    assert run_of(**pairs, train__ramp=ramp).resolve(1, 600).batches.phases[1].first_step == 3

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pydoc_data.topics import topics
 
 import pytest
 from run_files import run_of
 
 from basestone.data.errors import DataConfigError
+from basestone.data.prepare import prepare
 from basestone.data.tokenizer import train_tokenizer
-from basestone.trainer.places import locate, locate_heldout, tasks_of
+from basestone.trainer.errors import ConfigError
+from basestone.trainer.places import locate, locate_heldout, open_run, tasks_of
 
+SPECIALS = ("[CLS]", "[SEP]", "[MASK]")
 NOTHING = (
     "holds no manifest.json and no .tar files; make shards with `basestone prepare`, or give .tar or "
     "Megatron .bin files"
@@ -40,10 +44,27 @@ def test_held_out_sets_are_found_without_the_rest(tmp_path):
     assert locate_heldout(run_of().data, run.reading, tmp_path / "cache", model) == {}
 
 
+def test_pairs_by_dropout_need_dropout(tmp_path):
+    """The two vectors of a text would be one."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in topics.values()))
+    prepare([str(tmp_path / "text.jsonl")], tmp_path / "shards")
+    bert = {"model__family": "bert", "model__num_query_groups": None, "model__next_sentence": False}
+    run = {**bert, "model__pooling": "mean", "data__train": str(tmp_path / "shards/train")}
+    run["data__tokenizer"] = str(tmp_path / "symbols.model")
+    train_tokenizer(
+        iter(list(topics.values())[:10]), tmp_path / "symbols.model", vocab_size=400, specials=SPECIALS
+    )
+    with pytest.raises(
+        ConfigError, match=r"^task.pairs = 'dropout' .* model.dropout = 0: .* set model.dropout = 0.1, or"
+    ):
+        open_run(run_of(**run, model__dropout=0.0), 1, tmp_path / "cache")
+    for more in ({"model__dropout": 0.1}, {"model__dropout": 0.0, "task__pairs": "neighbours"}):
+        assert open_run(run_of(**run, **more), 1, tmp_path / "cache")[0].run.task.name == "contrastive"
+
+
 def test_a_task_for_every_length_and_a_row_that_is_too_short_is_named(tmp_path):
     path = tmp_path / "tokenizer.model"
-    specials = ("[CLS]", "[SEP]", "[MASK]")
-    train_tokenizer(iter(list(topics.values())[:10]), path, vocab_size=400, specials=specials)
+    train_tokenizer(iter(list(topics.values())[:10]), path, vocab_size=400, specials=SPECIALS)
     bert = {"model__family": "bert", "model__num_query_groups": None, "model__next_sentence": True}
 
     def rows(*lengths: int) -> list[dict[str, int]]:

@@ -234,3 +234,13 @@ def test_every_recipe_loads_resolves_and_describes(recipe):
 def test_the_quickstart_can_be_cut_in_four():
     run = load_run(next(path for path in RECIPES if path.stem == "quickstart"))
     assert (run.model.num_layers % 4, run.model.layout_problems(4)) == (0, [])
+
+
+def test_pairs_and_rows_of_a_ramp_that_are_never_reached_are_told():
+    pairs = {"model__pooling": "mean", "task__pairs": "neighbours"}
+    assert lines(resolved(1, **pairs))["batch"].startswith("8 pairs of 2 x 32 = 512 tokens a step, ")
+    ramp = [{"sequence_length": 16, "until_step": 10}, {"sequence_length": 24, "until_step": 20}]
+    batch = lines(resolved(1, train__ramp=ramp))["batch"]
+    assert batch.startswith("8 sequences of 16 = ") and "; from step 10 8 sequences of 24 = " in batch
+    assert " of 32 " not in batch and "; the run ends before train.ramp does, at step 20; 8 data lanes" in batch
+    assert "the run ends" not in lines(resolved(1, train__ramp=ramp[:1]))["batch"]

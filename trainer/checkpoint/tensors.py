@@ -211,6 +211,9 @@ def index_of(
     return {"parameters": parameters, "tensors": list(tensors), "ranks": ranks}
 
 
+SHOWN_PROBLEMS = 3
+
+
 def model_problem(reader: Reader, table: dict[str, Parameter], left_out: Collection[str] = ()) -> str | None:
     """Say which parameters of a checkpoint, but for those `left_out`, are not the table's, if any."""
     saved = {row.name: row.shape for row in reader.index.parameters if row.name not in left_out}
@@ -221,7 +224,13 @@ def model_problem(reader: Reader, table: dict[str, Parameter], left_out: Collect
         for name, row in table.items()
         if name in saved and saved[name] != row.shape
     ]
-    return f"{reader.at()} holds another model: {'; '.join(problems[:8])}" if problems else None
+    if not problems:
+        return None
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return (
+        f"{reader.at()} holds another model than [model] says: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; "
+        "give both the same family, layers and widths"
+    )
 
 
 def _empty(numel: int, dtype: torch.dtype) -> Tensor:

@@ -49,6 +49,7 @@ class Meters:
         self._energy = EnergyMeter(gpus=self.gpus, watts=section.watts, age_s=age_s)
         self.tariff = Tariff(section)
         has_causal_layers = run.model.causal or run.model.num_decoder_layers > 0
+        self._where_causal = " in the decoder" if run.model.num_decoder_layers else ""
         self._looks_first = run.model.pooling is not None  # for the vectors of all micro-batches
         self._convention = section.attention_flops if has_causal_layers else "full"
         self.flops_per_token = {length: token_flops(resolved, length) for length in run.lengths.values()}
@@ -94,7 +95,8 @@ class Meters:
         peak = self.peak_note if self._peak is None else f"peak {self._peak:g} TFLOP/s ({self.peak_note})"
         (_, longest), *others = self.flops_per_token.items()
         shorter = "".join(f" ({flops:.4g} in sequences of {length})" for length, flops in others)
-        return f"{longest:.4g} a token{shorter}, attention {self._convention}; {peak}"
+        attention = f"{self._convention}{self._where_causal if self._convention == 'causal' else ''}"
+        return f"{longest:.4g} a token{shorter}, attention {attention}; {peak}"
 
     @property
     def dtype_note(self) -> str | None:

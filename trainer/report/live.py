@@ -126,8 +126,7 @@ def _schedule(settings: dict[str, Any]) -> tuple[BatchSchedule, int] | None:
         run = validate_run(settings, "run.toml")
     except (ConfigError, TypeError):
         return None
-    batches = BatchSchedule.of(run.train.ramp, run.train.global_batch, run.data.sequence_length)
-    return batches, run.train.tokens or 0
+    return run.schedule_batches(run.train.ramp), run.train.tokens or 0
 
 
 def _steps_left(records: RunRecords, step: int, total: int) -> float:
