@@ -250,7 +250,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a checkpoint on held-out shards, in one process, with the trainer's model."""
     from .inference import OpenCheckpoint
-    from .record import heldout_text
+    from .record import heldout_text, measured_text
 
     opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
     results = opened.evaluate(arguments.data, arguments.max_tokens)
