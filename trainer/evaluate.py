@@ -27,20 +27,22 @@ class HeldOutLoss:
     """What a held-out set gave.
 
     `loss` in nats a prediction, the sum of `losses` by part; `shares` of predictions where the model tells, such as
-    `masked_accuracy`; `perplexity` of the first part; `bits_per_byte` over the UTF-8 bytes of the same documents, where
-    every token is predicted; `tokens` the predictions of the first part.
+    `masked_accuracy`; `perplexity` of the first part, where that predicts tokens; `bits_per_byte` over the UTF-8 bytes
+    of the same documents, where every token is predicted; `tokens` the predictions of the first part.
     """
 
     loss: float
     losses: dict[str, float]
     shares: dict[str, float]
-    perplexity: float
+    perplexity: float | None
     bits_per_byte: float | None
     tokens: int
 
     def record(self) -> dict[str, float]:
-        """Give the fields by name; losses of parts only where there are several."""
-        record = {"loss": self.loss, "perplexity": self.perplexity, "tokens": self.tokens}
+        """Give the fields by name, those that are known; losses of parts only where there are several."""
+        record = {"loss": self.loss, "tokens": self.tokens}
+        if self.perplexity is not None:
+            record["perplexity"] = self.perplexity
         if self.bits_per_byte is not None:
             record["bits_per_byte"] = self.bits_per_byte
         if len(self.losses) > 1:
@@ -114,7 +116,7 @@ def held_out_loss(
         shares={}
         if causal or finds_itself
         else {f"{part}_{name}": share for part, of_part in means.items() for name, share in of_part.items()},
-        perplexity=math.exp(min(losses[first], 700.0)),
+        perplexity=None if first == "contrastive" else math.exp(min(losses[first], 700.0)),
         bits_per_byte=sums[first]["loss"] / math.log(2) / max(1, num_bytes) if causal else None,
         tokens=int(counts[first]),
     )

@@ -177,9 +177,9 @@ class OpenCheckpoint:
             num_processes=num_processes,
             tell=tenths(f"writing {out.name}"),
         )
-        checked = "not verified"
-        if report.verification is not None:
-            checked = f"logits equal the trainer's within {report.verification.relative_error:.1e} (relative)"
+        checked, verified = "not verified", report.verification
+        if verified is not None:
+            checked = f"{verified.compared} equal the trainer's within {verified.relative_error:.1e} (relative)"
         return f"{out}: {self.name}, {dtype}, {checked}"
 
     def _samples(self) -> dict[str, torch.Tensor] | None:

@@ -17,13 +17,24 @@ from .sinks.sink import OF_PARTS, Sink
 
 def heldout_text(record: Mapping[str, Any]) -> str:
     """Say what a held-out set gave in a line."""
-    texts = [f"loss {record['loss']:.4f}", f"perplexity {record['perplexity']:.2f}"]
+    texts = [f"loss {record['loss']:.4f}"]
+    if "perplexity" in record:
+        texts.append(f"perplexity {record['perplexity']:.2f}")
     if "bits_per_byte" in record:
         texts.append(f"{record['bits_per_byte']:.4f} bits per byte")
     for name, value in record.items():
         if name.endswith(OF_PARTS):
             texts.append(f"{name.replace('_', ' ')} {value:.4f}")
     return ", ".join(texts)
+
+
+def measured_text(record: Mapping[str, Any]) -> str:
+    """Say over how much a held-out set was measured."""
+    if "contrastive_accuracy" in record:
+        counted = "pairs"
+    else:  # only where all tokens are predicted do their bytes count
+        counted = "tokens" if "bits_per_byte" in record else "predictions"
+    return f"over {record['tokens']} {counted}"
 
 
 class Recorder:

@@ -53,8 +53,8 @@ def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_
     """Give a function from a batch to what the model makes of it, part by part.
 
     It takes fields, int64 [batch, sequence], and gives (name, fp32 tensor) of the embedding and of every layer's
-    output, [batch, sequence, hidden], then of all logits, [batch, sequence, true vocabulary] the first. Only one layer
-    is held.
+    output, [batch, sequence, hidden], then of all logits, [batch, sequence, true vocabulary] the first, or of the last
+    states that a text's vector is made of. Only one layer is held.
     """
 
     @torch.no_grad()
@@ -79,6 +79,9 @@ def trace_of(model: ModelConfig, weights: Weights, runtime: Runtime, *, rounded_
             yield from seen
             seen.clear()
             del built, module
+        if model.pooling is not None:
+            yield "the last states", received["states"].float().cpu()
+            return
         for number, (name, logits) in enumerate(received.items()):
             named = f"the logits of {name.replace('_', ' ')}" if number else "the logits"
             yield named, logits[..., : model.vocab_size].float().cpu()

@@ -250,7 +250,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a checkpoint on held-out shards, in one process, with the trainer's model."""
     from .inference import OpenCheckpoint
-    from .record import heldout_text
+    from .record import heldout_text, measured_text
 
     opened = OpenCheckpoint(arguments.checkpoint, arguments.tokenizer)
     results = opened.evaluate(arguments.data, arguments.max_tokens)
@@ -258,7 +258,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(json.dumps(results, indent=1))
         return
     for name, result in results.items():
-        print(f"{name}: {heldout_text(result)} over {result['tokens']} tokens")
+        print(f"{name}: {heldout_text(result)} {measured_text(result)}")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -314,7 +314,9 @@ def import_directory(arguments: argparse.Namespace) -> None:
         )
     checked = "not verified"
     if verification is not None:
-        checked = f"logits equal transformers' within {verification.relative_error:.1e} (relative)"
+        checked = (
+            f"{verification.compared} equal transformers' within {verification.relative_error:.1e} (relative)"
+        )
     print(
         f"{arguments.out}: {model.family}, {num_parameters(model) / 1e6:,.1f} M parameters of {arguments.directory}, "
         f"{checked}; to go on from them: {arguments.out / RUN_FILE}"

@@ -49,7 +49,7 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-5)
     last = evaluations(cut)[-1]
     assert {name.removesuffix("_accuracy") for name in last if name.endswith("_accuracy")} == ACCURACIES[kind]
-    assert "bits_per_byte" not in last
+    assert "bits_per_byte" not in last and ("perplexity" in last) == ("contrastive" not in ACCURACIES[kind])
     if "contrastive" in ACCURACIES[kind]:
         assert last["contrastive_accuracy"] <= last["contrastive_recall_at_10"] <= 1
         assert f"contrastive recall at 10 {last['contrastive_recall_at_10']:.4f}" in done.stdout + done.stderr
@@ -67,6 +67,9 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     out = tmp_path / "out"
     done = forked("export", cut, out, "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
+    compared = "last states" if "contrastive" in ACCURACIES[kind] else "logits"
+    assert f"fp32, {compared} equal the trainer's within" in done.stdout
+    assert f"and its {compared} compared with the trainer's" in (out / "README.md").read_text()
     opened = OPEN[kind](out)
     assert bool(torch.isfinite(opened).all())
     if "contrastive" in ACCURACIES[kind]:
@@ -77,7 +80,7 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
         assert 0 <= json.loads(done.stdout)["recall_at_1"] <= json.loads(done.stdout)["recall_at_10"] <= 1
     done = forked("import", out, tmp_path / "back")
     assert done.returncode == 0, done.stderr
-    assert "equal transformers'" in done.stdout
+    assert f"{compared} equal transformers'" in done.stdout
 
 
 def open_bert(out: Path) -> torch.Tensor:

@@ -168,6 +168,20 @@ def test_a_model_larger_than_memory_is_compared_a_module_at_a_time(
         export(config=config, source=weights, trace=trace, samples=SAMPLES, out=tmp_path / "second")
 
 
+def test_of_sentence_embeddings_the_last_states_are_compared(export, config, tmp_path):
+    """They may be wider than the vocabulary."""
+    config = config.model_copy(update={"pooling": "last", "hidden_size": 416})
+    weights, spoilt = Weights(config), Weights(config)
+    trace = trace_of(config, weights, processes.start(), rounded_to=torch.bfloat16)
+    report = export(config=config, source=weights, trace=trace, samples=SAMPLES)
+    assert report.verification.compared == "last states"
+    assert "and its last states compared with the trainer's" in (report.path / "README.md").read_text()
+    spoilt.tensors["norm.weight"][410] += 1
+    trace = trace_of(config, spoilt, processes.start(), rounded_to=torch.bfloat16)
+    with pytest.raises(ConversionError, match=r"model's last states differ .* they depart at the last states "):
+        export(config=config, source=weights, trace=trace, samples=SAMPLES, out=tmp_path / "second")
+
+
 @pytest.mark.parametrize("lazily", [False, True])
 @pytest.mark.parametrize("change", ["more", "fewer"])
 def test_other_tensors_than_transformers_wants_are_refused(

@@ -74,6 +74,30 @@ def test_co2e_says_what_it_follows_from(config, changes, said):
     assert said in model_card(adapter_for(config), config, facts, dtype="bf16", verification=None)
 
 
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (
+            {"loss": 2.5, "perplexity": 12.0, "bits_per_byte": 1.0, "tokens": 9},
+            "| loss (nats per prediction) | perplexity | bits per byte | predictions |",
+        ),
+        (
+            {"loss": 4.5, "tokens": 9, "contrastive_accuracy": 0.5},
+            "| loss (nats per prediction) | contrastive accuracy | predictions |",
+        ),
+        (
+            {"loss": 8.5, "perplexity": 12.0, "tokens": 9, "masked_loss": 8.0, "next_sentence_loss": 0.5},
+            "| loss (nats) | perplexity | masked loss | next sentence loss | predictions |",
+        ),
+    ],
+)
+def test_the_card_shows_what_the_task_has(config, figures, said):
+    facts = replace(FACTS, heldout={"python": figures})
+    assert f"| held-out set {said}\n" in model_card(
+        adapter_for(config), config, facts, dtype="bf16", verification=None
+    )
+
+
 def test_front_matter_is_what_the_hub_reads(export):
     import yaml
 

@@ -549,20 +549,3 @@ def test_a_very_long_run_keeps_its_spike(tmp_path):
     spike = min((pair.split(",") for pair in pale.get("points").split()[200:]), key=lambda pair: float(pair[1]))
     ticks = [float(tick.get("x")) for tick in loss.iter("text") if tick.text == "8000"]
     assert float(spike[0]) == pytest.approx(ticks[0], abs=0.5)  # step 8,000 of 12,000
-
-
-def test_the_table_of_held_out_sets_has_what_the_parts_of_a_loss_gave(tmp_path):
-    evaluation = {"kind": "eval", "attempt": 1, "step": 2, "loss": 1.5, "perplexity": 4.5, "tokens": 9}
-    figures = {"contrastive_accuracy": 0.25, "contrastive_recall_at_10": 0.75}
-    lines = [
-        step_line(1),
-        step_line(2),
-        {**evaluation, "name": "pairs", **figures},
-        {**evaluation, "name": "plain"},
-    ]
-    text = write_report([write_run(tmp_path / "run", lines)]).read_text()
-    titles = re.findall(r"<th>(.*?)</th>", text)
-    at = titles.index("held-out set")
-    assert titles[at + 3 : at + 6] == ["bits per byte", "contrastive accuracy", "contrastive recall at 10"]
-    rows = {row[0]: row for row in rows_of(text)}
-    assert rows["pairs"][4:6] == ["0.2500", "0.7500"] and rows["plain"][4:6] == ["n/a", "n/a"]

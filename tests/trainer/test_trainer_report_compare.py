@@ -98,3 +98,44 @@ def test_settings_and_versions_that_differ():
         ["a.z", "not set", "new"],
     ]
     assert differences([runs[0], runs[0]]) == []
+
+
+def task_run(path, task, **parts):
+    return write_run(path, [step_line(1, **parts), step_line(2, **parts)], config=f"[task]\n{task}\n")
+
+
+def top_of(runs, out):
+    return write_report(runs, out).read_text().partition("<details>")[0]
+
+
+def test_losses_of_different_tasks_are_said_not_to_compare(tmp_path):
+    parts = {"masked_loss": 8.0, "next_sentence_loss": 0.7}
+    bert = task_run(tmp_path / "bert", 'name = "masked"', **parts)
+    hidden = task_run(tmp_path / "hidden", 'name = "masked"')
+    pairs, other = (task_run(tmp_path / name, 'name = "contrastive"') for name in ("pairs", "other"))
+    lost = write_run(tmp_path / "lost", [step_line(1)])
+    text = top_of([bert, hidden, pairs], tmp_path / "page.html")
+    assert (
+        "<b>The losses of these runs do not compare</b>Each is of its own task: bert is masked and next sentence, "
+        "hidden is masked, pairs is contrastive."
+    ) in text
+    assert text.index("do not compare") < text.index("<h2>Comparison</h2>")
+    assert 'aria-label="nats over step"' in text and "nats per" not in text
+    assert "do not compare" not in top_of([pairs, other, lost], tmp_path / "alike.html")
+    text = top_of([hidden, write_run(tmp_path / "new", [], config="[task]\n")], tmp_path / "begun.html")
+    assert "do not compare" not in text and 'aria-label="nats per hidden token over step"' in text
+
+
+def test_settings_of_another_task_are_no_difference():
+    configs = [
+        '[task]\nname = "masked"\npredicted = 0.2\nmean_span = 3.0\npairs = "dropout"\n',
+        '[task]\nname = "contrastive"\npredicted = 0.15\npairs = "given"\n',
+        '[task]\nname = "masked"\npredicted = 0.2\n',
+    ]
+    runs = [RunRecords("run", [], {}, [], {}, config) for config in configs]
+    assert differences(runs[:2]) == [
+        ["task.name", "masked", "contrastive"],
+        ["task.predicted", "0.2", "not set"],
+        ["task.pairs", "not set", "given"],
+    ]
+    assert differences([runs[0], runs[2]]) == []

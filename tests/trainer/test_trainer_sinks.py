@@ -17,7 +17,7 @@ from wandb_files import offline_runs
 
 from basestone.trainer.console import RunConsole
 from basestone.trainer.errors import ConfigError
-from basestone.trainer.record import Recorder, heldout_text
+from basestone.trainer.record import Recorder, heldout_text, measured_text
 from basestone.trainer.rundir import RunDirectory
 from basestone.trainer.sinks import weights_and_biases
 from basestone.trainer.sinks.sink import evaluation_scalars, step_scalars
@@ -58,6 +58,27 @@ def test_figures_of_the_parts_of_a_loss_have_names():
     assert heldout_text(record) == (
         "loss 1.0000, perplexity 2.70, masked loss 1.0000, masked accuracy 0.5000, contrastive recall at 10 0.7500"
     )
+
+
+def test_an_evaluation_without_a_perplexity_has_none_anywhere():
+    record = {"kind": "eval", "name": "topics", "loss": 4.25, "tokens": 9, "contrastive_accuracy": 0.5}
+    assert evaluation_scalars(record) == {
+        "heldout/topics/loss": 4.25,
+        "heldout/topics/contrastive_accuracy": 0.5,
+    }
+    assert heldout_text(record) == "loss 4.2500, contrastive accuracy 0.5000"
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"bits_per_byte": 1.0}, "over 9 tokens"),
+        ({"masked_accuracy": 0.5}, "over 9 predictions"),
+        ({"contrastive_accuracy": 0.5}, "over 9 pairs"),
+    ],
+)
+def test_what_a_held_out_set_was_measured_over(figures, said):
+    assert measured_text({"loss": 1.0, "tokens": 9, **figures}) == said
 
 
 EVERYTHING = ["begin", "step", "step", "evaluation", "close"]

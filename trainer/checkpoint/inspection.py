@@ -31,7 +31,7 @@ class Listed:
     place: str
     bytes: int | None = None
     saved: str | None = None  # UTC, ISO 8601; not known at a URL
-    heldout_loss: float | None = None  # nats a token
+    heldout_loss: float | None = None  # nats
     kept_by: tuple[str, ...] = ()
     problem: str | None = None
 

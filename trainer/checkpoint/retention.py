@@ -13,7 +13,7 @@ class StepFacts(NamedTuple):
     """What decides whether a checkpoint stays."""
 
     step: int
-    heldout_loss: float | None  # nats a token
+    heldout_loss: float | None  # nats
 
 
 def policies(steps: Iterable[StepFacts], section: CheckpointSection, newest: int) -> dict[int, list[str]]:
@@ -49,7 +49,7 @@ def kept(steps: Iterable[StepFacts], section: CheckpointSection, newest: int) ->
 
 
 def heldout_loss(state: dict[str, Any]) -> float | None:
-    """Give the mean held-out loss that a checkpoint's state carries, in nats a token; None where it has none."""
+    """Give the mean held-out loss that a checkpoint's state carries, in nats; None where it has none."""
     losses = state.get("heldout")
     if not isinstance(losses, dict) or not losses:
         return None

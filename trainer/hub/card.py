@@ -22,7 +22,7 @@ HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 class CardFacts:
     """What a model card says beside the model's shape.
 
-    `heldout` gives by name `loss` (nats per token), `perplexity`, `bits_per_byte` and `tokens`. `joules` is
+    `heldout` gives by name the last evaluation's record. `joules` is
     the energy of the whole run with what restarts wasted, None where it was not measured; `joules_source` is
     `EnergyMeter.source`. `g_co2e` are grams, None where the grid's intensity was not given; they follow from `pue` and
     `grid`: grams a kWh, and whose figure that is. `licence` is an identifier of the Hugging Face hub or a free text,
@@ -51,10 +51,10 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the exported directory's fp32 logits lie from the trainer's, over `num_positions` positions.
+    """How far what the exported directory gives in fp32 lies from the trainer's, over `num_positions` positions.
 
-    `relative_error` is `max_abs_difference` over the largest absolute logit of the trainer. `loaded_whole` is false
-    where the model did not fit into memory and was loaded a module at a time.
+    `compared` names what that is. `relative_error` is `max_abs_difference` over the largest absolute value of the
+    trainer's. `loaded_whole` is false where the model did not fit into memory and was loaded a module at a time.
     """
 
     relative_error: float
@@ -62,6 +62,7 @@ class Verification:
     num_positions: int
     tolerance: float
     loaded_whole: bool = True
+    compared: str = "logits"
 
 
 def model_card(
@@ -145,14 +146,16 @@ def _introduction(config: ModelConfig, facts: CardFacts, dtype: str) -> str:
 def _heldout_table(heldout: dict[str, dict[str, float]]) -> str:
     if not heldout:
         return "None were measured."
+    named = list(
+        dict.fromkeys(name for values in heldout.values() for name in values if name.endswith(OF_PARTS))
+    )
+    of_parts = any(name.endswith("_loss") for name in named)
     titles = {
-        "loss": "loss (nats per prediction)",
+        "loss": f"loss ({'nats' if of_parts else 'nats per prediction'})",
         "perplexity": "perplexity",
         "bits_per_byte": "bits per byte",
     }
-    for name in dict.fromkeys(name for values in heldout.values() for name in values):
-        if name.endswith(OF_PARTS):
-            titles[name] = name.replace("_", " ")
+    titles |= {name: name.replace("_", " ") for name in named}
     titles = {
         name: title for name, title in titles.items() if any(name in values for values in heldout.values())
     }
@@ -194,8 +197,8 @@ def _verification(verification: Verification | None) -> str:
         return "This export was not verified."
     how = "" if verification.loaded_whole else ", a module at a time,"
     return (
-        f"This directory was loaded from disk with transformers in fp32{how} and its logits compared with the "
-        f"trainer's over {verification.num_positions:,} positions: relative error "
+        f"This directory was loaded from disk with transformers in fp32{how} and its {verification.compared} compared "
+        f"with the trainer's over {verification.num_positions:,} positions: relative error "
         f"{verification.relative_error:.2e} (largest difference {verification.max_abs_difference:.2e}, "
         f"tolerance {verification.tolerance:.0e})."
     )

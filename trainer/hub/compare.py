@@ -1,4 +1,4 @@
-"""Compare an exported directory with the trainer, part by part: the embedding, every layer, the logits.
+"""Compare an exported directory with the trainer, part by part: the embedding, every layer, the logits or last states.
 
 Both sides compute in fp32 on the weights as they were exported. Relative error decides: a wrong epsilon of the norms
 leaves the cosine of the logits at 1.
@@ -47,8 +47,9 @@ def verify(
         command: "export" or "import", for messages.
 
     Raises:
-        ConversionError: the logits differ by more than `tolerance` of their largest value, naming the first part that
-            departs; or transformers would complete or ignore some of the weights.
+        ConversionError: the logits, of sentence embeddings the last states, differ by more than `tolerance` of their
+            largest value, naming the first part that departs; or transformers would complete or ignore some of the
+            weights.
     """
     num_bytes = sum(row.numel for row in layout_of(config).values()) * FP32_BYTES
     whole = num_bytes * HEADROOM < _available_bytes()
@@ -61,13 +62,16 @@ def verify(
     for name in adapter.outputs:
         parts.take(found[name])
     _, error, difference = max(parts.rows[-len(adapter.outputs) :], key=lambda row: _worse(row[1]))
+    compared = "logits" if config.pooling is None else "last states"
     if not error <= tolerance:
         raise ConversionError(
-            f"{command}: the Hugging Face model's logits differ from the trainer's by {error:.3e} relative "
+            f"{command}: the Hugging Face model's {compared} differ from the trainer's by {error:.3e} relative "
             f"({difference:.3e} at most), more than {tolerance:.1e}; {parts.first_beyond(tolerance)}; "
             f"nothing was {command}ed"
         )
-    return Verification(error, difference, batch["tokens"].numel(), tolerance, loaded_whole=whole)
+    return Verification(
+        error, difference, batch["tokens"].numel(), tolerance, loaded_whole=whole, compared=compared
+    )
 
 
 def _worse(error: float) -> float:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.config import TASK_SETTINGS
+from .advice import Advice
 from .charts import LONG_CURVE, Series, line_chart
 from .elements import figures, section, table
 from .figures import duration, money, shown, smoothed
+from .losses import parts_of, unit_of_loss
 from .records import Curve, Record, RunRecords, number
+from .sections import advice_list
 from .summary import Summary
 
 NOT_SET = "not set"
@@ -38,7 +42,22 @@ def labels_of(run_dirs: Sequence[Path]) -> list[str]:
 
 def comparison(runs: Sequence[NamedRun]) -> str:
     """Give the sections that compare."""
-    return _figures_section(runs) + _curves_section(runs) + _differences_section(runs)
+    return _tasks_note(runs) + _figures_section(runs) + _curves_section(runs) + _differences_section(runs)
+
+
+def _tasks_note(runs: Sequence[NamedRun]) -> str:
+    """Say where losses are of different tasks, or of different parts."""
+    tasks = {
+        run.label: " and ".join(parts_of(run.records)).replace("_", " ") or task
+        for run in runs
+        if (run.records.steps or run.records.evals) and (task := run.records.task()) is not None
+    }
+    if len(set(tasks.values())) < 2:
+        return ""
+    evidence = f"Each is of its own task: {', '.join(f'{label} is {task}' for label, task in tasks.items())}."
+    action = "Compare losses within a task, and models of several tasks by what they are good for later."
+    title = "The losses of these runs do not compare"
+    return advice_list([Advice("tasks", title, evidence, action, serious=False)])
 
 
 def _figures_section(runs: Sequence[NamedRun]) -> str:
@@ -90,13 +109,15 @@ def _curves_section(runs: Sequence[NamedRun]) -> str:
     by_tokens = [_by_tokens(run.records.steps) for run in runs]
     loss = [(run.label, _smooth(run.records.curve("loss"))) for run in runs]
     tokens = [(run.label, _smooth(_over(run.records.steps, "loss"))) for run in runs]
+    units = {unit_of_loss(run.records) for run in runs if run.records.steps or run.records.evals}
+    unit = units.pop() if len(units) == 1 else "nats"
     drawn = [
-        ("Training loss over steps", _chart(loss, "step", "nats per token")),
-        ("Training loss over tokens", _chart(tokens, "tokens", "nats per token")),
+        ("Training loss over steps", _chart(loss, "step", unit)),
+        ("Training loss over tokens", _chart(tokens, "tokens", unit)),
     ]
     if all(len(run.records.steps) >= LONG_CURVE for run in runs):
         settled = [(label, curve[len(curve) // 5 :]) for label, curve in tokens]
-        chart = _chart(settled, "tokens", "nats per token")
+        chart = _chart(settled, "tokens", unit)
         drawn.append(("Training loss over tokens, without the first fifth of each", chart))
     for name in dict.fromkeys(name for run in runs for name in run.records.heldout()):
         curves = [
@@ -106,7 +127,7 @@ def _curves_section(runs: Sequence[NamedRun]) -> str:
             )
             for run, at in zip(runs, by_tokens, strict=True)
         ]
-        chart = _chart(curves, "tokens", "nats per token", dotted=True)
+        chart = _chart(curves, "tokens", unit, dotted=True)
         drawn += [(f"Held-out loss over tokens: {name}", chart)] if chart else []
     for field, title, label in (
         ("tokens_per_s", "Tokens per second", "tokens per second"),
@@ -165,11 +186,26 @@ def _differences_section(runs: Sequence[NamedRun]) -> str:
 
 
 def differences(runs: Sequence[RunRecords]) -> list[list[str]]:
-    """Give a row (name, a value for each run) for every setting and version that is not the same in all."""
+    """Give a row (name, a value for each run) for every setting and version that is not the same in all.
+
+    What belongs to another task than the run's is not set: a run file lists it all the same.
+    """
     tables = [{**_flat(run.settings()), **_versions(run.config)} for run in runs]
     names = dict.fromkeys(name for one in tables for name in one)
     rows = [[name, *(one.get(name, NOT_SET) for one in tables)] for name in names]
+    foreign = [_foreign(run.task()) for run in runs]
+    for row in rows:
+        if len(set(row[1:])) > 1:
+            row[1:] = [
+                NOT_SET if row[0] in of_run else value for value, of_run in zip(row[1:], foreign, strict=True)
+            ]
     return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _foreign(task: str | None) -> set[str]:
+    """Name the settings that belong to other tasks; none where the task is not known."""
+    others = TASK_SETTINGS.items() if task is not None else ()
+    return {f"task.{key}" for name, keys in others if name != task for key in keys}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

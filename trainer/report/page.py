@@ -16,6 +16,7 @@ from .advice import advise
 from .comparison import NamedRun, comparison, labels_of
 from .costs import energy_section
 from .elements import section, table
+from .losses import loss_section
 from .records import read_records, require_run
 from .sections import (
     advice_list,
@@ -23,7 +24,6 @@ from .sections import (
     data_section,
     events_section,
     headline,
-    loss_section,
     memory_section,
     optimisation_section,
     period,

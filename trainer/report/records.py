@@ -68,6 +68,13 @@ class RunRecords:
         except (tomllib.TOMLDecodeError, RecursionError):
             return {}
 
+    def task(self) -> str | None:
+        """Name the task that the run file says; None where it is not there or cannot be read."""
+        settings = self.settings()
+        section = settings.get("task", {})
+        name = section.get("name", "causal") if isinstance(section, dict) else None
+        return str(name) if settings and name is not None else None
+
 
 class RunReader:
     """Reads a run directory again and again, and each line once."""

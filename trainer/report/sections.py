@@ -1,4 +1,4 @@
-"""The sections of one run: loss, optimisation, throughput, memory, data, events, configuration. Imports no torch."""
+"""The sections of one run but its loss: optimisation, throughput, memory, data, events, configuration. No torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from html import escape
 
 from ..meters.tariff import JOULES_PER_KWH
-from ..sinks.sink import OF_PARTS
 from .advice import Advice
-from .charts import LONG_CURVE, Layer, Marker, Series, line_chart, stacked_chart, with_mean
+from .charts import Layer, Marker, Series, line_chart, stacked_chart, with_mean
 from .costs import wasted_text
 from .elements import figures, part, section, table, text, tiles
 from .figures import date, duration, money, shown
 from .phases import MAX_COLUMNS, OTHER, PHASES, Interval, intervals, phase_names, phase_shares
-from .records import Curve, Record, RunRecords, number, numbers
+from .records import Record, RunRecords, number, numbers
 from .summary import Summary
 
 MAX_EVENT_ROWS = 500
@@ -68,44 +67,6 @@ def headline(records: RunRecords, summary: Summary) -> str:
             (", ".join(filter(None, ("cost", summary.currency, summary.with_pue))), money(footprint.cost)),
         ]
     )
-
-
-def loss_section(records: RunRecords) -> str:
-    """Draw the training and held-out losses over the steps, with the events; a row for each held-out set."""
-    train, heldout = records.curve("loss"), records.heldout()
-    markers = event_markers(records)
-    drawn = [("Loss", _loss_chart(train, heldout, markers))]
-    if len(train) >= LONG_CURVE:
-        start = train[len(train) // 5][0]
-        later = {name: [point for point in curve if point[0] >= start] for name, curve in heldout.items()}
-        settled = _loss_chart([point for point in train if point[0] >= start], later, markers)
-        drawn.append(("Loss, without the first fifth", settled))
-    lasts = {name: records.evals[name][-1] for name in heldout}
-    of_parts = list(
-        dict.fromkeys(field for line in lasts.values() for field in line if field.endswith(OF_PARTS))
-    )
-    rows = []
-    for name, line in lasts.items():
-        best = min(heldout[name], key=lambda point: point[1], default=None)
-        fields = ("loss", "perplexity", "bits_per_byte", *of_parts)
-        values = [shown(number(line, field), "{:.4f}") for field in fields]
-        steps_and_tokens = [shown(number(line, field), "{:,.0f}") for field in ("step", "tokens")]
-        rows.append(
-            [name, *values, *steps_and_tokens, f"{best[1]:.4f} at {best[0]:,.0f}" if best else shown(None)]
-        )
-    named = [field.replace("_", " ") for field in of_parts]
-    titles = ["held-out set", "loss", "perplexity", "bits per byte", *named, "at step", "tokens", "best loss"]
-    note = "Dashed lines are events: point at one for its text. Faint ones are saves." if markers else ""
-    return section("Loss", figures(*drawn) + table(titles, rows), note)
-
-
-def _loss_chart(train: Curve, heldout: dict[str, Curve], markers: Sequence[Marker]) -> str:
-    series = with_mean("training", train)
-    series += [
-        Series(f"held-out: {name}", curve, dotted=True, colour=colour)
-        for colour, (name, curve) in enumerate(heldout.items(), 1)
-    ]
-    return line_chart(series, x_label="step", y_label="nats per token", markers=markers)
 
 
 def optimisation_section(records: RunRecords) -> str:

@@ -29,7 +29,7 @@ class _Gauge(NamedTuple):
 # By the field of a step's record.
 GAUGES = {
     "step": _Gauge("basestone_step", "Optimizer steps done"),
-    "loss": _Gauge("basestone_loss", "Training loss of the last step, nats a token"),
+    "loss": _Gauge("basestone_loss", "Training loss of the last step, in nats"),
     "grad_norm": _Gauge("basestone_gradient_norm", "Global gradient norm before clipping"),
     "lr": _Gauge("basestone_learning_rate", "Learning rate of the last step"),
     "global_batch": _Gauge("basestone_global_batch_sequences", "Sequences in a step, over all ranks"),
@@ -46,7 +46,7 @@ GAUGES = {
 }
 # By the field of an evaluation's record; each has the held-out set as label `name`.
 HELDOUT = {
-    "loss": _Gauge("basestone_heldout_loss", "Held-out loss, nats a token"),
+    "loss": _Gauge("basestone_heldout_loss", "Held-out loss, in nats"),
     "bits_per_byte": _Gauge("basestone_heldout_bits_per_byte", "Held-out bits per byte"),
 }
 

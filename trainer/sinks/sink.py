@@ -28,7 +28,9 @@ STEP_SCALARS = (
     "goodput",
 )
 EVAL_SCALARS = ("loss", "perplexity", "bits_per_byte")
-OF_PARTS = ("_loss", "_accuracy", "_recall_at_10")  # how a held-out figure of a part of the loss ends
+# how held-out figures of a part of the loss end, shares of right predictions among them
+SHARES = ("_accuracy", "_recall_at_10")
+OF_PARTS = ("_loss", *SHARES)
 
 
 class Sink(Protocol):
