@@ -146,6 +146,15 @@ def test_a_tokenizer_without_an_end_or_that_is_broken(tmp_path, copy):
         ('{"prompt": "a", "answer": " "}', "line 2 has an empty answer"),
         ('{"prompt": "a", "answer": 3}', 'line 2 has no text in "answer" but 3'),
         ('{"text": ""}', "line 2 has an empty text"),
+        (
+            '{"text": "a", "label": "x"}',
+            'line 2 has the key "label", which --task sft does not read; leave it out: give {"prompt", "answer"}, ',
+        ),
+        ('{"prompt": "a", "answer": "b", "text": "c"}', 'line 2 has the key "text", which --task sft does not'),
+        (
+            '{"messages": [{"role": "user", "content": "a", "name": "x"}]}',
+            'line 2 has the key "name", which --task sft does not read; leave it out: give {"role", "content"}',
+        ),
         ('{"messages": []}', 'line 2 has no list of messages, each {"role", "content"}'),
         (
             '{"messages": [{"role": "user"}]}',
@@ -199,6 +208,10 @@ def test_prompts_that_leave_no_room(tmp_path, model):
         ('{"text": "a", "label": 1.5}', "line 1 has the label 1.5; give a text or a whole number"),
         ('{"text": "a", "label": true}', "line 1 has the label true"),
         ('{"text": "a", "text_pair": 1, "label": 1}', 'line 1 has no text in "text_pair" but 1'),
+        (
+            '{"text": "a", "label": 1, "other": "b"}',
+            'line 1 has the key "other", which --task classify does not',
+        ),
         ('{"text": "a", "label": "x"}', 'every label is "x"; classification needs two or more'),
     ],
 )
