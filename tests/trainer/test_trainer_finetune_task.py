@@ -46,8 +46,8 @@ def problems(copy: Path, **config: object) -> list[str]:
         ({"model_type": "roberta", "is_decoder": False}, "is of type roberta, which predicts no next token"),
         ({"model_type": "distilbert"}, "is of type distilbert, which predicts no next token"),
         ({"model_type": "xlm"}, "is of type xlm, which predicts no next token"),
-        ({"model_type": "llama", "is_causal": False}, "is of type llama, which predicts no next token"),
-        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "is of type gemma3_text"),
+        ({"model_type": "llama", "is_causal": False}, "is of type llama, but attends to both sides by its config.json"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "is of type gemma3_text, but attends"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "is of type t5, which has an encoder before its decoder"),
         ({"model_type": "bart"}, "is of type bart, which has an encoder before its decoder"),
     ],
@@ -66,7 +66,10 @@ def test_what_predicts_no_next_token_is_refused_first(copy, tmp_path, config, sa
 
 def test_a_model_for_nothing_of_text_is_sent_to_no_classification(copy):
     (found,) = problems(copy, model_type="vit")
-    assert found.endswith("so --task sft cannot tune it; take a decoder such as llama")
+    assert found == (
+        f"{copy} is of type vit, for which transformers has no class that predicts the next token, so --task sft "
+        "cannot tune it; take a decoder such as llama"
+    )
 
 
 def test_vectors_of_texts_are_refused(copy):

@@ -76,16 +76,18 @@ def next_token_problems(path: Path) -> list[str]:
     has_encoder = config.get(
         "is_encoder_decoder", kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     )
-    may_see_all = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in ENCODERS
-    sees_all = (may_see_all and not (config.get("is_decoder") or config.get("causal"))) or (
-        config.get("is_causal") is False or config.get("use_bidirectional_attention") is True
-    )
+    is_encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in ENCODERS
+    is_turned = config.get("is_causal") is False or config.get("use_bidirectional_attention") is True
     if (path / "modules.json").is_file():
         why = "makes vectors of texts (modules.json) and predicts no next token"
     elif has_encoder:
         why = f"is of type {kind}, which has an encoder before its decoder"
-    elif sees_all or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    elif is_encoder and not (config.get("is_decoder") or config.get("causal")):
         why = f"is of type {kind}, which predicts no next token"
+    elif is_turned:
+        why = f"is of type {kind}, but attends to both sides by its config.json"
+    elif kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        why = f"is of type {kind}, for which transformers has no class that predicts the next token"
     else:
         return []
     can_classify = kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
