@@ -272,6 +272,8 @@ def _plain(name: str, value: Any) -> str:
         return "unknown"
     if name == "bytes":
         return _size(value)
+    if isinstance(value, float):
+        return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -299,8 +299,8 @@ def similarity(
 ) -> None:
     """Measure vectors of texts: correlation with people's scores, or how often a text's partner is found.
 
-    With scores it gives Spearman's and Pearson's correlation with the cosines; without, recall at 1 and 10 and the mean
-    reciprocal rank of each text's partner among all others of the file.
+    With scores it gives Spearman's and Pearson's correlation with the cosines; without, recall at 1, and at 10 of more
+    than ten, and the mean reciprocal rank of each text's partner among all others of the file.
     """
     arguments = ["similarity", str(directory), str(pairs), "--batch", str(batch)]
     _one_worker(arguments + (["--json"] if as_json else []), None, debug)
@@ -338,11 +338,12 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     debug = "--debug" in arguments
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name=app.info.name, standalone_mode=False)
     except Exception as error:
         if hasattr(error, "format_message"):  # a wrong flag or command
             if message := error.format_message():  # none where the help was the answer
-                _say(f"error: {message}\ntry: basestone --help")
+                context: Any = getattr(error, "ctx", None)
+                _say(f"error: {message}\ntry: {context.command_path if context else app.info.name} --help")
             sys.exit(EXIT_USER)
         if isinstance(error, typer.Abort):
             sys.exit(EXIT_INTERRUPTED)

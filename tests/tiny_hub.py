@@ -53,7 +53,7 @@ def make_directory(
     tensors = {name: state[name].to(torch_dtype).clone() for name in wanted}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     if config.pooling is not None:
-        for name, content in sentence_files(config, 64).items():
+        for name, content in sentence_files(config, 64, adapter_for(config).options).items():
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_text(json.dumps(content))
     (out / "README.md").write_text("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# tiny\n")

@@ -24,16 +24,22 @@ def trunk_rows(rows: list[Row], config: ModelConfig) -> list[Row]:
     ]
 
 
-def sentence_files(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
-    """Give what is written beside the weights, by its place in the directory."""
+def sentence_files(
+    config: ModelConfig, sequence_length: int, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Give what is written beside the weights, by its place in the directory.
+
+    `options` are what transformers' class takes beside its config. sentence-transformers hands them on as it loads.
+    """
     assert config.pooling is not None
+    settings: dict[str, Any] = {"max_seq_length": sequence_length, "do_lower_case": False}
     parts = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")
     return {
         "modules.json": [
             {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
             for number, (path, name) in enumerate(parts)
         ],
-        "sentence_bert_config.json": {"max_seq_length": sequence_length, "do_lower_case": False},
+        "sentence_bert_config.json": settings | ({"model_args": dict(options)} if options else {}),
         "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
         POOLING_FILE: {
             "word_embedding_dimension": config.hidden_size,

@@ -70,6 +70,7 @@ def test_a_family_from_training_to_the_exported_directory(kind, forked, corpus, 
     compared = "last states" if "contrastive" in ACCURACIES[kind] else "logits"
     assert f"fp32, {compared} equal the trainer's within" in done.stdout
     assert f"and its {compared} compared with the trainer's" in (out / "README.md").read_text()
+    assert "tie_word_embeddings" not in done.stderr
     opened = OPEN[kind](out)
     assert bool(torch.isfinite(opened).all())
     if "contrastive" in ACCURACIES[kind]:
@@ -108,6 +109,8 @@ def open_t5(out: Path) -> torch.Tensor:
     names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
     assert names[-1] == "</s>" and names[0] != "<s>" and "<extra_id_0>" in names
     model = T5ForConditionalGeneration.from_pretrained(out)
+    program = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(program.replace("PATH", str(out)), {})
     answer = model.generate(**encoded, max_new_tokens=4, do_sample=False)
     assert answer[0, 0] == tokenizer.pad_token_id, "the decoder begins as in training"
     return model(**encoded, decoder_input_ids=answer).logits

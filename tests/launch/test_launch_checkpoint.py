@@ -92,8 +92,16 @@ def test_show_says_what_is_in_a_checkpoint(basestone: Command, tmp_path):
         "zero 2",
         "torch 2.x",
         "rank_00002.bin  0.0 MB, 1 fragments",
+        "heldout_loss  2.5000\n",
     ):
         assert words in text
+    assert "pooling" not in text and "pooling" not in facts["model"]
+
+
+def test_show_names_the_pooling_of_sentence_embeddings(basestone: Command, tmp_path):
+    path = save(tmp_path / "checkpoints", 7, run=run_values(model__pooling="last"))
+    assert json.loads(basestone("checkpoint", "show", path, "--json").out)["model"]["pooling"] == "last"
+    assert ", pooling last\n" in basestone("checkpoint", "show", path).out
 
 
 def test_show_of_a_state_that_says_nothing(basestone: Command, tmp_path):

@@ -134,12 +134,16 @@ def test_no_command_shows_the_help_and_no_error(basestone, words):
         (("prepare", "x"), "out"),
         (("prepare", "x", "--out", "y", "--heldout-fraction", "1"), "heldout-fraction"),
         (("tokenizer", "train", "x", "--out", "y", "--vocab-size", "299"), "vocab-size"),
+        (("similarity", "--nope"), "No such option: --nope"),
+        (("--nope",), "No such option: --nope"),
     ],
 )
 def test_a_usage_error_is_one_line_and_a_hint(basestone, words, text):
     done = basestone(*words)
     refused(done, 64, text)
-    assert done.err.splitlines()[1:] == ["try: basestone --help"]
+    prefixes = [leaf[:length] for leaf in COMMANDS for length in range(len(leaf) + 1)]
+    named = max((prefix for prefix in prefixes if prefix == words[: len(prefix)]), key=len)
+    assert done.err.splitlines()[1:] == [" ".join(["try: basestone", *named, "--help"])]
 
 
 def test_errors_end_with_their_own_code(basestone, tmp_path):

@@ -1,14 +1,17 @@
 """Before it is called done, an export is compared with the trainer: faults are caught, and their place is named."""
 
 import stat
+from logging import Handler, getLogger
 
 import pytest
 import torch
+from hf_models import random_weights, write_directory
 from safetensors.torch import load_file, save_file
 from small_export import SAMPLES, Weights, assert_nothing_left, hf_trace
 
 from basestone.model.config import ModelConfig
 from basestone.model.families import layout_of
+from basestone.model.hf.adapter import adapter_for
 from basestone.trainer import runtime as processes
 from basestone.trainer.hub import compare
 from basestone.trainer.hub import export as export_module
@@ -203,6 +206,28 @@ def test_other_tensors_than_transformers_wants_are_refused(
     with pytest.raises(ConversionError, match=f"does not take the weights as they are: .*{name}"):
         export(trace=hf_trace(config, weights))
     assert_nothing_left(tmp_path)
+
+
+def test_a_t5_with_a_head_of_its_own_is_loaded_without_a_warning(tmp_path):
+    """transformers' T5 takes each config.json for one with tied embeddings, and advises what stands there."""
+    from transformers import T5ForConditionalGeneration
+    from transformers.utils import logging
+
+    shape = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "max_sequence_length": 32}
+    t5 = ModelConfig(family="t5", **shape, num_decoder_layers=1, vocab_size=131)
+    write_directory(t5, random_weights(t5), tmp_path)
+    written = []
+    handler = Handler()
+    handler.emit = lambda record: written.append(record.getMessage())
+    getLogger("transformers").addHandler(handler)
+    try:
+        before = logging.get_verbosity()
+        compare.load_whole(tmp_path, adapter_for(t5), "export")
+        assert written == [] and logging.get_verbosity() == before
+        T5ForConditionalGeneration.from_pretrained(tmp_path)
+        assert any("tie_word_embeddings" in text for text in written), "it warns no more: the silence may go"
+    finally:
+        getLogger("transformers").removeHandler(handler)
 
 
 def test_a_damaged_file_is_caught_from_disk(export, config, weights, tmp_path, monkeypatch):

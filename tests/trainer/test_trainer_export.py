@@ -10,6 +10,7 @@ from faults import killed_before
 from small_export import FACTS, SAMPLES, Weights, assert_nothing_left, hf_trace
 
 from basestone.data.errors import DataConfigError, DataStorageError
+from basestone.model.config import ModelConfig
 from basestone.model.hf.adapter import adapter_for
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.hub import weights as weights_module
@@ -44,6 +45,18 @@ def test_unknowns_are_said_to_be_unknown(export):
     assert "CO2e: not known" in card
     assert "co2_eq_emissions" not in card
     assert "license" not in card.split("---")[1]
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_the_card_shows_what_stands_for_a_hidden_span(family):
+    shape = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "max_sequence_length": 32}
+    shape |= {"num_decoder_layers": 1} if family == "t5" else {}
+    config = ModelConfig(family=family, **shape, vocab_size=400)
+    card = model_card(adapter_for(config), config, FACTS, dtype="bf16", verification=None)
+    program = card.split("```python\n")[1].split("```")[0]
+    compile(program, "card", "exec")
+    call = 'encoded = tokenizer("A text with <extra_id_0> in it.", return_tensors="pt")\n'
+    assert (call in program) == (family == "t5")
 
 
 @pytest.mark.parametrize(

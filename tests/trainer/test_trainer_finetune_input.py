@@ -17,7 +17,7 @@ from tiny_hub import labelled, make_directory, make_tokenizer, questions, write_
 
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.finetuning.directory import licence_lines, stored_dtype, tuned_config
-from basestone.trainer.finetuning.examples import shuffled, split_tenth
+from basestone.trainer.finetuning.examples import parse_labelled, parse_sft, shuffled, split_tenth
 from basestone.trainer.finetuning.run import prepare
 from basestone.trainer.finetuning.scores import classification_scores
 from basestone.trainer.finetuning.settings import FinetuneSettings
@@ -146,6 +146,15 @@ def test_a_tokenizer_without_an_end_or_that_is_broken(tmp_path, copy):
         ('{"prompt": "a", "answer": " "}', "line 2 has an empty answer"),
         ('{"prompt": "a", "answer": 3}', 'line 2 has no text in "answer" but 3'),
         ('{"text": ""}', "line 2 has an empty text"),
+        (
+            '{"text": "a", "label": "x"}',
+            'line 2 has the key "label", which --task sft does not read; leave it out: give {"prompt", "answer"}, ',
+        ),
+        ('{"prompt": "a", "answer": "b", "text": "c"}', 'line 2 has the key "text", which --task sft does not'),
+        (
+            '{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}',
+            'line 2 has the key "tool_calls", which --task sft does not read; leave it out: give {"role", "content"}',
+        ),
         ('{"messages": []}', 'line 2 has no list of messages, each {"role", "content"}'),
         (
             '{"messages": [{"role": "user"}]}',
@@ -199,6 +208,10 @@ def test_prompts_that_leave_no_room(tmp_path, model):
         ('{"text": "a", "label": 1.5}', "line 1 has the label 1.5; give a text or a whole number"),
         ('{"text": "a", "label": true}', "line 1 has the label true"),
         ('{"text": "a", "text_pair": 1, "label": 1}', 'line 1 has no text in "text_pair" but 1'),
+        (
+            '{"text": "a", "label": 1, "other": "b"}',
+            'line 1 has the key "other", which --task classify does not',
+        ),
         ('{"text": "a", "label": "x"}', 'every label is "x"; classification needs two or more'),
     ],
 )
@@ -373,3 +386,10 @@ def test_the_licence_goes_over(tmp_path):
     assert licence_lines(tmp_path) == []
     (tmp_path / "README.md").write_text("---\ntags: x\nlicense: other\nlicense_name: mine\n---\nlicense: no\n")
     assert licence_lines(tmp_path) == ["license: other", "license_name: mine"]
+
+
+def test_a_lines_other_keys_may_be_there():
+    line = {"id": 7, "source": "here"}
+    assert parse_sft(1, {**line, "prompt": "a", "answer": "b"}).answer == "b"
+    assert parse_sft(1, {**line, "text": "a"}).answer == "a"
+    assert parse_labelled(1, {**line, "text": "a", "label": 1}).label == "1"

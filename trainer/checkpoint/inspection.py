@@ -69,7 +69,8 @@ def describe(reader: Reader) -> dict[str, Any]:
         "optimizer_steps": state.get("optimizer_steps"),
         "weights_only": reader.index.tensors == ["master"],
         "heldout_loss": heldout_loss(state),
-        "model": {name: model.get(name) for name in MODEL_FIELDS},
+        "model": {name: model.get(name) for name in MODEL_FIELDS}
+        | ({"pooling": model["pooling"]} if model.get("pooling") else {}),
         "parameters": sum(math.prod(row.shape) for row in reader.index.parameters),
         "tensors": reader.index.tensors,
         "layout": {

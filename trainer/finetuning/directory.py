@@ -27,6 +27,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 OWN_FILES = ("run.toml", "checkpoints", "MANIFEST.json", "index.json")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and config.json's
 POSITION_FIELDS = ("max_position_embeddings", "n_positions")
+ENCODERS = ("bert-generation",)  # that have a class for the next token and none for masked ones
 
 
 def directory_problems(path: Path) -> list[str]:
@@ -58,6 +59,40 @@ def directory_problems(path: Path) -> list[str]:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         found.append(f"{path} has no tokenizer (tokenizer.json); copy the model's own into it")
     return found
+
+
+def next_token_problems(path: Path) -> list[str]:
+    """Say why a model that config.json describes cannot be tuned as one that predicts the next token.
+
+    transformers has such a class for many encoders, too, and loads it without a word: unless config.json says
+    `is_decoder`, it sees the token that it predicts. Types that transformers does not know are left to its own message.
+    """
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    config = read_config(path)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in configuration_auto.CONFIG_MAPPING_NAMES:
+        return []
+    has_encoder = config.get(
+        "is_encoder_decoder", kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    )
+    is_encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in ENCODERS
+    is_turned = config.get("is_causal") is False or config.get("use_bidirectional_attention") is True
+    if (path / "modules.json").is_file():
+        why = "makes vectors of texts (modules.json) and predicts no next token"
+    elif has_encoder:
+        why = f"is of type {kind}, which has an encoder before its decoder"
+    elif is_encoder and not (config.get("is_decoder") or config.get("causal")):
+        why = f"is of type {kind}, which predicts no next token"
+    elif is_turned:
+        why = f"is of type {kind}, but attends to both sides by its config.json"
+    elif kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        why = f"is of type {kind}, for which transformers has no class that predicts the next token"
+    else:
+        return []
+    can_classify = kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    advice = "use --task classify, or take" if can_classify else "take"
+    return [f"{path} {why}, so --task sft cannot tune it; {advice} a decoder such as llama"]
 
 
 def _damaged_files(path: Path) -> list[str]:

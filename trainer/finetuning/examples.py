@@ -13,6 +13,19 @@ from ...data.order import hash_integers, permute_all
 
 MOST_NAMED = 10  # lines of a file that one message names
 SFT_FORMS = '{"prompt", "answer"}, {"messages"} or {"text"}'
+SFT = "--task sft"
+MEANT = (
+    "prompt",
+    "answer",
+    "messages",
+    "text",
+    "text_pair",
+    "label",
+    "other",
+    "score",
+    "tool_calls",
+    "function_call",
+)
 CLASSIFY_FORM = '{"text", "label"} with or without "text_pair"'
 
 
@@ -98,15 +111,19 @@ def named_lines(path: Path, wrong: Sequence[tuple[int, str]]) -> list[str]:
 def parse_sft(line: int, value: dict[str, Any]) -> Instruction | Conversation:
     """Read one line for --task sft. Raises LineError."""
     if "messages" in value:
-        return _conversation(line, value["messages"])
+        conversation = _conversation(line, value["messages"])
+        only_keys(value, ("messages",), SFT, SFT_FORMS)
+        return conversation
     if "prompt" in value or "answer" in value:
         prompt, answer = text_of(value, "prompt", SFT_FORMS), text_of(value, "answer", SFT_FORMS)
         if not answer.strip():
             raise LineError("has an empty answer")
+        only_keys(value, ("prompt", "answer"), SFT, SFT_FORMS)
         return Instruction(line, prompt, answer)
     text = text_of(value, "text", SFT_FORMS)
     if not text.strip():
         raise LineError("has an empty text")
+    only_keys(value, ("text",), SFT, SFT_FORMS)
     return Instruction(line, "", text)
 
 
@@ -118,6 +135,7 @@ def _conversation(line: int, messages: Any) -> Conversation:
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise LineError('has a message that is not {"role": text, "content": text}')
+        only_keys(message, ("role", "content"), SFT, '{"role", "content"}')
     if messages[-1]["role"] != "assistant":
         raise LineError(
             f'ends with a message of "{messages[-1]["role"]}"; the last one must be the assistant\'s'
@@ -140,6 +158,7 @@ def parse_labelled(line: int, value: dict[str, Any]) -> LabelledText:
     label = value["label"]
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise LineError(f"has the label {json.dumps(label)}; give a text or a whole number")
+    only_keys(value, ("text", "text_pair", "label"), "--task classify", CLASSIFY_FORM)
     return LabelledText(line, text, pair, str(label))
 
 
@@ -150,6 +169,17 @@ def text_of(value: dict[str, Any], key: str, form: str) -> str:
     if not isinstance(value[key], str):
         raise LineError(f'has no text in "{key}" but {json.dumps(value[key])[:40]}')
     return value[key]
+
+
+def only_keys(value: dict[str, Any], keys: Sequence[str], reader: str, form: str) -> None:
+    """Refuse what another form means something by, which would be dropped without a word. Raises LineError.
+
+    Other keys, such as `id`, may be there. `reader` and `form` are for the message.
+    """
+    if unread := [key for key in value if key in MEANT and key not in keys]:
+        raise LineError(
+            f"has the key {json.dumps(unread[0])}, which {reader} does not read; leave it out: give {form}"
+        )
 
 
 def label_problems(path: Path, train: Sequence[LabelledText], heldout: Sequence[LabelledText]) -> list[str]:

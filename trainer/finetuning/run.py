@@ -14,7 +14,7 @@ from typing import Any
 from ...data.storage import new_directory
 from ..errors import ConfigError
 from ..hub.config_file import name_of, read_config
-from .directory import directory_problems, num_positions, stored_dtype
+from .directory import directory_problems, next_token_problems, num_positions, stored_dtype
 from .examples import (
     Conversation,
     label_problems,
@@ -166,8 +166,11 @@ def prepare(settings: FinetuneSettings, num_processes: int, *, on_cpu: bool) -> 
 
 def _source_problems(settings: FinetuneSettings) -> list[str]:
     """Say what is wrong with the directory; an adapter is written in fp32, whatever the weights are stored in."""
-    problems = directory_problems(settings.source)
-    if not problems and not settings.keep_adapter:
+    if problems := directory_problems(settings.source):
+        return problems
+    if settings.task == "sft":
+        problems += next_token_problems(settings.source)
+    if not settings.keep_adapter:
         try:
             stored_dtype(settings.source)
         except ConfigError as error:

@@ -94,10 +94,16 @@ def _use(adapter: Adapter, config: ModelConfig) -> str:
             'model = SentenceTransformer("PATH")\nvectors = model.encode(["a text", "another"])'
         )
     name = "AutoModelForCausalLM" if config.causal else adapter.architecture
+    call = ""
+    if adapter.framing == "spans":  # by itself the class does not say what stands for a hidden span
+        call = (
+            '\n\nencoded = tokenizer("A text with <extra_id_0> in it.", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**encoded, max_new_tokens=16)[0]))"
+        )
     return (
         f"from transformers import {', '.join(sorted(('AutoTokenizer', name)))}\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
-        f'model = {name}.from_pretrained("PATH")'
+        f'model = {name}.from_pretrained("PATH"){call}'
     )
 
 

@@ -136,8 +136,11 @@ def load_whole(directory: Path, adapter: Adapter, command: str) -> Any:
     import transformers
     from transformers.utils import logging
 
-    show_bars = logging.is_progress_bar_enabled()
+    show_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    # Its T5 takes every config.json for one with tied embeddings, and warns where two different ones are there. What
+    # warnings would tell is refused below, or makes other logits.
+    logging.set_verbosity_error()
     try:
         loaded: Any = getattr(transformers, adapter.architecture).from_pretrained(
             directory,
@@ -148,6 +151,7 @@ def load_whole(directory: Path, adapter: Adapter, command: str) -> Any:
             **adapter.options,
         )
     finally:
+        logging.set_verbosity(verbosity)
         if show_bars:
             logging.enable_progress_bar()
     model, info = loaded

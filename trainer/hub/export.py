@@ -163,11 +163,13 @@ def _write_configs(
     specials = {"bos": tokens.bos, "eos": tokens.eos, "pad": tokens.pad}
     described = adapter.hf_config(config, dtype=dtype, **specials)
     ids = [*(f"{name}_token_id" for name in specials), "decoder_start_token_id"]
+    pooled = config.pooling is not None
+    sentences = sentence_files(config, sequence_length, adapter.options) if pooled else {}
     generation = {"_from_model_config": True, **{name: described[name] for name in ids if name in described}}
     for name, values in (
         ("config.json", described),
         *([("generation_config.json", generation)] if config.predicts_tokens else []),
-        *(sentence_files(config, sequence_length).items() if config.pooling is not None else []),
+        *sentences.items(),
     ):
         (out / name).parent.mkdir(exist_ok=True)
         write_atomic(out / name, (json.dumps(values, indent=2) + "\n").encode())

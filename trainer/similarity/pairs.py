@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..finetuning.examples import LineError, read_examples, text_of
+from ..finetuning.examples import LineError, only_keys, read_examples, text_of
 
 FORM = '{"text", "other"} with or without "score"'
 
@@ -37,7 +37,9 @@ def _parse(line: int, value: dict[str, Any]) -> TextPair:
     for key, text in texts.items():
         if not text.strip():
             raise LineError(f'has an empty "{key}"')
-    return TextPair(line, **texts, score=_number(value["score"]) if "score" in value else None)
+    score = _number(value["score"]) if "score" in value else None
+    only_keys(value, ("text", "other", "score"), "similarity", FORM)
+    return TextPair(line, **texts, score=score)
 
 
 def _number(score: Any) -> float:

@@ -136,13 +136,19 @@ def _retrieval(model: Any, pairs: list[TextPair], batch: int) -> dict[str, float
         batch_size=batch,
         score_functions={"cosine": cos_sim},
     )(model)
-    recalls = {f"recall_at_{among}": float(found[f"cosine_recall@{among}"]) for among in AMONG}
+    # Among so few, every partner is found.
+    measured = [among for among in AMONG if among < len(others)]
+    recalls = {f"recall_at_{among}": float(found[f"cosine_recall@{among}"]) for among in measured}
     mean_reciprocal = float(found[f"cosine_mrr@{max(AMONG)}"])
     return {"texts": len(partners), "others": len(others), **recalls, f"mrr_at_{max(AMONG)}": mean_reciprocal}
 
 
 def _text(figures: dict[str, float]) -> str:
-    return ", ".join(
-        f"{value:,} {name}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value:.4f}"
-        for name, value in figures.items()
-    )
+    if "others" in figures:
+        what = f"partners of {figures['texts']:,} texts among {figures['others']:,}"
+    else:
+        what = f"{figures['pairs']:,} pairs"
+    values = [
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items() if isinstance(value, float)
+    ]
+    return f"{what}: {', '.join(values)}"
