@@ -116,7 +116,7 @@ def test_losses_of_different_tasks_are_said_not_to_compare(tmp_path):
     lost = write_run(tmp_path / "lost", [step_line(1)])
     text = top_of([bert, hidden, pairs], tmp_path / "page.html")
     assert (
-        "<b>The losses of these runs do not compare</b>Each is of its own task: bert is masked and next sentence, "
+        "<b>The losses of these runs do not compare</b>Their tasks are not the same: bert is masked and next sentence, "
         "hidden is masked, pairs is contrastive."
     ) in text
     assert text.index("do not compare") < text.index("<h2>Comparison</h2>")

@@ -54,8 +54,10 @@ def _tasks_note(runs: Sequence[NamedRun]) -> str:
     }
     if len(set(tasks.values())) < 2:
         return ""
-    evidence = f"Each is of its own task: {', '.join(f'{label} is {task}' for label, task in tasks.items())}."
-    action = "Compare losses within a task, and models of several tasks by what they are good for later."
+    evidence = (
+        f"Their tasks are not the same: {', '.join(f'{label} is {task}' for label, task in tasks.items())}."
+    )
+    action = "Compare losses within a task, and models of different tasks by what they are good for later."
     title = "The losses of these runs do not compare"
     return advice_list([Advice("tasks", title, evidence, action, serious=False)])
 
