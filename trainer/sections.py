@@ -245,7 +245,12 @@ class ExportSection(Section):
 class MeterSection(Section):
     """`[meter]`: logging, throughput and energy."""
 
-    log_every_steps: int = Field(1, gt=0, description="steps between metric lines", json_schema_extra=FREE)
+    log_every_steps: int = Field(
+        1,
+        gt=0,
+        description="steps between metric lines; the first, the last and saved steps have one, too",
+        json_schema_extra=FREE,
+    )
     watts: float | None = Field(
         None, gt=0, description="power of one host, where no counter can be read", json_schema_extra=FREE
     )
