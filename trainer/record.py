@@ -30,7 +30,7 @@ def heldout_text(record: Mapping[str, Any]) -> str:
 
 def measured_text(record: Mapping[str, Any]) -> str:
     """Say over how much a held-out set was measured."""
-    if "contrastive_accuracy" in record:
+    if "perplexity" not in record:
         counted = "pairs"
     else:  # only where all tokens are predicted do their bytes count
         counted = "tokens" if "bits_per_byte" in record else "predictions"

@@ -72,9 +72,10 @@ def test_an_evaluation_without_a_perplexity_has_none_anywhere():
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        ({"bits_per_byte": 1.0}, "over 9 tokens"),
-        ({"masked_accuracy": 0.5}, "over 9 predictions"),
+        ({"perplexity": 2.0, "bits_per_byte": 1.0}, "over 9 tokens"),
+        ({"perplexity": 2.0, "masked_accuracy": 0.5}, "over 9 predictions"),
         ({"contrastive_accuracy": 0.5}, "over 9 pairs"),
+        ({}, "over 9 pairs"),
     ],
 )
 def test_what_a_held_out_set_was_measured_over(figures, said):

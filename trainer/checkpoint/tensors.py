@@ -24,6 +24,7 @@ from .format import BLOCK_BYTES, INDEX, RankFile
 from .reader import Reader
 
 FP32_BYTES = 4
+SHOWN_PROBLEMS = 3  # of a checkpoint of another model
 PIECE_ELEMENTS = BLOCK_BYTES // FP32_BYTES
 LARGE_ELEMENTS = 8 * PIECE_ELEMENTS  # of a parameter that several threads read
 THREADS = 2
@@ -209,9 +210,6 @@ def index_of(
     """Make the index of a step directory from what every rank reports of its file."""
     parameters = [{"name": row.name, "shape": list(row.shape)} for row in table.values()]
     return {"parameters": parameters, "tensors": list(tensors), "ranks": ranks}
-
-
-SHOWN_PROBLEMS = 3
 
 
 def model_problem(reader: Reader, table: dict[str, Parameter], left_out: Collection[str] = ()) -> str | None:
