@@ -57,7 +57,7 @@ SAVES = [
     ("gpt2", "tp2-sp-z3", ("dp2-z3", "pp2-z1")),
     ("llama", "dp1-z0", ("tp2-sp-dp2-z3", "pp2-z1")),
     ("gpt2", "pp2-vp2-dp2-z1", ("dp1-z2", "tp2-sp-z0")),
-    ("gpt2", "tp2-sp-pp2-z3", ("dp2-z3", "pp2-vp2-z0")),
+    pytest.param("gpt2", "tp2-sp-pp2-z3", ("dp2-z3", "pp2-vp2-z0"), marks=pytest.mark.slow),
 ]
 LOADS = ["dp1-z2", "tp2-z1", "dp2-z3", "tp2-sp-z0", "tp2-sp-dp2-z3", "pp2-z1", "pp4-z3", "pp2-vp2-z0"]
 
