@@ -119,8 +119,8 @@ class RunConfig(Section):
 
     def schedule_batches(self, ramp: tuple[RampPhase, ...]) -> BatchSchedule:
         """Say what each step takes, pairs of texts being two sequences; raises as `BatchSchedule.of`."""
-        texts = 1 if self.model.pooling is None else 2
-        return BatchSchedule.of(ramp, self.train.global_batch, self.data.sequence_length, texts)
+        train, texts = self.train, self.model.texts_per_sample
+        return BatchSchedule.of(ramp, train.global_batch, self.data.sequence_length, texts)
 
     @property
     def filled_task(self) -> TaskConfig:

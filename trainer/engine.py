@@ -75,8 +75,7 @@ class Engine:
         run = resolved.run
         self.runtime, self.model = runtime, run.model
         self._clip, self._zero, self._dtype = run.train.clip, run.parallel.zero, run.train.dtype
-        # Pairs pass through the model side by side.
-        self._rows = run.train.micro_batch * (1 if run.model.pooling is None else 2)
+        self._rows = run.train.micro_batch * run.model.texts_per_sample
         self.parts = resolved.parts
         self._objective = objective_of(run.model, self.parts, runtime.dp_group)
         if runtime.on_cpu and self._dtype == "fp16":

@@ -54,13 +54,7 @@ def describe(resolved: ResolvedRun, run_dir: Path) -> list[tuple[str, str]]:
         ),
         (
             "batch",
-            "; ".join(
-                _batch(resolved, phase)
-                for phase in resolved.batches.phases
-                if phase.first_step < resolved.steps
-            )
-            + _never_reached(resolved)
-            + f"; {resolved.lanes} data lanes",
+            f"{_batches(resolved)}; {resolved.lanes} data lanes",
         ),
         (
             "length",
@@ -166,6 +160,15 @@ def _piece(row: Parameter, tp: int) -> int:
     return row.numel if row.axis is None else row.numel // tp
 
 
+def _batches(resolved: ResolvedRun) -> str:
+    """Describe every phase that the run reaches, and say where it ends before its ramp."""
+    phases = resolved.batches.phases
+    texts = [_batch(resolved, phase) for phase in phases if phase.first_step < resolved.steps]
+    if len(texts) < len(phases):
+        texts.append(f"the run ends before train.ramp does, at step {phases[-1].first_step:,}")
+    return "; ".join(texts)
+
+
 def _batch(resolved: ResolvedRun, phase: Phase) -> str:
     targets = resolved.run.target_length(phase.sequence_length)
     since = f"from step {phase.first_step} " if phase.first_step else ""
@@ -176,11 +179,6 @@ def _batch(resolved: ResolvedRun, phase: Phase) -> str:
         + (f"each with {targets} targets, " if targets else "")
         + f"{count} micro-batch(es) of {size} on a rank"
     )
-
-
-def _never_reached(resolved: ResolvedRun) -> str:
-    last = resolved.batches.phases[-1].first_step
-    return f"; the run ends before train.ramp does, at step {last:,}" if 0 < last >= resolved.steps else ""
 
 
 def _stages(resolved: ResolvedRun) -> str:

@@ -23,3 +23,8 @@ class EmbeddingKeys(BaseModel):
         description="sentence embeddings: what cosines are divided by in the loss (SimCSE: 0.05)",
         json_schema_extra=FIXED,
     )
+
+    @property
+    def texts_per_sample(self) -> int:
+        """Count the texts of a sample, which pass through the model side by side: two of a pair."""
+        return 1 if self.pooling is None else 2

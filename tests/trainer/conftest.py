@@ -14,6 +14,7 @@ from hub_directories import write_model
 from servers import s3_endpoint, serving_s3
 from small_export import FACTS, TEXT, Weights
 from step_files import save, use_small_blocks
+from tiny_hub import make_directory, make_tokenizer
 
 from basestone.data.tokenizer import train_tokenizer
 from basestone.model.config import ModelConfig
@@ -153,3 +154,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(good: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(good, tmp_path / "tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory of a small decoder."""
+    folder = tmp_path_factory.mktemp("hub")
+    return make_directory(folder / "model", make_tokenizer(folder / "tokenizer.model"))
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    """A copy of `model` to spoil."""
+    return Path(shutil.copytree(model, tmp_path / "copy"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_hub import labelled, make_directory, make_tokenizer, questions, write_lines
+from tiny_hub import labelled, questions, write_lines
 
 from basestone.trainer.errors import ConfigError
 from basestone.trainer.finetuning.directory import licence_lines, stored_dtype, tuned_config
@@ -22,18 +21,6 @@ from basestone.trainer.finetuning.run import prepare
 from basestone.trainer.finetuning.scores import classification_scores
 from basestone.trainer.finetuning.settings import FinetuneSettings
 from basestone.trainer.finetuning.tokens import IGNORED
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    return make_directory(folder / "model", make_tokenizer(folder / "tokenizer.model"))
-
-
-@pytest.fixture
-def copy(model, tmp_path) -> Path:
-    """A directory to spoil."""
-    return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
 def message(tmp_path: Path, source: Path, rows: Any = None, processes: int = 1, **keys: Any) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import transformers
-from tiny_hub import labelled, make_directory, make_tokenizer, questions, write_lines
+from tiny_hub import labelled, questions, write_lines
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,18 +19,6 @@ from basestone.trainer.finetuning.settings import FinetuneSettings
 
 ADVICE = "use --task classify, or take a decoder such as llama"
 MODELS = Path(transformers.__file__).parent / "models"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    return make_directory(folder / "model", make_tokenizer(folder / "tokenizer.model"))
-
-
-@pytest.fixture
-def copy(model, tmp_path) -> Path:
-    """A directory whose config.json becomes that of another model."""
-    return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
 def problems(copy: Path, **config: object) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,6 @@ def model(tmp_path_factory) -> Path:
     return make_directory(
         folder / "model", make_tokenizer(folder / "tokenizer.model"), pooling="mean", init_std=0.2
     )
-
-
-@pytest.fixture
-def copy(model, tmp_path) -> Path:
-    """A directory to spoil."""
-    return Path(shutil.copytree(model, tmp_path / "copy"))
 
 
 def pairs(*, scored: bool) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ...data.order import hash_integers, permute_all
 MOST_NAMED = 10  # lines of a file that one message names
 SFT_FORMS = '{"prompt", "answer"}, {"messages"} or {"text"}'
 SFT = "--task sft"
+# keys that a form of lines has, or that say more of a message than is trained on
 MEANT = (
     "prompt",
     "answer",
